@@ -1,0 +1,307 @@
+"""From rules over parameter paths to a blended, quantized or described tree of parameters.
+
+    rules = Rules([(r"(stem|head)/kernel", Uniform(bits=8)),
+                   (r"(.*/)?kernel", Uniform(bits=4)),
+                   (r".*", None)])
+    effective = blend(params, rules, alpha)     # inside the loss
+    deployed = quantize(params, rules)          # integer codes and scales
+
+The path of a leaf is its keys, attribute names and indices joined by `/`: `layers/0/kernel`. A
+trailing `/value` (Flax NNX) is dropped, so that one rule serves every framework. Any tree of arrays
+will do; leaves that are no floating-point arrays (counters, random keys, functions) are left alone
+by a rule that maps them to None.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ab_jax.estimators import Estimator, alpha_blend
+from ab_jax.quantizers import Quantized, Quantizer
+
+Tree = TypeVar("Tree")
+Alpha = ArrayLike | Callable[[str], ArrayLike]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """Which quantizer a parameter gets: the first rule whose pattern matches its whole path.
+
+    Hashable, so that it can be a static argument of a jitted function.
+
+    Args:
+      rules: pairs of a regular expression, which must match a whole path, and a quantizer, or None
+        to leave the parameter as it is.
+
+    Raises:
+      ValueError: a pattern that is no regular expression. TypeError: a rule that is no such pair.
+    """
+
+    rules: tuple[tuple[str, Quantizer | None], ...]
+
+    def __init__(self, rules: Iterable[tuple[str, Quantizer | None]]) -> None:
+        object.__setattr__(self, "rules", tuple(_checked_rule(rule) for rule in rules))
+
+    def assign(self, paths: Sequence[str]) -> list[int]:
+        """The index of the rule that decides each path.
+
+        Raises:
+          ValueError: a path that no rule covers; a rule that decides no path, unless it matches
+            them all (a catch-all with nothing left to catch).
+        """
+        matches = [
+            [i for i, (pattern, _) in enumerate(self.rules) if re.fullmatch(pattern, path)]
+            for path in paths
+        ]
+        uncovered = [path for path, found in zip(paths, matches, strict=True) if not found]
+        if uncovered:
+            raise ValueError(
+                f"No rule covers {_listed(uncovered)}. Add a rule for it, or end the rules with "
+                f'(".*", None) to leave the rest as it is.'
+            )
+        chosen = [found[0] for found in matches]
+        for i, (pattern, _) in enumerate(self.rules):
+            matched = [found for found in matches if i in found]
+            if i in chosen or (matched and len(matched) == len(paths)):
+                continue
+            if matched:
+                earlier = sorted({self.rules[found[0]][0] for found in matched})
+                raise ValueError(
+                    f"Rule {pattern!r} decides no parameter: all it matches is decided by the "
+                    f"earlier {_listed([repr(p) for p in earlier])}. Move it further up, or remove "
+                    f"it."
+                )
+            raise ValueError(
+                f"Rule {pattern!r} matches no parameter. Patterns must match a whole path; the "
+                f"paths are {_listed(paths)}."
+            )
+        return chosen
+
+
+def _checked_rule(rule: Any) -> tuple[str, Quantizer | None]:
+    match rule:
+        case (str() as pattern, Quantizer() | None as quantizer):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"Rule pattern {pattern!r} is no regular expression: {error}."
+                ) from None
+            return pattern, quantizer
+    raise TypeError(
+        f"A rule is a pair of a regular expression and a quantizer (or None), not {rule!r}. "
+        f'Write Rules([(r"(.*/)?kernel", Binary()), (".*", None)]).'
+    )
+
+
+def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = alpha_blend) -> Tree:
+    """Replace each parameter that a rule quantizes by what the loss shall see of it.
+
+    At alpha 0 `alpha_blend` returns the parameters, at 1 the dequantized codes, bit for bit.
+
+    Args:
+      params: a tree of arrays of any shapes.
+      rules: which parameter gets which quantizer.
+      alpha: how far the parameters have moved towards their quantized values: a scalar in [0, 1],
+        or a function of the path that returns one, where layers follow ramps of their own.
+      estimator: the rule for value and gradient (`ab_jax.estimators`).
+
+    Returns:
+      A tree of the same structure, shapes and dtypes.
+
+    Raises:
+      ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); an
+        alpha outside [0, 1]. TypeError: a quantizer for a leaf that is not floating point.
+    """
+    if not callable(alpha):
+        _check_alpha(alpha, "")
+
+    def replace(path: str, leaf: Any, quantizer: Quantizer) -> Array:
+        if not callable(alpha):
+            return estimator(jnp.asarray(leaf), quantizer, alpha)
+        own_alpha = alpha(path)
+        _check_alpha(own_alpha, f" for {path}")
+        return estimator(jnp.asarray(leaf), quantizer, own_alpha)
+
+    return _map_quantized(replace, params, rules)
+
+
+def quantize(params: Any, rules: Rules) -> Any:
+    """The tree with a `Quantized` (codes and scales) in place of each leaf that a rule quantizes.
+
+    Made once, these are the codes to evaluate and to export. The same fit compiled into another
+    program may differ in the last bit of a scale.
+
+    Raises:
+      ValueError, TypeError: as `blend`.
+    """
+    return _map_quantized(lambda path, leaf, quantizer: quantizer.quantize(leaf), params, rules)
+
+
+def dequantize(params: Any) -> Any:
+    """The tree with the value of its codes in place of each `Quantized`."""
+    return jax.tree.map(
+        lambda leaf: leaf.dequantize() if _is_quantized(leaf) else leaf,
+        params,
+        is_leaf=_is_quantized,
+    )
+
+
+def clip_latent(params: Tree, rules: Rules, *, limit: float = 1.0) -> Tree:
+    """Clip the stored weights that a rule quantizes to [-limit, limit].
+
+    BinaryConnect and BinaryNet do so after each update (arXiv 1511.00363, section 2.4), since a
+    weight far outside no longer changes its sign. Call it on what `optax.apply_updates` returns.
+
+    Raises:
+      ValueError: a limit that is not positive; otherwise as `blend`.
+    """
+    if not limit > 0:
+        raise ValueError(f"clip_latent takes a positive limit, not limit={limit!r}.")
+    return _map_quantized(lambda path, leaf, _: jnp.clip(leaf, -limit, limit), params, rules)
+
+
+@dataclasses.dataclass(frozen=True)
+class Described:
+    """What the rules do to one parameter; `bytes_after` counts packed codes and their scales."""
+
+    path: str
+    shape: tuple[int, ...]
+    rule: str
+    quantizer: Quantizer | None
+    bytes_before: int
+    bytes_after: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """A row for each parameter. `print` shows it as a table."""
+
+    rows: tuple[Described, ...]
+
+    def __str__(self) -> str:
+        table: list[tuple[str, ...]] = [
+            ("path", "shape", "rule", "axis", "quantizer", "bits", "bytes", "after")
+        ]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            sizes = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
+            table.append((row.path, shape, row.rule, *_cells(row.quantizer), *sizes))
+        totals = (
+            sum(row.bytes_before for row in self.rows),
+            sum(row.bytes_after for row in self.rows),
+        )
+        table.append(("total", "", "", "", "", "", *(f"{total:,}" for total in totals)))
+        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if column >= 5 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            )
+            for cells in table
+        )
+
+
+def describe(params: Any, rules: Rules) -> Description:
+    """What `rules` do to each parameter: path, shape, rule, axis, bits, bytes before and after.
+
+    Shapes and dtypes are all it needs: the result of `jax.eval_shape` will do for `params`.
+
+    Raises:
+      ValueError, TypeError: as `blend`.
+    """
+    leaves, chosen, _ = _assigned(params, rules)
+    rows = []
+    for (path, leaf), index in zip(leaves, chosen, strict=True):
+        pattern, quantizer = rules.rules[index]
+        before = after = _nbytes(leaf)
+        if quantizer is not None:
+            _check_fits(path, leaf, pattern, quantizer)
+            quantized = jax.eval_shape(quantizer.quantize, leaf)
+            after = math.ceil(quantized.codes.size * quantized.bits / 8)
+            after += _nbytes(quantized.scale) + _nbytes(quantized.zero_point)
+        shape = tuple(getattr(leaf, "shape", ()))
+        rows.append(Described(path, shape, pattern, quantizer, before, after))
+    return Description(tuple(rows))
+
+
+def _cells(quantizer: Quantizer | None) -> tuple[str, str, str]:
+    if quantizer is None:
+        return "", "", ""
+    axis = "tensor" if quantizer.axis is None else str(quantizer.axis)
+    if quantizer.group_size is not None:
+        axis += f", groups of {quantizer.group_size} on {quantizer.group_axis}"
+    return axis, type(quantizer).__name__, str(quantizer.bits)
+
+
+def _nbytes(leaf: Any) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize if hasattr(leaf, "dtype") else 0
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _check_alpha(alpha: ArrayLike, where: str) -> None:
+    if jnp.shape(alpha) != ():
+        raise ValueError(
+            f"alpha{where} must be a scalar, not an array of shape {jnp.shape(alpha)}."
+        )
+    # A traced alpha cannot be looked at; it comes from a ramp, which stays inside [0, 1].
+    if not isinstance(alpha, jax.core.Tracer) and not 0 <= float(np.asarray(alpha)) <= 1:
+        raise ValueError(
+            f"alpha{where} is {alpha}, but must lie in [0, 1]. Ramps such as "
+            f"ab_jax.cubic_ramp(start, stop) stay inside."
+        )
+
+
+def _assigned(params: Any, rules: Rules) -> tuple[list[tuple[str, Any]], list[int], Any]:
+    """The leaves with their paths, the index of each one's rule, and the tree's structure."""
+    with_keys, structure = jax.tree.flatten_with_path(params)
+    leaves = [
+        (jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value"), leaf)
+        for keys, leaf in with_keys
+    ]
+    return leaves, rules.assign([path for path, _ in leaves]), structure
+
+
+def _map_quantized(replace: Callable[[str, Any, Quantizer], Any], params: Any, rules: Rules) -> Any:
+    """Replace the leaves that get a quantizer; an error about one of them names its path."""
+    leaves, chosen, structure = _assigned(params, rules)
+    new_leaves = []
+    for (path, leaf), index in zip(leaves, chosen, strict=True):
+        pattern, quantizer = rules.rules[index]
+        if quantizer is None:
+            new_leaves.append(leaf)
+            continue
+        _check_fits(path, leaf, pattern, quantizer)
+        new_leaves.append(replace(path, leaf, quantizer))
+    return jax.tree.unflatten(structure, new_leaves)
+
+
+def _check_fits(path: str, leaf: Any, pattern: str, quantizer: Quantizer) -> None:
+    """Refuse a leaf that the quantizer of its rule cannot take."""
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"Rule {pattern!r} gives {path} the quantizer {quantizer}, but it is "
+            f"{'no array' if dtype is None else dtype}, not floating point. Add the rule "
+            f"({re.escape(path)!r}, None) before it."
+        )
+    try:
+        quantizer.scale_shape(leaf.shape)
+    except ValueError as error:
+        raise ValueError(f"Rule {pattern!r}, parameter {path}: {error}") from None
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
