@@ -1,0 +1,1 @@
+"""Networks whose parts (norm, activation, dtype) are arguments; weights are quantized outside."""
