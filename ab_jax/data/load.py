@@ -1,0 +1,129 @@
+"""`load`: any of our data sets by name, cut into training, validation and test parts."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+import numpy as np
+
+from ab_jax.data.dataset import Dataset, Images, channel_statistics
+from ab_jax.data.pixels import box_downsample
+from ab_jax.data.prepared import Prepared, read_prepared, resolve_data_dir
+
+NAMES = ("digits", "cifar10", "cifar10_jpeg", "image_folder:NAME")
+DIGITS_TEST = 400  # images of the 1,797
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike[str] | None = None,
+    validation: int | None = None,
+    image_size: int | None = None,
+) -> Dataset:
+    """Loads a data set into memory. The same arguments give the same arrays, everywhere.
+
+    The first call decodes the images and keeps them beside the records, for the next to read.
+
+    - `digits`: scikit-learn's 1,797 gray images of 8 x 8 pixels, 0..16 scaled to 0..255; nothing to
+      prepare. Our fixed split has 400 test images.
+    - `cifar10`: the original, as TFDS's official builder prepares it.
+    - `cifar10_jpeg`: CIFAR-10 re-encoded as JPEG.
+    - `image_folder:NAME`: a folder of images, prepared under NAME. Its own validation split is the
+      validation part; where it has no test split, it is the test part (as with ImageNet), and the
+      validation part is cut from the training images.
+
+    The validation part is the last `validation` training images in the stored order, which is
+    random but fixed, so that every class has about its share.
+
+    Args:
+      name: one of the names above.
+      data_dir: where the prepared data lie; default `$TFDS_DATA_DIR`, else
+        `~/tensorflow_datasets`.
+      validation: number of training images to cut off for validation; 0: none. Default: 200 for
+        `digits`, 5,000 for CIFAR-10, a tenth of the training images of a folder.
+      image_size: average all images down to this height and width, in pixels; must divide theirs.
+        Default: as they are.
+
+    Raises:
+      FileNotFoundError: the data set is not prepared in `data_dir`; the message says how to.
+      ValueError: an unknown name, a `validation` that leaves no training image or that a folder
+        with splits of its own has no use for, an `image_size` that does not divide the images',
+        or images of different sizes.
+    """
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be 1 or more pixels, got {image_size}")
+    if name == "digits":
+        prepared = _digits(image_size)
+    elif name in ("cifar10", "cifar10_jpeg") or _is_folder(name):
+        prepared = read_prepared(name, resolve_data_dir(data_dir), image_size)
+    else:
+        raise ValueError(f"no data set named {name!r}; there are {', '.join(NAMES)}")
+    train, validation_part, test = _parts(name, prepared.splits, validation)
+    mean, std = channel_statistics(train.images)
+    return Dataset(
+        name=name,
+        version=prepared.version,
+        train=train,
+        validation=validation_part,
+        test=test,
+        class_names=prepared.class_names,
+        mean=mean,
+        std=std,
+    )
+
+
+def _is_folder(name: str) -> bool:
+    builder, _, folder = name.partition(":")
+    return builder == "image_folder" and bool(folder)
+
+
+def _digits(image_size: int | None) -> Prepared:
+    from sklearn import datasets
+
+    bunch = datasets.load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
+    if image_size is not None:
+        images = np.stack([box_downsample(image, image_size, "digits") for image in images])
+    # By a hash, as TFDS shuffles, and not by a random generator, whose stream may change with the
+    # version of NumPy.
+    order = np.asarray(sorted(range(len(images)), key=_digest))
+    shuffled = Images(images, bunch.target.astype(np.int32))[order]
+    return Prepared(
+        version="1.0.0",
+        class_names=tuple(str(digit) for digit in bunch.target_names),
+        splits={"train": shuffled[:-DIGITS_TEST], "test": shuffled[-DIGITS_TEST:]},
+    )
+
+
+def _digest(index: int) -> bytes:
+    return hashlib.sha256(str(index).encode()).digest()
+
+
+def _parts(
+    name: str, splits: dict[str, Images], validation: int | None
+) -> tuple[Images, Images, Images]:
+    """Training, validation and test part out of the stored splits."""
+    train = splits["train"]
+    if "validation" in splits and "test" in splits:
+        if validation is not None:
+            raise ValueError(
+                f"{name} has a validation and a test split of its own: leave out "
+                f"validation={validation}"
+            )
+        return train, splits["validation"], splits["test"]
+    test = splits["test"] if "test" in splits else splits["validation"]
+    if validation is None:
+        validation = _default_validation(name, len(train))
+    if not 0 <= validation < len(train):
+        raise ValueError(
+            f"validation={validation} must be 0 or more and less than the {len(train)} training "
+            f"images of {name}"
+        )
+    cut = len(train) - validation
+    return train[:cut], train[cut:], test
+
+
+def _default_validation(name: str, train_images: int) -> int:
+    return {"digits": 200, "cifar10": 5_000, "cifar10_jpeg": 5_000}.get(name, train_images // 10)

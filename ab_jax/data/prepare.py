@@ -1,0 +1,149 @@
+"""Prepares a data set for `ab_jax.data.load`, once.
+
+    python -m ab_jax.data.prepare cifar10_jpeg --source=cifar10_jpeg.tar.xz
+    python -m ab_jax.data.prepare image_folder --source=DIRECTORY_OR_ARCHIVE --name=NAME
+    python -m ab_jax.data.prepare cifar10
+
+Writes `DATA_DIR/NAME/VERSION` in array_record format. What is prepared already is left as it is.
+Only `cifar10`, TFDS's official builder, needs TensorFlow, and only here: reading it does not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ab_jax.data.prepared import find_prepared, resolve_data_dir
+
+DataDir = Annotated[
+    Path | None,
+    tyro.conf.arg(help="Where to write. Default: $TFDS_DATA_DIR, else ~/tensorflow_datasets."),
+]
+Source = Annotated[
+    Path, tyro.conf.arg(help="A directory, or a .zip or .tar archive (.gz, .xz, .bz2).")
+]
+FolderName = Annotated[
+    str, tyro.conf.arg(help="Name to load it by, as image_folder:NAME: letters, digits and _.")
+]
+
+
+def prepare_cifar10_jpeg(source: Source, data_dir: DataDir = None) -> Path:
+    """CIFAR-10 re-encoded as JPEG, from train/class/file.jpg and test/class/file.jpg.
+
+    Args:
+      source: a directory, or a .zip or .tar archive.
+      data_dir: where to write; None: TFDS's default.
+
+    Returns:
+      The prepared data set's directory.
+
+    Raises:
+      FileNotFoundError: there is nothing at `source`.
+      ValueError: it is not this data set, or a file in it is damaged.
+    """
+    return _prepare_folder("cifar10_jpeg", source, data_dir)
+
+
+def prepare_image_folder(source: Source, name: FolderName, data_dir: DataDir = None) -> Path:
+    """Anyone's images, laid out as split/class/file: train, and test or val or both.
+
+    Args:
+      source: a directory, or a .zip or .tar archive, of PNG or JPEG files.
+      name: what to load them by, as `image_folder:NAME`.
+      data_dir: where to write; None: TFDS's default.
+
+    Returns:
+      The prepared data set's directory.
+
+    Raises:
+      FileNotFoundError: there is nothing at `source`.
+      ValueError: `name` is not a word, or `source` is not laid out so, or a file is damaged.
+    """
+    if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
+        raise ValueError(f"--name={name} must be a letter, then letters, digits and _")
+    return _prepare_folder(f"image_folder:{name}", source, data_dir)
+
+
+def prepare_cifar10(data_dir: DataDir = None) -> Path:
+    """The original CIFAR-10, downloaded by TFDS's official builder; needs TensorFlow.
+
+    Args:
+      data_dir: where to write; None: TFDS's default.
+
+    Returns:
+      The prepared data set's directory.
+
+    Raises:
+      ModuleNotFoundError: TensorFlow is not installed.
+    """
+    data_dir = resolve_data_dir(data_dir)
+    if (directory := _already_prepared("cifar10", data_dir)) is not None:
+        return directory
+    if importlib.util.find_spec("tensorflow") is None:
+        raise ModuleNotFoundError(
+            "TFDS's official cifar10 builder needs TensorFlow to encode the images: "
+            "`pip install tensorflow`, prepare, and uninstall it again if you like, for reading "
+            "needs none. cifar10_jpeg needs none for either"
+        )
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder("cifar10", data_dir=data_dir)
+    builder.download_and_prepare(file_format="array_record")
+    return Path(builder.data_dir)
+
+
+def _prepare_folder(name: str, source: Path, data_dir: Path | None) -> Path:
+    from ab_jax.data.image_folder import Cifar10Jpeg, ImageFolder
+    from ab_jax.data.sources import check_source
+
+    data_dir = resolve_data_dir(data_dir)
+    check_source(source)
+    if (directory := _already_prepared(name, data_dir)) is not None:
+        return directory
+    if name == "cifar10_jpeg":
+        builder = Cifar10Jpeg(source=source, data_dir=data_dir)
+    else:
+        builder = ImageFolder(source=source, data_dir=data_dir, config=name.partition(":")[2])
+    builder.download_and_prepare(file_format="array_record")
+    for split, info in builder.info.splits.items():
+        print(f"{split}: {info.num_examples} images")
+    return Path(builder.data_dir)
+
+
+def _already_prepared(name: str, data_dir: Path) -> Path | None:
+    directory = find_prepared(name, data_dir)
+    if directory is not None:
+        print(
+            f"{name} is already prepared in {directory}; delete that directory to prepare it anew"
+        )
+    return directory
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; what the user can mend ends it with one line on stderr."""
+    commands: dict[str, Callable[..., Path]] = {
+        "cifar10_jpeg": prepare_cifar10_jpeg,
+        "image_folder": prepare_image_folder,
+        "cifar10": prepare_cifar10,
+    }
+    try:
+        directory = tyro.extras.subcommand_cli_from_dict(
+            commands,
+            args=args,
+            prog="python -m ab_jax.data.prepare",
+            description=__doc__,
+            use_underscores=True,
+        )
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    print(f"ready: {directory}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Reading what `ab_jax.data.prepare` wrote, without TensorFlow.
+
+A data set lies in `data_dir/NAME/VERSION`, TFDS's own layout; one of a user's own folders in
+`data_dir/image_folder/NAME/VERSION`, and is asked for as `image_folder:NAME`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ab_jax.data.cache import cached
+from ab_jax.data.dataset import Images
+from ab_jax.data.pixels import box_downsample, decode
+
+READ_AT_ONCE = 1024  # records
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """The splits of a prepared data set, in memory.
+
+    Attributes:
+      version: such as `"1.0.0"`.
+      class_names: one name for each label.
+      splits: images by name of the split, in the order in which TFDS stored them: by a hash of each
+        example's name, which mixes the classes and never changes.
+    """
+
+    version: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Images]
+
+
+def resolve_data_dir(data_dir: str | os.PathLike[str] | None) -> Path:
+    """`data_dir`, or where it is None TFDS's: `$TFDS_DATA_DIR`, else `~/tensorflow_datasets`."""
+    if data_dir is None:
+        data_dir = os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
+    return Path(data_dir).expanduser()
+
+
+def prepare_command(name: str, data_dir: Path) -> str:
+    """The shell command that prepares data set `name` in `data_dir`."""
+    builder, _, folder = name.partition(":")
+    options = "" if builder == "cifar10" else " --source=PATH"
+    options += f" --name={folder}" if folder else ""
+    return f"python -m ab_jax.data.prepare {builder}{options} --data_dir={data_dir}"
+
+
+def find_prepared(name: str, data_dir: Path) -> Path | None:
+    """Directory of the newest prepared version of a data set; None if there is none.
+
+    Args:
+      name: `"cifar10"`, `"cifar10_jpeg"` or `"image_folder:NAME"`.
+      data_dir: TFDS's data directory.
+    """
+    infos = data_dir.joinpath(*name.split(":")).glob("*.*.*/dataset_info.json")
+    versions = [info.parent for info in infos if info.parent.name.replace(".", "").isdecimal()]
+    return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
+
+
+def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> Prepared:
+    """Reads and decodes every image of a prepared data set.
+
+    The decoded images are kept beside the records, as `decoded-SPLIT-SIZE.npz`: the next call reads
+    those. They may be deleted at any time.
+
+    Args:
+      name: `"cifar10"`, `"cifar10_jpeg"` or `"image_folder:NAME"`.
+      data_dir: TFDS's data directory.
+      image_size: height and width to average the images down to, in pixels; None: as stored.
+
+    Raises:
+      FileNotFoundError: it is not prepared in `data_dir`; the message has the command that does it.
+      ValueError: it is prepared in a format that needs TensorFlow, `image_size` does not divide an
+        image's size, or the images differ in size.
+    """
+    directory = find_prepared(name, data_dir)
+    if directory is None:
+        raise FileNotFoundError(
+            f"{name} is not prepared in {data_dir} (no "
+            f"{data_dir.joinpath(*name.split(':'))}/VERSION/dataset_info.json). Prepare it once "
+            f"with `{prepare_command(name, data_dir)}`, or name another directory by data_dir or "
+            f"the environment variable TFDS_DATA_DIR"
+        )
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(directory)
+    if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
+        raise ValueError(
+            f"{directory} is prepared as {builder.info.file_format.value}, which cannot be read "
+            f"without TensorFlow. Move it away or choose another directory, then prepare it with "
+            f"`{prepare_command(name, data_dir)}`"
+        )
+    size = "full" if image_size is None else str(image_size)
+    return Prepared(
+        version=str(builder.version),
+        class_names=tuple(builder.info.features["label"].names),
+        splits={
+            split: cached(
+                directory / f"decoded-{split}-{size}.npz",
+                functools.partial(_read_split, builder, split, image_size),
+            )
+            for split in builder.info.splits
+        },
+    )
+
+
+def _read_split(builder: Any, split: str, image_size: int | None) -> Images:
+    import tensorflow_datasets as tfds
+
+    source = builder.as_data_source(
+        split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
+    )
+    images: np.ndarray | None = None
+    labels = np.empty(len(source), np.int32)
+    first = ""
+    for start in range(0, len(source), READ_AT_ONCE):
+        indices = range(start, min(start + READ_AT_ONCE, len(source)))
+        for index, example in zip(indices, source.__getitems__(indices), strict=True):
+            name = example["id"].decode()
+            image = decode(example["image"], name)
+            if image_size is not None:
+                image = box_downsample(image, image_size, name)
+            if images is None:
+                first = name
+                images = np.empty((len(source), *image.shape), np.uint8)
+            if image.shape != images.shape[1:]:
+                raise ValueError(
+                    f"images must have one size to be held in memory, but {first} has "
+                    f"{images.shape[1]} x {images.shape[2]} pixels and {name} has "
+                    f"{image.shape[0]} x {image.shape[1]}; give an image_size that divides them "
+                    f"all, or resize the files"
+                )
+            images[index] = image
+            labels[index] = example["label"]
+    assert images is not None, "TFDS writes no empty split"
+    return Images(images, labels)
