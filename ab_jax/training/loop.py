@@ -1,0 +1,258 @@
+"""The training loop: a Python loop over compiled steps that evaluates, saves and records."""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ab_jax.blend import Rules, describe
+from ab_jax.data.batches import epoch_order, steps_per_epoch
+from ab_jax.data.dataset import Dataset
+from ab_jax.estimators import Estimator
+from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.evaluation import Evaluator
+from ab_jax.training.parallel import Parallel
+from ab_jax.training.readings import Readings
+from ab_jax.training.records import RunDirectory
+from ab_jax.training.state import TrainState, create_state
+from ab_jax.training.step import Preprocessing, make_train_step
+
+_LOOK_EVERY = 20  # steps between looks at the loss: a look waits for the device
+_PROFILED_STEPS = 10, 20  # counted from the first one, which compiles
+
+
+class NonFiniteLossError(FloatingPointError):
+    """The loss, or a weight, became infinite or not a number."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Training:
+    """All that a run is made of, as plain values.
+
+    Attributes:
+      model: a Linen module as `make_train_step` takes it.
+      dataset: images in memory.
+      preprocessing: how they are augmented and normalized.
+      rules, estimator: what the loss sees of the weights.
+      alpha: the ramp, a schedule over steps.
+      optimizer: an optax optimizer.
+      learning_rate: its schedule over updates, for the records.
+      batch_size: images in a batch, over all devices.
+      steps: length of the run, in batches.
+      eval_every: steps between evaluations; each writes a checkpoint.
+      seed: of the initial weights, the order of the images and their augmentation.
+      accumulate: batches in an update (see `make_optimizer`).
+      label_smoothing, latent_limit: see `make_train_step`.
+      init_from: the directory of a run whose weights and batch statistics to start from.
+      read_test: whether to read the test set, once, at the end.
+      watch: path of a quantized parameter whose effective weights are kept as histograms.
+      profile: whether to write a JAX trace of ten steps into the run's directory.
+    """
+
+    model: nn.Module
+    dataset: Dataset
+    preprocessing: Preprocessing
+    rules: Rules
+    estimator: Estimator
+    alpha: optax.Schedule
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    batch_size: int
+    steps: int
+    eval_every: int
+    seed: int
+    accumulate: int = 1
+    label_smoothing: float = 0.0
+    latent_limit: float | None = None
+    init_from: Path | None = None
+    read_test: bool = True
+    watch: str | None = None
+    profile: bool = False
+
+
+def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str, Any]:
+    """Train, going on from the last checkpoint in the run's directory if there is one.
+
+    Returns:
+      The run's record, which is written there too.
+
+    Raises:
+      NonFiniteLossError: names the step, alpha and the last checkpoint.
+      ValueError, FileNotFoundError: arguments that do not fit, before anything is compiled.
+    """
+    t = training
+    started = time.monotonic()
+    per_epoch = steps_per_epoch(t.batch_size, len(t.dataset.train))
+    if t.steps < 1 or t.eval_every < 1:
+        raise ValueError(f"steps={t.steps} and eval_every={t.eval_every} must be at least 1.")
+    if t.profile and t.steps <= _PROFILED_STEPS[0]:
+        raise ValueError(
+            f"A profile starts after {_PROFILED_STEPS[0]} steps, but this run has {t.steps}. Train "
+            f"longer, or do not profile."
+        )
+    positions = parallel.shard(np.arange(t.batch_size, dtype=np.int32))
+    evaluator = Evaluator(t.model, t.preprocessing, parallel, t.batch_size)
+    readings = Readings(evaluator, t.dataset, rules=t.rules, estimator=t.estimator, watch=t.watch)
+    train_step = compile_train_step(t, parallel)
+    order = functools.cache(lambda epoch: epoch_order(t.seed, epoch, len(t.dataset.train)))
+
+    with Checkpoints(run.path / "checkpoints") as checkpoints:
+        state = _initial_state(t, checkpoints)
+        first = int(state.step)
+        print(describe(state.params, t.rules))
+        run.forget_after(first)
+        readings.remember_codes(state)
+        (images, labels), _ = readings.train
+        on_devices = parallel.replicate(state)
+        recent: list[dict[str, Any]] = []  # metrics since the last evaluation
+        looked_at = 0  # how many of them are known to be finite
+        since = time.monotonic()
+        with _progress(first, t.steps) as show, _profiler(t.profile, run.path) as profile:
+            for step in range(first, t.steps):
+                profile(step - first)
+                epoch, batch = divmod(step, per_epoch)
+                indices = order(epoch)[batch * t.batch_size :][: t.batch_size]
+                on_devices, metrics = train_step(
+                    on_devices, images, labels, parallel.shard(indices), positions
+                )
+                recent.append(metrics)
+                done = step + 1
+                evaluates = done % t.eval_every == 0 or done == t.steps
+                if not evaluates and done % _LOOK_EVERY:
+                    continue
+                recent[looked_at:] = jax.device_get(parallel.unreplicate(recent[looked_at:]))
+                _check_finite(recent[looked_at:], done, checkpoints.latest_step)
+                looked_at = len(recent)
+                speed = len(recent) * t.batch_size / (time.monotonic() - since)
+                show(done, recent[-1], speed)
+                if not evaluates:
+                    continue
+                state = parallel.unreplicate(on_devices)
+                alpha = float(t.alpha(done))
+                _check_finite_network(state, alpha, checkpoints.latest_step)
+                line = {
+                    "step": done,
+                    "epoch": done / per_epoch,
+                    "alpha": alpha,
+                    "learning_rate": float(t.learning_rate(step // t.accumulate)),
+                    "train_loss": float(np.mean([m["loss"] for m in recent])),
+                    "train_accuracy": float(np.mean([m["accuracy"] for m in recent])),
+                    **readings.metrics(state, alpha),
+                }
+                run.write_metrics({**line, "images_per_second": speed})
+                # After its line, which a run that is cut off in between computes again.
+                checkpoints.save(state)
+                recent.clear()
+                looked_at, since = 0, time.monotonic()
+    summary = readings.summary(state, float(t.alpha(t.steps)), run.metrics, read_test=t.read_test)
+    seconds = time.monotonic() - started
+    return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
+
+
+def compile_train_step(training: Training, parallel: Parallel) -> Callable[..., Any]:
+    """The training step over all devices, which takes over the memory of the state it is given."""
+    step = make_train_step(
+        training.model,
+        training.optimizer,
+        rules=training.rules,
+        estimator=training.estimator,
+        alpha=training.alpha,
+        preprocessing=training.preprocessing,
+        label_smoothing=training.label_smoothing,
+        latent_limit=training.latent_limit,
+    )
+    return parallel.wrap(step, sharded=[False, False, False, True, True], donate=[0])
+
+
+def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
+    source = None if training.init_from is None else training.init_from / "checkpoints"
+    if source is not None and checkpoints.latest_step is None and not source.is_dir():
+        raise FileNotFoundError(
+            f"There is no run to start from in {training.init_from}: {source} is missing. Train "
+            f"that run first, or correct --init_from."
+        )
+    image_shape = training.dataset.train.images.shape[1:]
+    state = create_state(training.model, training.optimizer, image_shape, training.seed)
+    if checkpoints.latest_step is not None:
+        return checkpoints.restore(state)
+    if source is not None:
+        with Checkpoints(source) as others:
+            return others.restore_network(state)
+    return state
+
+
+def _check_finite(recent: Sequence[dict[str, Any]], done: int, checkpoint: int | None) -> None:
+    for step, metrics in enumerate(recent, start=done - len(recent)):
+        if not np.isfinite(metrics["loss"]):
+            found = f"The loss is {metrics['loss']} at step {step}"
+            raise _non_finite(found, float(metrics["alpha"]), checkpoint)
+
+
+def _check_finite_network(state: TrainState, alpha: float, checkpoint: int | None) -> None:
+    """The loss of a step says nothing yet of the weights that its update made."""
+    network = jax.device_get((state.params, state.model_state))
+    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(network)):
+        raise _non_finite(f"Weights are not finite after step {state.step - 1}", alpha, checkpoint)
+
+
+def _non_finite(found: str, alpha: float, checkpoint: int | None) -> NonFiniteLossError:
+    last = "no checkpoint yet" if checkpoint is None else f"step {checkpoint}"
+    return NonFiniteLossError(
+        f"{found}, at alpha {alpha:.4f}. Last checkpoint: {last}. Lower the learning rate or clip "
+        f"gradients, under another --name."
+    )
+
+
+@contextlib.contextmanager
+def _progress(first: int, steps: int) -> Iterator[Callable[[int, dict[str, Any], float], None]]:
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
+
+        def show(done: int, metrics: dict[str, Any], speed: float) -> None:
+            text = (
+                f"loss {float(metrics['loss']):.3f}, accuracy {float(metrics['accuracy']):.3f}, "
+                f"alpha {float(metrics['alpha']):.3f}, {speed:,.0f} images/s"
+            )
+            progress.update(task, completed=done, metrics=text)
+            if not console.is_terminal:
+                console.print(f"step {done}/{steps}: {text}", soft_wrap=True)
+
+        yield show
+
+
+@contextlib.contextmanager
+def _profiler(enabled: bool, path: Path) -> Iterator[Callable[[int], None]]:
+    first, last = _PROFILED_STEPS
+    running = False
+
+    def profile(step: int) -> None:
+        nonlocal running
+        if enabled and step == first:
+            jax.profiler.start_trace(str(path / "profile"))
+            running = True
+        elif running and step == last:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield profile
+    finally:
+        if running:
+            jax.profiler.stop_trace()

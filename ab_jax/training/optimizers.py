@@ -1,0 +1,86 @@
+"""Optimizers by name, with what recipes wrap around them."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import optax
+
+# Adding an optimizer is one line: a function of the learning-rate schedule, the momentum, the
+# weight decay and the mask of what decays.
+Factory = Callable[..., optax.GradientTransformation]
+OPTIMIZERS: Mapping[str, Factory] = {
+    "sgd": lambda rate, momentum, decay, mask: optax.chain(
+        optax.add_decayed_weights(decay, mask), optax.sgd(rate, momentum)
+    ),
+    "adamw": lambda rate, momentum, decay, mask: optax.adamw(
+        rate, b1=momentum, weight_decay=decay, mask=mask
+    ),
+}
+
+
+def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
+    """Learning rate: up to `peak` in `warmup_steps` in a line, then down to 0 along a cosine.
+
+    Raises:
+      ValueError: a peak that is not positive, or a warm-up that leaves no step.
+    """
+    if peak <= 0:
+        raise ValueError(f"learning_rate={peak}: the learning rate must be positive.")
+    if not 0 <= warmup_steps < total_steps:
+        raise ValueError(
+            f"A warm-up of {warmup_steps} steps does not fit into {total_steps} steps of training. "
+            f"Train longer or warm up less."
+        )
+    # Without warm-up the first step is already at the peak.
+    return optax.warmup_cosine_decay_schedule(
+        init_value=0.0 if warmup_steps else peak,
+        peak_value=peak,
+        warmup_steps=warmup_steps,
+        decay_steps=total_steps,
+    )
+
+
+def make_optimizer(
+    name: str,
+    learning_rate: optax.Schedule,
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    clip_norm: float | None = None,
+    accumulate: int = 1,
+) -> optax.GradientTransformation:
+    """An optax optimizer with weight decay on kernels only.
+
+    Args:
+      name: one of `OPTIMIZERS`.
+      learning_rate: a schedule over updates: with `accumulate` there is one every so many steps.
+      momentum: of SGD; the first moment's decay of AdamW.
+      weight_decay: added to the gradient by SGD, decoupled in AdamW; on leaves named `kernel`.
+      clip_norm: the largest global norm of the gradient; None: not clipped.
+      accumulate: batches whose gradients are averaged for an update.
+
+    Raises:
+      ValueError: an unknown name or a number out of range.
+    """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"Unknown optimizer {name!r}. Known: {', '.join(sorted(OPTIMIZERS))}.")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum} must lie in [0, 1).")
+    if weight_decay < 0:
+        raise ValueError(f"weight_decay={weight_decay} must not be negative.")
+    if clip_norm is not None and clip_norm <= 0:
+        raise ValueError(f"clip_norm={clip_norm} must be positive, or None not to clip.")
+    if accumulate < 1:
+        raise ValueError(f"accumulate={accumulate} must be at least 1 batch.")
+    optimizer = OPTIMIZERS[name](learning_rate, momentum, weight_decay, _kernels)
+    if clip_norm is not None:
+        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    if accumulate > 1:
+        optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()
+    return optimizer
+
+
+def _kernels(params: optax.Params) -> optax.Params:
+    return jax.tree.map_with_path(
+        lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params
+    )

@@ -1,0 +1,164 @@
+"""What a run says of its network: accuracies of the blended and of the quantized weights."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ab_jax.blend import Rules, blend, dequantize, quantize
+from ab_jax.data.dataset import Dataset
+from ab_jax.estimators import Estimator
+from ab_jax.quantizers import Quantized
+from ab_jax.training.evaluation import Evaluator
+from ab_jax.training.state import TrainState
+
+_RECALIBRATION_BATCHES = 20
+# In units of the channel's scale, such that the levels -1, 0 and 1 are in the middle of a bin.
+_HISTOGRAM_EDGES = np.linspace(-3.05, 3.05, 62)
+
+
+class Readings:
+    """Reads the state of a run on its validation part as it goes on, on its test set once.
+
+    Every network is read with the running batch-norm statistics and with re-estimated ones: the
+    latter are worth points to methods whose weights keep flipping.
+
+    Args:
+      evaluator: on the devices of the run.
+      dataset: the images; the training part is placed on the devices as `train`.
+      rules, estimator: what the loss sees of the weights.
+      watch: path of a quantized parameter whose effective weights are kept as histograms.
+    """
+
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        dataset: Dataset,
+        *,
+        rules: Rules,
+        estimator: Estimator,
+        watch: str | None = None,
+    ) -> None:
+        self._evaluator = evaluator
+        self._dataset = dataset
+        self._rules = rules
+        self._estimator = estimator
+        self._watch = watch
+        self._codes: list[np.ndarray] = []
+        self.train = evaluator.place(dataset.train)
+        self._validation = evaluator.place(dataset.validation) if len(dataset.validation) else None
+
+    def remember_codes(self, state: TrainState) -> None:
+        """Note the codes of this state, so that the next metrics can tell how many changed.
+
+        Raises:
+          ValueError: the parameter to watch is none that is quantized.
+        """
+        quantized = quantize(state.params, self._rules)
+        if self._watch is not None:
+            _check_watched(quantized, self._watch)
+        self._codes = _codes(quantized)
+
+    def metrics(self, state: TrainState, alpha: float) -> dict[str, Any]:
+        """The metrics of one evaluation on the validation part, for a state at this alpha."""
+        effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
+        quantized = quantize(state.params, self._rules)
+        values = dequantize(quantized)
+        metrics: dict[str, Any] = {}
+        if self._validation is not None:
+            fresh = self._recalibrated(values, state, 1.0)
+            for name, params, model_state, at in (
+                ("blended", effective, state.model_state, alpha),
+                ("quantized", values, state.model_state, 1.0),
+                ("recalibrated", values, fresh, 1.0),
+            ):
+                reading = self._evaluator.read(params, model_state, at, self._validation)
+                metrics[f"{name}_loss"] = reading.loss
+                metrics[f"{name}_accuracy"] = reading.accuracy
+        codes = _codes(quantized)
+        if self._codes:
+            changed = sum(np.count_nonzero(a != b) for a, b in zip(codes, self._codes, strict=True))
+            metrics["changed_codes"] = changed / max(1, sum(c.size for c in codes))
+        self._codes = codes
+        if self._watch is not None:
+            metrics["histogram"] = _histogram(effective, quantized, self._watch)
+        return metrics
+
+    def summary(
+        self, state: TrainState, alpha: float, lines: list[dict[str, Any]], *, read_test: bool
+    ) -> dict[str, Any]:
+        """The final readings: of the network as trained and of its codes.
+
+        Args:
+          state: at the end of the run.
+          alpha: at the end of the run.
+          lines: the metrics written on the way, for the histograms.
+          read_test: whether to read the test set; a trial that chooses among settings must not.
+        """
+        effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
+        values = dequantize(quantize(state.params, self._rules))
+        networks = {
+            "blended": (effective, state.model_state, alpha),
+            "blended_recalibrated": (effective, self._recalibrated(effective, state, alpha), alpha),
+            "quantized": (values, state.model_state, 1.0),
+            "quantized_recalibrated": (values, self._recalibrated(values, state, 1.0), 1.0),
+        }
+
+        def accuracies(placed: Any) -> dict[str, float]:
+            return {
+                name: self._evaluator.read(*network, placed).accuracy
+                for name, network in networks.items()
+            }
+
+        summary: dict[str, Any] = {
+            "validation": accuracies(self._validation) if self._validation is not None else None,
+            "test": accuracies(self._evaluator.place(self._dataset.test)) if read_test else None,
+        }
+        if self._watch is not None:
+            summary["histograms"] = {
+                "parameter": self._watch,
+                "edges": _HISTOGRAM_EDGES.tolist(),
+                "frames": [
+                    {"step": line["step"], "alpha": line["alpha"], "counts": line["histogram"]}
+                    for line in lines
+                ],
+            }
+        return summary
+
+    def _recalibrated(self, params: Any, state: TrainState, alpha: float) -> Any:
+        return self._evaluator.recalibrate(
+            params, state.model_state, alpha, self.train, _RECALIBRATION_BATCHES
+        )
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _codes(quantized: Any) -> list[np.ndarray]:
+    leaves = jax.tree.leaves(quantized, is_leaf=_is_quantized)
+    return [np.asarray(leaf.codes) for leaf in leaves if _is_quantized(leaf)]
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=_is_quantized)
+    return {jax.tree_util.keystr(keys, simple=True, separator="/"): leaf for keys, leaf in leaves}
+
+
+def _check_watched(quantized: Any, path: str) -> None:
+    known = [name for name, leaf in _by_path(quantized).items() if _is_quantized(leaf)]
+    if path not in known:
+        raise ValueError(
+            f"There is no quantized parameter {path!r} to watch; there are {', '.join(known)}."
+        )
+
+
+def _histogram(effective: Any, quantized: Any, path: str) -> list[int]:
+    """How many effective weights of a parameter lie where, in units of their scale."""
+    leaf = _by_path(quantized)[path]
+    scale = Quantized(jnp.ones_like(leaf.codes), leaf.scale, None, 8, "float32").dequantize()
+    relative = np.asarray(_by_path(effective)[path]) / np.asarray(scale)
+    low, high = _HISTOGRAM_EDGES[0], _HISTOGRAM_EDGES[-1]
+    counts, _ = np.histogram(np.clip(relative, low, high), _HISTOGRAM_EDGES)
+    return [int(count) for count in counts]

@@ -1,0 +1,189 @@
+"""What one device does in a training step, an evaluation step and a re-estimation step.
+
+Each is written once and mapped over the devices by `ab_jax.training.parallel`. The whole training
+set lies on every device as uint8; a step picks its images by index.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+from ab_jax.blend import Rules, blend, clip_latent
+from ab_jax.data.augment import augment, normalize
+from ab_jax.estimators import Estimator
+from ab_jax.training.parallel import AXIS
+from ab_jax.training.state import TrainState
+
+Metrics = dict[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocessing:
+    """From uint8 images to what the model sees.
+
+    Attributes:
+      mean, std: per channel, for pixels in 0 to 1.
+      pad: pixels of padding for random crops in training; 0: no crops.
+      flip: whether to flip images at random in training.
+      dtype: of the result.
+    """
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    pad: int = 0
+    flip: bool = False
+    dtype: DTypeLike = jnp.float32
+
+    def normalize(self, images: Array) -> Array:
+        """Normalized images of the same shape."""
+        return normalize(images, self.mean, self.std, self.dtype)
+
+    def augment(self, key: Array, images: Array, positions: Array) -> Array:
+        """Augmented images, still uint8; an image's randomness depends on its position alone."""
+        return augment(key, images, positions, pad=self.pad, flip=self.flip)
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    *,
+    rules: Rules,
+    estimator: Estimator,
+    alpha: optax.Schedule,
+    preprocessing: Preprocessing,
+    label_smoothing: float = 0.0,
+    latent_limit: float | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The training step of one device.
+
+    Args:
+      model: takes images, `train` and `alpha`; synchronizes its batch statistics over `AXIS`.
+      optimizer: applied to gradients averaged over the devices.
+      rules, estimator: what the loss sees of each parameter.
+      alpha: a schedule of the step.
+      preprocessing: of the images.
+      label_smoothing: share of the target that goes to all classes alike.
+      latent_limit: clip the stored quantized weights to this after each update.
+
+    Returns:
+      `(state, images, labels, indices, positions) -> (state, metrics)`, with uint8 images
+      [N, H, W, C] and int32 labels [N] of the whole set, int32 indices [B] of this device's images
+      and their int32 positions [B] in the global batch. The metrics (loss, accuracy, alpha) are of
+      the global batch.
+    """
+
+    def loss_fn(
+        params: Any, state: TrainState, images: Array, labels: Array, alpha_now: Array
+    ) -> tuple[Array, tuple[Any, Array]]:
+        effective = blend(params, rules, alpha_now, estimator=estimator)
+        logits, model_state = model.apply(
+            {"params": effective, **state.model_state},
+            images,
+            train=True,
+            alpha=alpha_now,
+            mutable=list(state.model_state),
+        )
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
+        )
+        loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        return loss, (model_state, logits)
+
+    def train_step(
+        state: TrainState, images: Array, labels: Array, indices: Array, positions: Array
+    ) -> tuple[TrainState, Metrics]:
+        alpha_now = alpha(state.step)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        batch = preprocessing.augment(key, images[indices], positions)
+        targets = labels[indices]
+        # shard_map sums the gradient of replicated parameters by itself, pmap does not. Parameters
+        # that differ by device in type get their device's own gradient from both.
+        params = jax.lax.pcast(state.params, AXIS, to="varying")
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, (model_state, logits)), grads = gradient(
+            params, state, preprocessing.normalize(batch), targets, alpha_now
+        )
+        correct = jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
+        grads, loss, accuracy = jax.lax.pmean((grads, loss, correct), AXIS)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+        if latent_limit is not None:
+            new_params = clip_latent(new_params, rules, limit=latent_limit)
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            params=new_params,
+            model_state=model_state,
+            opt_state=opt_state,
+        )
+        return new_state, {"loss": loss, "accuracy": accuracy, "alpha": alpha_now}
+
+    return train_step
+
+
+def make_eval_step(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Metrics]:
+    """The evaluation step of one device.
+
+    Returns:
+      `(params, model_state, alpha, images, labels, indices, mask) -> sums`: `loss`, `correct` and
+      `count`, summed over the images of the global batch whose bool mask [B] is set. The parameters
+      are used as they are; alpha is that of the activations.
+    """
+
+    def eval_step(
+        params: Any,
+        model_state: Any,
+        alpha: ArrayLike,
+        images: Array,
+        labels: Array,
+        indices: Array,
+        mask: Array,
+    ) -> Metrics:
+        variables = {"params": params, **model_state}
+        batch = preprocessing.normalize(images[indices])
+        logits = jnp.asarray(model.apply(variables, batch, train=False, alpha=alpha))
+        targets = labels[indices]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+        sums = {
+            "loss": jnp.sum(jnp.where(mask, losses, 0)),
+            "correct": jnp.sum((jnp.argmax(logits, axis=-1) == targets) & mask),
+            "count": jnp.sum(mask),
+        }
+        return jax.lax.psum(sums, AXIS)
+
+    return eval_step
+
+
+def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Any]:
+    """The step of one device that measures the statistics of a batch.
+
+    Returns:
+      `(params, model_state, alpha, images, indices) -> model_state` with the batch statistics of
+      these images alone, augmented as in training: the weights have learned to work with those.
+      (Statistics of images without the black borders of random crops cost BinaryNet 2 points.)
+    """
+    model = model.clone(batch_stats_momentum=0.0)
+
+    def batch_stats_step(
+        params: Any, model_state: Any, alpha: ArrayLike, images: Array, indices: Array
+    ) -> Any:
+        variables = {"params": params, **model_state}
+        # Always the same crops of an image, so that a network is always read alike.
+        batch = preprocessing.augment(jax.random.key(0), images[indices], indices)
+        _, measured = model.apply(
+            variables,
+            preprocessing.normalize(batch),
+            train=True,
+            alpha=alpha,
+            mutable=list(model_state),
+        )
+        return measured
+
+    return batch_stats_step

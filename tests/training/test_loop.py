@@ -1,0 +1,353 @@
+"""The loop: what a run writes, that it repeats and resumes to the bit, and how it stops."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ab_jax as ab
+from ab_jax.data import Dataset, Images
+from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.loop import NonFiniteLossError, Training, train
+from ab_jax.training.optimizers import make_optimizer, warmup_cosine
+from ab_jax.training.parallel import Parallel
+from ab_jax.training.records import RunDirectory
+from ab_jax.training.state import TrainState, create_state
+from ab_jax.training.step import Preprocessing
+
+BATCH, STEPS, EVAL_EVERY = 16, 12, 4  # four steps an epoch
+RATE = warmup_cosine(0.2, 1, STEPS // 2)
+RAMP = ab.cubic_ramp(2, 9)
+
+
+@pytest.fixture(scope="module")
+def training(
+    request: pytest.FixtureRequest,
+    model: nn.Module,
+    rules: ab.Rules,
+    preprocessing: Preprocessing,
+    make_images: Callable[..., Images],
+) -> Training:
+    """Three epochs, with all that has a state: momentum, accumulation, augmentation, statistics."""
+    rng = np.random.default_rng([request.config.getoption("seed"), 1])
+    dataset = Dataset(
+        name="random",
+        version="1.0.0",
+        train=make_images(rng, 4 * BATCH + 3),
+        validation=make_images(rng, 21),
+        test=make_images(rng, 21),
+        class_names=tuple("abcde"),
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+    )
+    return Training(
+        model=model,
+        dataset=dataset,
+        preprocessing=preprocessing,
+        rules=rules,
+        estimator=ab.alpha_blend,
+        alpha=RAMP,
+        optimizer=make_optimizer("sgd", RATE, weight_decay=1e-3, accumulate=2),
+        learning_rate=RATE,
+        batch_size=BATCH,
+        steps=STEPS,
+        eval_every=EVAL_EVERY,
+        seed=int(rng.integers(2**31)),
+        accumulate=2,
+    )
+
+
+def run(training: Training, path: Path, **changes: Any) -> dict[str, Any]:
+    """Train on two devices in a directory; returns the record."""
+    parallel = Parallel("pmap", tuple(jax.devices()[:2]))
+    with RunDirectory(path, experiment="tests", config={"name": path.name}) as directory:
+        return train(dataclasses.replace(training, **changes), parallel, directory)
+
+
+def last_state(training: Training, path: Path) -> TrainState:
+    like = create_state(training.model, training.optimizer, (4, 4, 1), seed=0)
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        return checkpoints.restore(like)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    """The metrics but for the speed, which no two runs share."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines]
+
+
+def assert_same_bits(actual: Any, expected: Any) -> None:
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    path: Path
+    record: dict[str, Any]
+    lines: list[dict[str, Any]]
+    state: TrainState
+
+
+@pytest.fixture(scope="module")
+def finished(training: Training, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A run that nothing interrupted."""
+    path = tmp_path_factory.mktemp("runs") / "whole"
+    record = run(training, path)
+    return Finished(path, record, lines_of(path), last_state(training, path))
+
+
+# What a run writes
+
+
+def test_each_evaluation_is_a_line(finished: Finished) -> None:
+    lines = finished.lines
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    np.testing.assert_allclose(
+        [line["alpha"] for line in lines], [1 - (5 / 7) ** 3, 1 - (1 / 7) ** 3, 1], rtol=1e-6
+    )
+    # The rate of the update that the last batch belongs to: two batches each.
+    assert [line["learning_rate"] for line in lines] == [float(RATE(i)) for i in (1, 3, 5)]
+    readings = {
+        f"{name}_{of}"
+        for name in ("train", "blended", "quantized", "recalibrated")
+        for of in ("loss", "accuracy")
+    }
+    expected = {"step", "epoch", "alpha", "learning_rate", "changed_codes", *readings}
+    for line in lines:
+        assert set(line) == expected
+        assert all(0 <= line[key] <= 1 for key in line if key.endswith(("accuracy", "codes")))
+    assert finished.record["metrics"][0]["images_per_second"] > 0
+
+
+def test_the_network_learns(training: Training, tmp_path: Path) -> None:
+    record = run(
+        training,
+        tmp_path / "run",
+        optimizer=make_optimizer("sgd", optax.constant_schedule(0.1)),
+        estimator=ab.full_precision,
+        alpha=optax.constant_schedule(0.0),
+        steps=200,
+        eval_every=40,
+        read_test=False,
+    )
+    losses = [line["train_loss"] for line in record["metrics"]]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_record_holds_lines_and_final_readings(finished: Finished) -> None:
+    record = json.loads((finished.path / "record.json").read_text())
+    assert record == finished.record
+    lines = [
+        {k: v for k, v in line.items() if k != "images_per_second"} for line in record["metrics"]
+    ]
+    assert lines == finished.lines
+    summary = record["summary"]
+    assert summary["steps"] == STEPS
+    assert summary["seconds"] > 0
+    names = {"blended", "blended_recalibrated", "quantized", "quantized_recalibrated"}
+    assert set(summary["validation"]) == set(summary["test"]) == names
+    # The last line and the summary read the same networks.
+    assert summary["validation"]["quantized"] == lines[-1]["quantized_accuracy"]
+    assert summary["validation"]["quantized_recalibrated"] == lines[-1]["recalibrated_accuracy"]
+    # Alpha is 1 by now, so that the network as trained is the quantized one.
+    assert summary["validation"]["blended"] == summary["validation"]["quantized"]
+
+
+def test_train_metrics_are_means_since_the_last_evaluation(
+    training: Training, finished: Finished, tmp_path: Path
+) -> None:
+    run(training, tmp_path / "often", eval_every=1, steps=4, read_test=False)
+    often = lines_of(tmp_path / "often")
+    for key in ("train_loss", "train_accuracy"):
+        mean = np.mean([line[key] for line in often])
+        assert finished.lines[0][key] == pytest.approx(mean, rel=1e-6)
+    # Looking more often changes nothing.
+    for key in ("quantized_loss", "blended_loss", "recalibrated_loss"):
+        assert often[-1][key] == finished.lines[0][key]
+
+
+# The same run again, whole or in parts
+
+
+def test_the_same_seed_gives_the_same_run_traced_or_not(
+    training: Training, finished: Finished, tmp_path: Path
+) -> None:
+    run(training, tmp_path / "again", profile=True)
+    assert lines_of(tmp_path / "again") == finished.lines
+    assert_same_bits(last_state(training, tmp_path / "again"), finished.state)
+    traces = list((tmp_path / "again" / "profile").rglob("*.xplane.pb"))
+    assert len(traces) == 1
+    assert traces[0].stat().st_size > 0
+    assert not (finished.path / "profile").exists()
+
+
+def test_another_seed_gives_another_run(
+    training: Training, finished: Finished, tmp_path: Path
+) -> None:
+    run(training, tmp_path / "other", seed=training.seed + 1)
+    other = last_state(training, tmp_path / "other")
+    for field in ("params", "key"):
+        for a, b in zip(
+            jax.tree.leaves(getattr(other, field)),
+            jax.tree.leaves(getattr(finished.state, field)),
+            strict=True,
+        ):
+            assert np.any(np.asarray(a) != np.asarray(b))
+    assert lines_of(tmp_path / "other") != finished.lines
+
+
+@pytest.mark.parametrize(
+    ("cut", "when", "lines", "resumed_at"),
+    [
+        ((Checkpoints, "save"), "after", 2, 8),
+        ((Checkpoints, "save"), "before", 2, 4),
+        ((RunDirectory, "write_metrics"), "before", 1, 4),
+    ],
+)
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    training: Training,
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: tuple[type, str],
+    when: str,
+    lines: int,
+    resumed_at: int,
+) -> None:
+    calls, whole = 0, getattr(*cut)
+
+    def interrupted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls < 2 or when == "after":
+            whole(*args)
+        if calls == 2:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(*cut, interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(training, path)
+    assert lines_of(path) == finished.lines[:lines]
+    assert not (path / "record.json").exists()
+
+    record = run(training, path)
+    assert record["summary"]["resumed_at"] == resumed_at
+    assert lines_of(path) == finished.lines
+    assert_same_bits(last_state(training, path), finished.state)
+    for part in ("validation", "test"):
+        assert record["summary"][part] == finished.record["summary"][part]
+
+
+def test_a_run_cut_off_after_its_last_step_needs_only_its_summary(
+    training: Training, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "complete", lambda self, summary: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(training, path)
+    record = run(training, path)
+    assert record["summary"]["test"] == finished.record["summary"]["test"]
+    assert lines_of(path) == finished.lines
+
+
+# Starting from another run
+
+
+def test_a_run_starts_from_the_weights_and_statistics_of_another(
+    training: Training, finished: Finished, tmp_path: Path
+) -> None:
+    # A step that changes neither, so that what the run started from is what it ends with.
+    frozen = dataclasses.replace(
+        training,
+        model=training.model.clone(batch_stats_momentum=1.0),
+        optimizer=optax.set_to_zero(),
+        steps=1,
+        seed=training.seed + 1,
+        init_from=finished.path,
+        read_test=False,
+    )
+    run(frozen, tmp_path / "next")
+    state = last_state(frozen, tmp_path / "next")
+    assert_same_bits(state.params, finished.state.params)
+    assert_same_bits(state.model_state, finished.state.model_state)
+    assert int(state.step) == 1
+    assert np.any(state.key != finished.state.key)
+
+
+def test_a_run_does_not_start_from_a_network_that_does_not_fit(
+    training: Training, finished: Finished, tmp_path: Path
+) -> None:
+    wide = training.model.clone(features=7)
+    with pytest.raises(ValueError, match=r"does not fit the model: .*norm/mean is \(3,\) there"):
+        run(training, tmp_path / "next", model=wide, init_from=finished.path)
+
+
+def test_a_missing_run_to_start_from_is_named(training: Training, tmp_path: Path) -> None:
+    missing = tmp_path / "nothing"
+    with pytest.raises(FileNotFoundError, match="no run to start from") as error:
+        run(training, tmp_path / "next", init_from=missing)
+    assert f"in {missing}" in str(error.value)
+    assert "--init_from" in str(error.value)
+
+
+# How a run stops
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(training: Training, tmp_path: Path) -> None:
+    explodes = optax.piecewise_constant_schedule(1e-3, {5: 1e36})
+    with pytest.raises(NonFiniteLossError) as error:
+        run(
+            training,
+            tmp_path / "run",
+            optimizer=make_optimizer("sgd", explodes, accumulate=1),
+            alpha=optax.constant_schedule(0.25),
+            estimator=ab.soft_straight_through,
+        )
+    # The update of step 5 (counted from 0) is the first one that explodes, the loss of step 6 or 7
+    # the first that shows it; the last checkpoint is that of the evaluation after four steps.
+    message = str(error.value)
+    assert any(f"at step {step}, at alpha 0.2500" in message for step in (6, 7)), message
+    assert "Last checkpoint: step 4" in message
+    assert "Lower the learning rate" in message
+    assert not (tmp_path / "run" / "record.json").exists()
+
+
+def test_weights_that_are_not_finite_are_not_saved(training: Training, tmp_path: Path) -> None:
+    # The loss of a step is that of the weights before its update: after the sixth it is finite yet.
+    optimizer = make_optimizer("sgd", lambda count: jnp.where(count < 5, 1e-3, jnp.inf))
+    with pytest.raises(NonFiniteLossError, match="Last checkpoint: step 5"):
+        run(training, tmp_path / "run", optimizer=optimizer, eval_every=1)
+    state = last_state(dataclasses.replace(training, optimizer=optimizer), tmp_path / "run")
+    assert int(state.step) == 5
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 0}, r"steps=0 and eval_every=4 must be at least 1"),
+        ({"eval_every": 0}, r"steps=12 and eval_every=0 must be at least 1"),
+        ({"batch_size": 15}, r"batch of 15 cannot be shared evenly by 2 devices"),
+        ({"batch_size": 68}, r"batch_size=68 must lie between 1 and .*n=67"),
+    ],
+)
+def test_lengths_that_make_no_sense_are_refused(
+    training: Training, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(training, tmp_path / "run", **changes)
