@@ -1,0 +1,204 @@
+r"""BinaryNet on CIFAR-10: 1-bit weights (and activations) in float, by STE, soft STE or AB.
+
+Source: BinaryConnect (arXiv 1511.00363) and BinaryNet (arXiv 1602.02830) for the network,
+alpha-blending (arXiv 1903.01061) for the method. Learning rates, ramp and schedule are our choice.
+
+Full size, on an accelerator:
+
+    python -m experiments.binarynet_cifar10 --method=float --seed=0 --name=float/seed0
+    python -m experiments.binarynet_cifar10 --method=ab --seed=0 --init_from=runs/float/seed0
+
+Small, on two cores, about two minutes each (see the README for the study made this way):
+
+    python -m experiments.binarynet_cifar10 --dataset=cifar10_jpeg --image_size=16 --width=0.125 \
+        --epochs=4 --method=float --name=small/float
+    python -m experiments.binarynet_cifar10 --dataset=cifar10_jpeg --image_size=16 --width=0.125 \
+        --epochs=4 --method=ab --init_from=runs/small/float --name=small/ab
+"""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import optax
+import tyro
+
+import ab_jax as ab
+from ab_jax.activations import ACTIVATIONS
+from ab_jax.data import load, steps_per_epoch
+from ab_jax.models.binarynet import BinaryNet
+from ab_jax.training.loop import NonFiniteLossError, Training, train
+from ab_jax.training.optimizers import make_optimizer, warmup_cosine
+from ab_jax.training.parallel import AXIS, Parallel
+from ab_jax.training.records import RunDirectory
+from ab_jax.training.step import Preprocessing
+
+ESTIMATORS: dict[str, ab.Estimator] = {
+    "float": ab.full_precision,
+    "ste": ab.straight_through,
+    "soft_ste": ab.soft_straight_through,
+    "ab": ab.alpha_blend,
+}
+
+QUANTIZERS: dict[str, ab.Quantizer] = {
+    "binary": ab.Binary(),
+    "binary_fixed": ab.Binary(fixed_scale=1.0),
+    "ternary": ab.Ternary(),
+    **{f"int{bits}": ab.Uniform(bits=bits) for bits in range(2, 9)},
+    **{f"int{bits}_absmax": ab.Uniform(bits=bits, scale="absmax") for bits in range(2, 9)},
+}
+
+RAMPS = {"cubic": ab.cubic_ramp, "linear": ab.linear_ramp, "cosine": ab.cosine_ramp}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train BinaryNet with low-precision weights."""
+
+    # What the loss sees of the weights: float (the weights), ste (their quantized values), soft_ste
+    # and ab (a blend along the ramp, with the gradient of ste or with its own).
+    method: Literal["float", "ste", "soft_ste", "ab"] = "ab"
+    # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
+    # int8 (least squares), int2_absmax to int8_absmax.
+    quantizer: str = "binary"
+    # relu: 1-bit weights only. sign: 1-bit activations too, with the hard tanh's derivative
+    # backward. sign_blend: the same, its gradient scaled by 1 - alpha as the weights' is.
+    activation: str = "relu"
+    # How alpha rises from 0 to 1: cubic, linear, cosine, or jump (at the ramp's start).
+    ramp: Literal["cubic", "linear", "cosine", "jump"] = "cubic"
+    ramp_start: float = 0.0  # where the ramp starts, in parts of the run
+    ramp_stop: float = 0.9  # where alpha is 1, in parts of the run
+    # Run to start from, as a directory: its last checkpoint's weights and batch statistics.
+    init_from: str | None = None
+
+    dataset: str = "cifar10"  # cifar10, cifar10_jpeg, digits, or image_folder:NAME
+    data_dir: str | None = None  # where prepared data lie; None: $TFDS_DATA_DIR or TFDS's default
+    image_size: int | None = None  # average images down to this many pixels; None: as they are
+    validation: int | None = None  # training images kept for validation; None: 5,000 of CIFAR-10
+    pad: int | None = None  # pixels of padding for random crops; None: an eighth of the image
+    flip: bool = True  # mirror training images at random
+
+    width: float = 1.0  # multiplies the features of every hidden layer
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and products
+
+    epochs: float = 30.0  # length of the run, in epochs
+    batch_size: int = 128  # images in a batch, over all devices
+    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum; adamw is AdamW
+    learning_rate: float = 0.1  # at the peak
+    warmup: float = 1.0  # epochs of linear warm-up; a cosine down to 0 follows
+    momentum: float = 0.9  # of SGD; the first moment's decay of AdamW
+    weight_decay: float = 5e-4  # on kernels only
+    label_smoothing: float = 0.0  # share of the target that goes to all classes alike
+    clip_norm: float | None = None  # largest global norm of the gradient; None: not clipped
+    accumulate: int = 1  # batches whose gradients are averaged for one update
+    latent_limit: float | None = None  # clip stored weights to +- this (BinaryNet: 1); None: do not
+    seed: int = 0  # of the initial weights, the order and the augmentation
+
+    name: str = "binarynet_cifar10"  # the run's directory below runs_dir; the same name resumes
+    runs_dir: str = "runs"  # where runs lie
+    eval_every: float = 1.0  # epochs between evaluations and checkpoints
+    read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
+    watch: str | None = None  # parameter whose weights are kept as histograms, such as conv3/kernel
+    parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
+    profile: bool = False  # write a JAX trace of ten steps
+    compilation_cache: str = "~/.cache/ab_jax"  # where compiled steps are kept; empty: nowhere
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train as the flags say and return the run's record."""
+    c = config
+    quantizer = _named("quantizer", c.quantizer, QUANTIZERS)
+    activation = _named("activation", c.activation, ACTIVATIONS)
+    rules = ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
+    dataset = load(c.dataset, data_dir=c.data_dir, validation=c.validation, image_size=c.image_size)
+    per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
+    steps = max(1, round(c.epochs * per_epoch))
+    learning_rate = warmup_cosine(
+        c.learning_rate,
+        round(c.warmup * per_epoch) // c.accumulate,
+        max(1, steps // c.accumulate),
+    )
+    image_size = dataset.image_shape[0]
+    training = Training(
+        model=BinaryNet(
+            num_classes=dataset.num_classes,
+            width=c.width,
+            activation=activation,
+            dtype=c.dtype,
+            axis_name=AXIS,
+        ),
+        dataset=dataset,
+        preprocessing=Preprocessing(
+            mean=dataset.mean,
+            std=dataset.std,
+            pad=image_size // 8 if c.pad is None else c.pad,
+            flip=c.flip,
+        ),
+        rules=rules,
+        estimator=ESTIMATORS[c.method],
+        alpha=alpha_schedule(c, steps),
+        optimizer=make_optimizer(
+            c.optimizer,
+            learning_rate,
+            momentum=c.momentum,
+            weight_decay=c.weight_decay,
+            clip_norm=c.clip_norm,
+            accumulate=c.accumulate,
+        ),
+        learning_rate=learning_rate,
+        batch_size=c.batch_size,
+        steps=steps,
+        eval_every=max(1, round(c.eval_every * per_epoch)),
+        seed=c.seed,
+        accumulate=c.accumulate,
+        label_smoothing=c.label_smoothing,
+        latent_limit=c.latent_limit,
+        init_from=None if c.init_from is None else Path(c.init_from),
+        read_test=c.read_test,
+        watch=c.watch,
+        profile=c.profile,
+    )
+    if c.compilation_cache:
+        cache = Path(c.compilation_cache).expanduser()
+        jax.config.update("jax_compilation_cache_dir", str(cache))
+        # Small programs too: there are a hundred of them, and they add up.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    with RunDirectory(
+        Path(c.runs_dir) / c.name,
+        experiment="experiments.binarynet_cifar10",
+        config=dataclasses.asdict(c),
+    ) as directory:
+        return train(training, Parallel(c.parallel, tuple(jax.devices())), directory)
+
+
+def alpha_schedule(config: Config, steps: int) -> optax.Schedule:
+    """Alpha over the steps of a run: 0 for float, 1 for STE, else the ramp."""
+    if config.method == "float":
+        return optax.constant_schedule(0.0)
+    if config.method == "ste":
+        return optax.constant_schedule(1.0)
+    start = round(config.ramp_start * steps)
+    if config.ramp == "jump":
+        return ab.jump(start)
+    return RAMPS[config.ramp](start, round(config.ramp_stop * steps))
+
+
+def _named(flag: str, name: str, known: dict[str, Any]) -> Any:
+    if name not in known:
+        raise ValueError(f"--{flag}={name} is not known. Choose one of {', '.join(known)}.")
+    return known[name]
+
+
+def main() -> None:
+    """The command line; what the user can mend ends it with one line on stderr."""
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    try:
+        run(config)
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

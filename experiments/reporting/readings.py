@@ -1,0 +1,177 @@
+"""Run records read from disk, and grouped so that a group's runs differ by their seed alone."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+# The methods in the order of a table, and their names there.
+METHODS = {"float": "float", "ste": "STE", "soft_ste": "soft STE", "ab": "AB"}
+Group = tuple[Any, ...]
+
+
+class ReportError(Exception):
+    """The records cannot be reported as asked; the message says what to change."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One finished run, as its `record.json` holds it.
+
+    `metrics` has one mapping an evaluation; `summary` has the final readings, as fractions, under
+    "validation" and "test", the latter None or absent when the test set was not read.
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    summary: Mapping[str, Any]
+    metrics: Sequence[Mapping[str, Any]] = ()
+    experiment: str = "unknown experiment"
+    revision: str = "unknown"
+    hardware: str = "unknown"
+    packages: Mapping[str, str] = field(default_factory=dict)
+    path: Path | None = None
+
+    @property
+    def method(self) -> str:
+        return str(self.config["method"])
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    @property
+    def is_final(self) -> bool:
+        """Whether the test set was read; the other runs are trials, for choosing flags by."""
+        return bool(self.summary.get("test"))
+
+    def template(self, flag: str) -> Any:
+        """A flag's value; `seed3` in its text becomes `seed{seed}`, so that runs that differ by
+        their seed alone have equal ones."""
+        value = self.config.get(flag)
+        if isinstance(value, str):
+            return value.replace(f"seed{self.seed}", "seed{seed}")
+        return value
+
+    def accuracy(self, part: str, key: str) -> float | None:
+        """A final reading in percent, None where there is none; `part` is validation or test."""
+        value = (self.summary.get(part) or {}).get(key)
+        return None if value is None else 100 * float(value)
+
+
+def read_records(paths: Iterable[Path | str]) -> list[Record]:
+    """The records in files and, recursively, in directories, sorted by name.
+
+    JSON files without "config" and "summary" are passed over; the same record found twice (in
+    `runs/` and as a kept copy) counts once.
+
+    Raises ReportError: a missing path, broken JSON, a record without a method or seed, two
+    different records of one name.
+    """
+    records: dict[str, Record] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise ReportError(f"{path} does not exist: name a directory of records, or a record")
+        for file in sorted(path.rglob("*.json")) if path.is_dir() else [path]:
+            if (record := _read_record(file)) is None:
+                continue
+            other = records.setdefault(record.name, record)
+            if (other.config, other.summary) != (record.config, record.summary):
+                raise ReportError(
+                    f"{other.path} and {file} are different runs named {record.name}: "
+                    "remove one, or give each a --name of its own"
+                )
+    return [records[name] for name in sorted(records)]
+
+
+def _read_record(file: Path) -> Record | None:
+    try:
+        held = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ReportError(f"{file} is not JSON ({error}): remove it, or run it again") from None
+    if not isinstance(held, dict) or not {"config", "summary"} <= held.keys():
+        return None
+    if missing := {"method", "seed"} - held["config"].keys():
+        raise ReportError(
+            f"{file}: its config has no {' and no '.join(sorted(missing))}; a report compares "
+            "methods over seeds, so leave this record out"
+        )
+    known = {"experiment", "config", "summary", "metrics", "revision", "hardware", "packages"}
+    fields = {key: held[key] for key in known & held.keys() if held[key] is not None}
+    name = held.get("name") or held["config"].get("name") or file.stem
+    return Record(name=name, path=file, **fields)
+
+
+def group_records(
+    records: Sequence[Record], group_by: Sequence[str], ignore: Sequence[str]
+) -> dict[Group, list[Record]]:
+    """Records by the values of the flags `group_by`, methods in the order of METHODS.
+
+    Raises ReportError: a flag no config has; a group whose runs differ in a flag that is neither
+    in `group_by` nor in `ignore`, since a mean over them would mean nothing; a seed run twice.
+    A path that holds the run's own seed as `seed3` counts as equal.
+    """
+    groups: dict[Group, list[Record]] = {}
+    for record in records:
+        if missing := [flag for flag in group_by if flag not in record.config]:
+            raise ReportError(
+                f"--group_by: {record.name} has no flag {', '.join(missing)}; "
+                f"it has: {', '.join(sorted(record.config))}"
+            )
+        groups.setdefault(tuple(record.config[flag] for flag in group_by), []).append(record)
+    for group, members in groups.items():
+        where = ", ".join(f"{flag}={value}" for flag, value in zip(group_by, group, strict=True))
+        _check_alike(where, members, ignore)
+        _check_seeds(where, members)
+    return {group: sorted(groups[group], key=_seed) for group in sorted(groups, key=sort_key)}
+
+
+def _check_alike(where: str, members: Sequence[Record], ignore: Sequence[str]) -> None:
+    first = members[0]
+    for record in members[1:]:
+        for flag in sorted({*first.config, *record.config} - {*ignore}):
+            if first.template(flag) != record.template(flag):
+                raise ReportError(
+                    f"the runs of {where} are not alike: {flag} is {first.config.get(flag)} in "
+                    f"{first.name} and {record.config.get(flag)} in {record.name}; add {flag} to "
+                    "--group_by, or to --ignore if it cannot change a result"
+                )
+
+
+def _check_seeds(where: str, members: Sequence[Record]) -> None:
+    seen: dict[int, Record] = {}
+    for record in members:
+        other = seen.setdefault(record.seed, record)
+        if other is not record:
+            raise ReportError(
+                f"seed {record.seed} of {where} was run twice, as {other.name} and {record.name}: "
+                "report one of them"
+            )
+
+
+def _seed(record: Record) -> int:
+    return record.seed
+
+
+def sort_key(values: Iterable[Any]) -> list[tuple[int, float, str]]:
+    """Orders flags' values: known methods first, as in METHODS, then numbers, then text."""
+    order: list[str] = list(METHODS)
+    key = []
+    for value in values:
+        if isinstance(value, str) and value in order:
+            key.append((0, float(order.index(value)), ""))
+        elif isinstance(value, int | float):
+            key.append((1, float(value), ""))
+        else:
+            key.append((2, 0.0, str(value)))
+    return key
+
+
+def distinct(values: Iterable[Any]) -> list[Any]:
+    """The different ones among the values, in order; they may be lists."""
+    found: list[Any] = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return sorted(found, key=lambda value: sort_key([value]))

@@ -1,0 +1,1 @@
+"""From lists of flags to processes: the parts of `experiments.sweep`."""

@@ -1,0 +1,52 @@
+"""The benchmark times every step once a round, and its table says what the record holds."""
+
+import json
+
+import numpy as np
+import pytest
+
+from experiments.bench_step import STEPS, Config, run, table
+
+
+@pytest.fixture
+def record(rng):
+    return {
+        "config": {"width": 0.5, "image_size": 16, "batch_size": 8},
+        "parameters": 1_500_000,
+        "hardware": "a machine",
+        "packages": {"jax": "1.2.3"},
+        "seconds": {name: rng.uniform(1, 2, size=7).tolist() for name, _, _ in STEPS},
+    }
+
+
+def test_ratios_are_taken_within_a_round(record):
+    lines = table(record).splitlines()
+    seconds = {name: np.array(times) for name, times in record["seconds"].items()}
+    for line, (name, _, _) in zip(lines[3:], STEPS[1:], strict=False):
+        ratios = seconds[name] / seconds["float"]
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        low, high = ratios.min(), ratios.max()
+        assert cells == [name, f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
+    assert "n = 7 rounds" in lines[-1]
+    assert "1.5 million parameters" in lines[-1]
+
+
+def test_a_run_measures_each_step_in_each_round(tmp_path):
+    out = tmp_path / "bench" / "tiny.json"
+    steps = STEPS[:2]
+    record = run(Config(width=1 / 64, image_size=8, batch_size=4, rounds=2, out=out), steps)
+    assert record == json.loads(out.read_text())
+    assert {name: len(times) for name, times in record["seconds"].items()} == {
+        name: 2 for name, _, _ in steps
+    }
+    assert all(time > 0 for times in record["seconds"].values() for time in times)
+    # Convolutions 3-2-2-4-4-8-8, dense 8-16-16, head 10; batch norm has two numbers a feature.
+    features = [2, 2, 4, 4, 8, 8, 16, 16, 10]
+    inputs = [9 * 3, 9 * 2, 9 * 2, 9 * 4, 9 * 4, 9 * 8, 8, 16, 16]
+    kernels = sum(a * b for a, b in zip(inputs, features, strict=True))
+    assert record["parameters"] == kernels + 2 * sum(features)
+
+
+def test_no_rounds_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--rounds=0 must be at least 1"):
+        run(Config(rounds=0, out=tmp_path / "x.json"))

@@ -1,0 +1,232 @@
+"""The experiment: its flags and their errors at the command line, and small runs of each method."""
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+from experiments import binarynet_cifar10
+from experiments.binarynet_cifar10 import Config, alpha_schedule
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A compilation cache of this file's own; `run` sets JAX's for good."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    compilation_cache.reset_cache()
+    yield str(tmp_path_factory.mktemp("cache"))
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory, cache: str) -> Config:
+    """Two epochs of two steps each, on 128 digits."""
+    return Config(
+        dataset="digits",
+        validation=1397 - 128,
+        activation="sign",
+        width=1 / 32,
+        epochs=2.0,
+        batch_size=64,
+        warmup=0.0,
+        eval_every=0.5,
+        flip=False,
+        watch="conv3/kernel",
+        runs_dir=str(tmp_path_factory.mktemp("runs")),
+        compilation_cache=cache,
+    )
+
+
+@pytest.fixture(scope="module")
+def first_losses() -> dict[str, float]:
+    """The loss of the first step by method."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough to be parallel; eight simulated ones on a few cores mostly wait for each other."""
+    devices = jax.devices()[:2]
+    monkeypatch.setattr(jax, "devices", lambda: devices)
+
+
+# Small runs
+
+
+@pytest.mark.parametrize("method", ["float", "ste", "soft_ste", "ab"])
+def test_each_method_runs_to_its_record(
+    tiny: Config, first_losses: dict[str, float], method: Any
+) -> None:
+    config = dataclasses.replace(tiny, method=method, ramp_stop=0.75, name=f"digits/{method}")
+    record = binarynet_cifar10.run(config)
+    directory = Path(tiny.runs_dir) / "digits" / method
+    assert json.loads((directory / "record.json").read_text()) == record
+    assert record["experiment"] == "experiments.binarynet_cifar10"
+    assert record["config"] == dataclasses.asdict(config)
+
+    lines, summary = record["metrics"], record["summary"]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    ramp = [1 - (2 / 3) ** 3, 1 - (1 / 3) ** 3, 1, 1]  # from step 0 to step 3
+    alphas = {"float": [0] * 4, "ste": [1] * 4}.get(method, ramp)
+    np.testing.assert_allclose([line["alpha"] for line in lines], alphas, rtol=1e-6)
+    # With alpha 1 the network as trained is the one of the codes.
+    for line, alpha in zip(lines, alphas, strict=True):
+        assert (line["blended_loss"] == line["quantized_loss"]) == (alpha == 1)
+    for part in ("validation", "test"):
+        accuracies = summary[part]
+        same = accuracies["blended"] == accuracies["quantized"]
+        assert same or method == "float"
+        assert all(0 <= accuracy <= 1 for accuracy in accuracies.values())
+
+    histograms = summary["histograms"]
+    assert histograms["parameter"] == "conv3/kernel"
+    assert [frame["step"] for frame in histograms["frames"]] == [1, 2, 3, 4]
+    for frame, alpha in zip(histograms["frames"], alphas, strict=True):
+        counts = np.asarray(frame["counts"])
+        assert counts.sum() == 3 * 3 * 8 * 8
+        levels = np.count_nonzero(counts)
+        assert levels == 2 if alpha == 1 else levels > 2
+
+    # Runs of one seed are paired: same weights, same images. What differs in the first step of a
+    # ramp, where alpha is 0, is nothing; STE differs from the start.
+    first_losses[method] = lines[0]["train_loss"]
+    for other, loss in first_losses.items():
+        alike = other == method or "ste" not in (other, method)
+        assert (loss == pytest.approx(lines[0]["train_loss"], rel=1e-5)) == alike
+
+
+def test_alpha_follows_the_flags() -> None:
+    def alphas(**flags: Any) -> list[float]:
+        schedule = alpha_schedule(Config(**flags), 100)
+        return [float(schedule(step)) for step in (0, 20, 50, 80, 100)]
+
+    assert alphas(method="float") == [0, 0, 0, 0, 0]
+    assert alphas(method="ste") == [1, 1, 1, 1, 1]
+    for method in ("soft_ste", "ab"):
+        ramp = {"method": method, "ramp_start": 0.2, "ramp_stop": 0.8}
+        assert alphas(**ramp) == pytest.approx([0, 0, 0.875, 1, 1])
+        assert alphas(**ramp, ramp="linear") == pytest.approx([0, 0, 0.5, 1, 1])
+        assert alphas(**ramp, ramp="cosine") == pytest.approx([0, 0, 0.5, 1, 1])
+        assert alphas(**ramp, ramp="jump") == [0, 1, 1, 1, 1]
+
+
+# The command line
+
+
+@pytest.fixture
+def stderr_of(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., str]:
+    """What the command ends with, as one line without the frame that tyro draws."""
+
+    def call(*flags: str) -> str:
+        words = ["binarynet_cifar10", f"--runs_dir={tmp_path}", "--compilation_cache=", *flags]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as exit_:
+            binarynet_cifar10.main()
+        assert exit_.value.code not in (0, None)
+        message = exit_.value.code if isinstance(exit_.value.code, str) else ""
+        return plain(capsys.readouterr().err + message)
+
+    return call
+
+
+def plain(text: str) -> str:
+    """The text without frames, colours and line breaks."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", text).split())
+
+
+@pytest.mark.parametrize(
+    ("flags", "messages"),
+    [
+        (["--learning_rat=0.1"], ["--learning_rat", "--learning_rate"]),
+        (["--method=admm"], ["--method", "admm", "float, ste, soft_ste, ab"]),
+        (["--epochs=many"], ["--epochs", "many"]),
+        (["--quantizer=int9"], ["--quantizer=int9 is not known", "binary", "int8_absmax"]),
+        (["--activation=tanh"], ["--activation=tanh is not known", "relu, sign, sign_blend"]),
+        (["--dataset=mnist"], ["no data set named 'mnist'", "digits", "cifar10_jpeg"]),
+    ],
+)
+def test_an_unknown_flag_or_value_is_named(
+    stderr_of: Callable[..., str], flags: list[str], messages: list[str]
+) -> None:
+    error = stderr_of(*flags)
+    for message in messages:
+        if message == "float, ste, soft_ste, ab":
+            assert all(choice in error for choice in message.split(", "))
+        else:
+            assert message in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ramp_start=0.5", "--ramp_stop=0.5"], "must stop after it starts"),
+        (["--ramp_start=0.75", "--ramp_stop=0.25", "--ramp=linear"], "must stop after it starts"),
+        (["--warmup=30"], "A warm-up of 540 steps does not fit into 540 steps"),
+        (["--learning_rate=-1"], "learning_rate=-1.0: the learning rate must be positive"),
+        (["--momentum=2"], "momentum=2.0 must lie in [0, 1)"),
+        (["--batch_size=5000"], "batch_size=5000 must lie between 1 and"),
+        (["--batch_size=63"], "A batch of 63 cannot be shared evenly by 2 devices"),
+        (["--init_from=nowhere"], "There is no run to start from in nowhere"),
+        (["--image_size=3"], "image_size"),
+        (["--watch=conv9/kernel"], "no quantized parameter 'conv9/kernel' to watch"),
+    ],
+)
+def test_values_that_make_no_sense_end_with_one_line(
+    stderr_of: Callable[..., str], flags: list[str], message: str
+) -> None:
+    tiny = ["--dataset=digits", "--batch_size=64", "--width=0.01"]
+    given = {flag.partition("=")[0] for flag in flags}
+    error = stderr_of(*(flag for flag in tiny if flag.partition("=")[0] not in given), *flags)
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_missing_data_is_named_with_the_command_that_prepares_it(
+    stderr_of: Callable[..., str], tmp_path: Path
+) -> None:
+    error = stderr_of("--dataset=cifar10_jpeg", f"--data_dir={tmp_path / 'data'}")
+    assert f"cifar10_jpeg is not prepared in {tmp_path / 'data'}" in error
+    assert "python -m ab_jax.data.prepare cifar10_jpeg --source=PATH" in error
+
+
+def test_a_complete_run_ends_with_one_line(stderr_of: Callable[..., str], tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "record.json").write_text("{}")
+    error = stderr_of("--dataset=digits", "--name=old")
+    assert f"error: The run {tmp_path / 'old'} is complete. Choose another --name" in error
+
+
+def test_help_says_what_each_flag_does() -> None:
+    command = [sys.executable, "-m", "experiments.binarynet_cifar10", "--help"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    shown = plain(result.stdout)
+    flags = [field.name for field in dataclasses.fields(Config)]
+    # Each flag's part of the text: choices and type, then what it does, then the default.
+    starts = [re.search(rf" --{flag}(?=[ ,])", shown) for flag in flags]
+    assert all(starts), [flag for flag, start in zip(flags, starts, strict=True) if not start]
+    positions = sorted(start.start() for start in starts if start)
+    texts = [shown[a:b] for a, b in zip(positions, [*positions[1:], None], strict=True)]
+    silent = []
+    for text in texts:
+        said = re.sub(r"^ --\w+(, --no_\w+)?( \{[^}]*\})?(\|?[A-Z]+)?", "", text)
+        said = re.sub(r"\(default: .*", "", said).strip()
+        if not re.search(r"[a-z]", said) or said.startswith("--"):
+            silent.append(text)
+    assert silent == []

@@ -1,0 +1,48 @@
+"""The README's tables are those of the records in `results/`."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from experiments.report import readme_blocks, renew_readme
+from experiments.reporting.readings import read_records
+from experiments.reporting.tables import readme_table
+
+ROOT = Path(__file__).parents[2]
+
+
+def stale_studies(text: str, results: Path) -> list[str]:
+    """The marked blocks of a README that differ from the table of their records."""
+    return [
+        block.study
+        for block in readme_blocks(text)
+        if block.text != readme_table(read_records([results / block.study]), block.options)
+    ]
+
+
+def test_readme_tables_agree_with_the_records() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    if not readme_blocks(text):
+        pytest.skip("README.md has no block <!-- table: STUDY -->, so there is nothing to compare")
+    stale = stale_studies(text, ROOT / "results")
+    assert not stale, (
+        f"renew by: python -m experiments.report results/{stale[0]} --readme=README.md"
+    )
+
+
+def test_the_comparison_finds_a_changed_record(tmp_path: Path) -> None:
+    record = {
+        "name": "a",
+        "config": {"method": "ab", "seed": 0, "learning_rate": 0.1},
+        "summary": {"test": {"quantized": 0.5, "quantized_recalibrated": 0.6}},
+    }
+    path = tmp_path / "study/a.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(record))
+    empty = "<!-- table: study -->\n<!-- /table: study -->\n"
+    text = renew_readme(empty, "study", readme_table(read_records([path.parent])))
+    assert stale_studies(text, tmp_path) == []
+    assert stale_studies(text.replace("60.00", "61.00"), tmp_path) == ["study"]
+    path.write_text(json.dumps(record).replace("0.6}", "0.61}"))
+    assert stale_studies(text, tmp_path) == ["study"]
