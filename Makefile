@@ -1,0 +1,67 @@
+# Every target first makes the environment it needs, in $(VENV), and renews it when the
+# requirements change. Assumed on the machine: make, and Python 3.11 or newer as $(PYTHON).
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= 2
+
+PY := $(VENV)/bin/python
+TRAIN := $(VENV)/.installed-train
+TEST := $(VENV)/.installed-test
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test lint format clean distclean
+
+help: ## show this list
+	@echo "Targets:"
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
+	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer)  VENV=$(VENV)  JOBS=$(JOBS) (test processes)"
+
+quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (2 minutes)
+	$(PY) -m experiments.quickstart
+
+test: lint ## check the style and the types, then run all tests
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
+
+lint: $(TEST) ## check the style and the types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(TEST) ## put the sources into the house's format
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean: ## remove caches and build leftovers; runs and the environment stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find ab_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+distclean: clean ## remove the environment too
+	rm -rf .venv
+
+# The environment. A stamp file says which list is installed; an environment made by hand has none,
+# and pip then installs into it whatever is missing.
+
+define CHECK_PYTHON
+import sys; sys.version_info >= (3, 11) or sys.exit("error: %s is Python %d.%d, and ab_jax needs 3.11 or newer. Name another one (make PYTHON=python3.12 ...); if it is the one in $(VENV), remove that folder first." % ((sys.executable,) + tuple(sys.version_info[:2])))
+endef
+
+$(PY):
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no '$(PYTHON)' here. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(CHECK_PYTHON)'
+	@echo "Making the environment in $(VENV)"
+	@rm -f $(TRAIN) $(TEST) $(PY)* # a link to a Python that is gone, too
+	@"$(PYTHON)" -m venv $(VENV) || { rm -f $(PY); echo "error: could not make $(VENV). On Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+$(TRAIN): requirements.txt $(PY)
+	@$(PY) -c '$(CHECK_PYTHON)'
+	@echo "Installing requirements.txt into $(VENV) (once; some minutes, about 1.2 GB)"
+	$(PY) -m pip install -r requirements.txt
+	@touch $@
+
+$(TEST): requirements-test.txt pyproject.toml $(TRAIN)
+	@echo "Installing the test tools into $(VENV)"
+	$(PY) -m pip install -e '.[train,test]'
+	@touch $@

@@ -1,0 +1,100 @@
+"""What the README shows is run: its Python, and the flags of its commands."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tyro
+
+import ab_jax as ab
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+class Model(nn.Module):
+    """A network with the names that the README's rules speak of."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Dense(8, name="stem")(x))
+        x = nn.relu(nn.Dense(8, name="hidden")(x))
+        return nn.Dense(4, name="head")(x)
+
+
+@pytest.fixture
+def example(rng):
+    """The names that the README's Python uses and defines."""
+    model = Model()
+    images = jnp.asarray(rng.normal(size=(16, 6)), jnp.float32)
+    names = {
+        "model": model,
+        "params": model.init(jax.random.key(int(rng.integers(2**31))), images)["params"],
+        "batch": {"image": images, "label": jnp.asarray(rng.integers(0, 4, 16))},
+        "optax": optax,
+        "step": 45_000,
+    }
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        exec(block, names)
+    return names
+
+
+def test_the_example_trains_by_alpha_blending(example):
+    gradient = jax.jit(jax.grad(example["loss_fn"]))
+    params, batch = example["params"], example["batch"]
+    plain = jax.grad(lambda p: example["loss_fn"](p, batch, 0))(params)
+    halfway = gradient(params, batch, 45_000)
+    at_end = gradient(params, batch, 90_000)
+    assert float(np.abs(plain["hidden"]["kernel"]).max()) > 0
+    assert float(np.abs(halfway["hidden"]["kernel"]).max()) > 0
+    for layer in ("stem", "hidden", "head"):
+        np.testing.assert_array_equal(at_end[layer]["kernel"], 0)
+        assert float(np.abs(at_end[layer]["bias"]).max()) > 0
+
+
+def test_the_example_ends_in_the_network_of_its_codes(example):
+    params, batch, rules = example["params"], example["batch"], example["rules"]
+    quantized = ab.quantize(params, rules)
+    assert [quantized[layer]["kernel"].bits for layer in ("stem", "hidden", "head")] == [8, 4, 8]
+    logits = example["model"].apply({"params": ab.dequantize(quantized)}, batch["image"])
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+    np.testing.assert_allclose(example["loss_fn"](params, batch, 90_000), loss, rtol=1e-6)
+
+
+def commands(program):
+    # Tables bring commands of their own, which the tests of the report read back.
+    text = re.sub(r"<!-- table: .*?<!-- /table: ", "", README, flags=re.DOTALL)
+    lines = re.findall(rf"python -m {re.escape(program)}\.(\w+)([^`\n]*)", text)
+    assert lines
+    return lines
+
+
+@pytest.mark.parametrize(("name", "arguments"), commands("experiments"))
+def test_the_flags_of_each_command_exist(name, arguments):
+    module = importlib.import_module(f"experiments.{name}")
+    own, _, passed_on = arguments.partition(" -- ")
+    config = tyro.cli(module.Config, args=shlex.split(own), use_underscores=True)
+    if passed_on:
+        experiment = importlib.import_module(f"experiments.{config.experiment}")
+        flags = {word.partition("=")[0].removeprefix("--") for word in shlex.split(passed_on)}
+        assert flags <= set(experiment.Config.__dataclass_fields__)
+
+
+def test_the_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", README, re.MULTILINE)
+    assert {"quickstart", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_pictures_exist():
+    for picture in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
+        assert (ROOT / picture).is_file(), f"README shows {picture}, which does not exist"
