@@ -54,9 +54,11 @@ class Rules:
         """The index of the rule that decides each path.
 
         Raises:
-          ValueError: a path that no rule covers; a rule that decides no path, unless it matches
-            them all (a catch-all with nothing left to catch).
+          ValueError: no paths at all; a path that no rule covers; a rule that decides no path,
+            unless it matches them all (a catch-all with nothing left to catch).
         """
+        if not paths:
+            raise ValueError("There are no parameters: the tree has no leaves.")
         matches = [
             [i for i, (pattern, _) in enumerate(self.rules) if re.fullmatch(pattern, path)]
             for path in paths
@@ -119,7 +121,8 @@ def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = al
 
     Raises:
       ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); an
-        alpha outside [0, 1]. TypeError: a quantizer for a leaf that is not floating point.
+        alpha outside [0, 1]. TypeError: a quantizer for a leaf that is not floating point; an
+        alpha that is no number.
     """
     if not callable(alpha):
         _check_alpha(alpha, "")
@@ -251,6 +254,8 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _check_alpha(alpha: ArrayLike, where: str) -> None:
+    if not isinstance(alpha, (Array, np.ndarray, np.number, int, float)):
+        raise TypeError(f"alpha{where} must be a scalar in [0, 1], not {alpha!r}.")
     if jnp.shape(alpha) != ():
         raise ValueError(
             f"alpha{where} must be a scalar, not an array of shape {jnp.shape(alpha)}."

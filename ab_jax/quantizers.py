@@ -83,8 +83,9 @@ class Quantizer(abc.ABC):
         kernel.
 
     Raises:
-      ValueError: (from `quantize`) an axis the weight does not have, or a group size that does not
-        fit. TypeError: a weight that is not floating point.
+      ValueError: an axis or a group size that is no integer; from `quantize` also an axis that the
+        weight does not have, or a group size that does not fit. TypeError: a weight that is not
+        floating point.
     """
 
     bits: ClassVar[int]  # width of a packed code; `Uniform` makes it a field
@@ -96,9 +97,14 @@ class Quantizer(abc.ABC):
     def __post_init__(self) -> None:
         if isinstance(self.axis, Sequence):  # a list would not be hashable
             object.__setattr__(self, "axis", tuple(self.axis))
-        if self.group_size is not None and self.group_size < 1:
+        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
+        if not all(axis is None or isinstance(axis, int) for axis in (*axes, self.group_axis)):
+            raise ValueError(f"{self}: axis and group_axis must be integers (or axis=None).")
+        if self.group_size is not None and not (
+            isinstance(self.group_size, int) and self.group_size >= 1
+        ):
             raise ValueError(
-                f"{self}: group_size must be at least 1, or None for no groups, "
+                f"{self}: group_size must be an integer of at least 1, or None for no groups, "
                 f"not {self.group_size}."
             )
 
@@ -187,10 +193,20 @@ class Binary(Quantizer):
 
     Attributes:
       fixed_scale: None for the least-squares optimum, else the scale of every channel.
+
+    Raises:
+      ValueError: a fixed scale that is not positive and finite.
     """
 
     bits: ClassVar[int] = 1
     fixed_scale: float | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.fixed_scale is not None and not 0 < self.fixed_scale < math.inf:
+            raise ValueError(
+                f"{self}: fixed_scale must be positive and finite, or None for the mean of |w|."
+            )
 
     def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, None]:
         codes = jnp.where(w >= 0, 1, -1)
@@ -233,7 +249,7 @@ class Uniform(Quantizer):
         absmax. `absmax` (min-max if affine) clips nothing.
 
     Raises:
-      ValueError: a bit width outside 2 to 8, or an unknown scale.
+      ValueError: a bit width that is no integer from 2 to 8, or an unknown scale.
     """
 
     bits: int  # type: ignore[misc]
@@ -242,7 +258,7 @@ class Uniform(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in range(2, 9):
+        if not (isinstance(self.bits, int) and 2 <= self.bits <= 8):
             advice = " For 1 bit use Binary()." if self.bits == 1 else ""
             raise ValueError(f"Uniform takes 2 to 8 bits, not bits={self.bits!r}.{advice}")
         if self.scale not in ("least_squares", "absmax"):

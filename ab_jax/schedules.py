@@ -8,7 +8,9 @@ alpha-blending the weights move by a factor `1 - alpha`, so a ramp from the very
 them, and one that ends with training leaves batch norm no time to settle.
 """
 
+import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 
 def cubic_ramp(start: int, stop: int) -> optax.Schedule:
@@ -52,8 +54,10 @@ def cosine_ramp(start: int, stop: int) -> optax.Schedule:
     _check("cosine_ramp", start, stop)
     # Optax's cosine falls from 1 to 0; read backwards it is 0 up to `start`, 1 from `stop` on.
     falling = optax.cosine_decay_schedule(init_value=1.0, decay_steps=stop - start)
-    return optax.join_schedules(
-        [optax.constant_schedule(0.0), lambda count: 1 - falling(count)], boundaries=[start]
+    return _of_signed_steps(
+        optax.join_schedules(
+            [optax.constant_schedule(0.0), lambda count: 1 - falling(count)], boundaries=[start]
+        )
     )
 
 
@@ -68,20 +72,33 @@ def jump(at: int) -> optax.Schedule:
     """
     if at < 0:
         raise ValueError(f"jump(at={at}): a step cannot be negative. Give at >= 0.")
-    return optax.join_schedules(
-        [optax.constant_schedule(0.0), optax.constant_schedule(1.0)], boundaries=[at]
+    return _of_signed_steps(
+        optax.join_schedules(
+            [optax.constant_schedule(0.0), optax.constant_schedule(1.0)], boundaries=[at]
+        )
     )
 
 
 def _polynomial_ramp(name: str, start: int, stop: int, power: int) -> optax.Schedule:
     _check(name, start, stop)
-    return optax.polynomial_schedule(
-        init_value=0.0,
-        end_value=1.0,
-        power=power,
-        transition_steps=stop - start,
-        transition_begin=start,
+    return _of_signed_steps(
+        optax.polynomial_schedule(
+            init_value=0.0,
+            end_value=1.0,
+            power=power,
+            transition_steps=stop - start,
+            transition_begin=start,
+        )
     )
+
+
+def _of_signed_steps(schedule: optax.Schedule) -> optax.Schedule:
+    """Optax subtracts `start` from the step, and an unsigned step before it would wrap around."""
+
+    def ramp(step: ArrayLike) -> ArrayLike:
+        return schedule(jnp.asarray(step).astype(jnp.int32))
+
+    return ramp
 
 
 def _check(name: str, start: int, stop: int) -> None:

@@ -386,6 +386,7 @@ COUNTER = {"kernel": np.ones((4, 3), np.float32), "step.count": np.zeros((2, 2),
 @pytest.mark.parametrize(
     ("tree", "rules", "kind", "words"),
     [
+        ({}, [(".*", None)], ValueError, ["no parameters", "no leaves"]),
         (  # matches nothing
             TREE,
             [("kernel", INT4), (".*", None)],
@@ -493,6 +494,10 @@ def test_alpha_is_a_scalar():
         ab.blend(TREE, KERNELS, lambda path: np.ones(1))
     with pytest.raises(ValueError, match=r"alpha must be a scalar.*\(2,\)"):
         jax.jit(lambda a: ab.blend(TREE, KERNELS, a))(np.ones(2))
+    with pytest.raises(TypeError, match=r"alpha must be a scalar in \[0, 1\], not None"):
+        ab.blend(TREE, KERNELS, None)
+    with pytest.raises(TypeError, match=r"alpha for dense/kernel must be a scalar.*not '1'"):
+        ab.blend(TREE, KERNELS, lambda path: "1")
 
 
 # describe

@@ -59,7 +59,9 @@ def test_a_single_step_will_do(ramp):
     jitted = jax.jit(schedule)
     for step in (0, 99, 100, 101, 250, 299, 300, LAST_STEP):
         wanted = FORMULAS[ramp](progress(np.int64(step), 100, 300))
-        for alpha in (schedule(step), jitted(step), jitted(jnp.int32(step))):
+        # An unsigned step before the start must not wrap around to the far side of the ramp.
+        steps = (step, jnp.int32(step), jnp.uint32(step), np.int64(step))
+        for alpha in (*map(schedule, steps), *map(jitted, steps)):
             assert (alpha.shape, alpha.dtype) == ((), jnp.float32)
             np.testing.assert_allclose(alpha, wanted, rtol=0, atol=3e-7)
             assert (alpha == 0) == (step <= 100)
@@ -82,8 +84,9 @@ def test_ramps_differ_where_they_should(ramp):
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["eager", "jitted"])
 def test_jump(at, wrap):
     steps = np.unique(np.clip([0, at - 1, at, at + 1, LAST_STEP], 0, LAST_STEP)).astype(np.int32)
-    alphas = wrap(jump(at))(steps)
-    np.testing.assert_array_equal(alphas, (steps >= at).astype(np.float32), strict=True)
+    for dtype in (np.int32, np.uint32):
+        alphas = wrap(jump(at))(steps.astype(dtype))
+        np.testing.assert_array_equal(alphas, (steps >= at).astype(np.float32), strict=True)
     assert float(wrap(jump(at))(at)) == 1.0
 
 

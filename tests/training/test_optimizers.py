@@ -37,9 +37,9 @@ def run(optimizer: optax.GradientTransformation, params: Any, gradients: list[An
     return results
 
 
-def assert_close(actual: Any, expected: Any) -> None:
+def assert_close(actual: Any, expected: Any, atol: float = 1e-6) -> None:
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), actual, expected
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=atol), actual, expected
     )
 
 
@@ -83,10 +83,10 @@ def test_adamw_decays_beside_the_normalized_gradient(rng: np.random.Generator) -
     optimizer = make_optimizer(
         "adamw", optax.constant_schedule(RATE), momentum=0.7, weight_decay=0.3
     )
-    w = params
-    first = second = jax.tree.map(jnp.zeros_like, params)
+    w = jax.tree.map(np.float64, params)
+    first = second = jax.tree.map(np.zeros_like, w)
     for t, after in enumerate(run(optimizer, params, gradients), start=1):
-        gradient = gradients[t - 1]
+        gradient = jax.tree.map(np.float64, gradients[t - 1])
         first = jax.tree.map(lambda m, g: 0.7 * m + 0.3 * g, first, gradient)
         second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second, gradient)
         w = jax.tree.map(
@@ -97,7 +97,9 @@ def test_adamw_decays_beside_the_normalized_gradient(rng: np.random.Generator) -
             ),
             *(w, first, second, decay_of(0.3)),
         )
-        assert_close(after, w)
+        # Optax takes `1 - 0.999**t` in float32, where four digits of it are left. Its square root
+        # changes an update by up to 5e-5 of itself, and these are hardly longer than RATE.
+        assert_close(after, w, atol=t * RATE * 1e-4)
 
 
 @pytest.mark.parametrize("factor", [0.5, 4.0])
