@@ -437,7 +437,7 @@ COUNTER = {"kernel": np.ones((4, 3), np.float32), "step.count": np.zeros((2, 2),
         ),
     ],
     ids=[
-        *("matches nothing", "uncovered", "shadowed", "integer", "function", "key"),
+        *("empty", "matches nothing", "uncovered", "shadowed", "integer", "function", "key"),
         *("axis", "groups"),
     ],
 )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from experiments.bench_step import table
 from experiments.report import readme_blocks, renew_readme
 from experiments.reporting.readings import read_records
 from experiments.reporting.tables import readme_table
@@ -29,6 +30,13 @@ def test_readme_tables_agree_with_the_records() -> None:
     assert not stale, (
         f"renew by: python -m experiments.report results/{stale[0]} --readme=README.md"
     )
+
+
+def test_the_readme_shows_the_table_of_the_step_benchmark() -> None:
+    record = json.loads((ROOT / "results/bench_step/binarynet.json").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- bench_step -->\n")[2].partition("\n<!-- /bench_step -->")[0]
+    assert block == table(record), "replace it by what python -m experiments.bench_step printed"
 
 
 def test_the_comparison_finds_a_changed_record(tmp_path: Path) -> None:
