@@ -3,9 +3,11 @@
     python -m experiments.bench_step        (about ten minutes on two cores)
 
 BinaryNet, each method's real training step, all in one process: in every round each step runs once,
-in an order that rotates, so that a slower or faster minute of the machine meets them all alike. The
-ratio is taken within a round; the table gives its median over the rounds with the 95 % interval of
-that median (from the order of the ratios alone, as the noise of a shared machine is not normal).
+in an order drawn anew, so that neither a slower minute of the machine nor what a neighbour leaves in
+the caches falls on one step more than on another. The float step runs twice a round: its second
+row is what this measurement makes of two steps that do not differ. The ratio is taken within a
+round; the table gives its median over the rounds with the 95 % interval of that median (from the
+order of the ratios alone, as the noise of a shared machine is not normal).
 """
 
 import dataclasses
@@ -31,10 +33,12 @@ from ab_jax.training.records import describe_run, write_json
 from ab_jax.training.state import create_state
 from ab_jax.training.step import Preprocessing, make_train_step
 
-# Name, estimator and quantizer of each step; the first is what the others are compared with.
+# Name, estimator and quantizer of each step; the first is what the others are compared with, the
+# second the control: the same program, compiled again.
 Step = tuple[str, ab.Estimator, ab.Quantizer]
 STEPS: tuple[Step, ...] = (
     ("float", ab.full_precision, ab.Binary()),
+    ("float, again", ab.full_precision, ab.Binary()),
     ("STE, 1 bit", ab.straight_through, ab.Binary()),
     ("AB, 1 bit", ab.alpha_blend, ab.Binary()),
     ("STE, 4 bits, absmax", ab.straight_through, ab.Uniform(bits=4, scale="absmax")),
@@ -52,6 +56,7 @@ class Config:
     image_size: int = 32  # pixels
     batch_size: int = 128  # images
     rounds: int = 11  # measurements of each step, after a round to warm up
+    seed: int = 0  # of the order in which a round runs the steps
     out: Path = Path("results/bench_step/binarynet.json")
 
 
@@ -71,9 +76,9 @@ def run(config: Config, steps: Sequence[Step] = STEPS) -> dict[str, Any]:
         compiled[name] = step
         compile_seconds[name] = time.perf_counter() - started
     seconds: dict[str, list[float]] = {name: [] for name, _, _ in steps}
-    names = list(seconds)
+    rng = np.random.default_rng(config.seed)
     for i in range(config.rounds + 1):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
+        for name in rng.permutation(list(seconds)):
             started = time.perf_counter()
             states[name], _ = jax.block_until_ready(
                 compiled[name](states[name], *batch, indices, indices)
