@@ -11,6 +11,7 @@ order of the ratios alone, as the noise of a shared machine is not normal).
 """
 
 import dataclasses
+import os
 import statistics
 import sys
 import time
@@ -32,6 +33,9 @@ from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.records import describe_run, write_json
 from ab_jax.training.state import create_state
 from ab_jax.training.step import Preprocessing, make_train_step
+
+# Environment variables that change how fast a step runs, for the record.
+ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS")
 
 # Name, estimator and quantizer of each step; the first is what the others are compared with, the
 # second the control: the same program, compiled again.
@@ -88,6 +92,7 @@ def run(config: Config, steps: Sequence[Step] = STEPS) -> dict[str, Any]:
     flags = {**dataclasses.asdict(config), "out": str(config.out)}
     record = {
         **describe_run("experiments.bench_step", flags),
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "parameters": _parameters(config),
         "seconds": seconds,
         "compile_seconds": compile_seconds,
@@ -112,12 +117,13 @@ def table(record: dict[str, Any]) -> str:
         ratios = [a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)]
         low, high = median_interval(ratios)
         lines.append(f"| {name} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} |")
+    environment = "".join(f"; {name}={value}" for name, value in record["environment"].items())
     lines += [
         "",
         f"BinaryNet of width {flags['width']:g} ({record['parameters'] / 1e6:.1f} million "
         f"parameters), {flags['image_size']} x {flags['image_size']} images, batch "
         f"{flags['batch_size']}, float32; n = {n} rounds; {record['hardware']}; "
-        f"jax {record['packages']['jax']}.",
+        f"jax {record['packages']['jax']}{environment}.",
     ]
     return "\n".join(lines)
 

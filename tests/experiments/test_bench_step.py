@@ -15,6 +15,7 @@ def record(rng):
         "parameters": 1_500_000,
         "hardware": "a machine",
         "packages": {"jax": "1.2.3"},
+        "environment": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
         "seconds": {name: rng.uniform(1, 2, size=7).tolist() for name, _, _ in STEPS},
     }
 
@@ -29,6 +30,7 @@ def test_ratios_are_taken_within_a_round(record):
         assert cells == [name, f"{np.median(ratios):.3f}", f"{low:.3f} to {high:.3f}"]
     assert "n = 7 rounds" in lines[-1]
     assert "1.5 million parameters" in lines[-1]
+    assert lines[-1].endswith("jax 1.2.3; GLIBC_TUNABLES=glibc.malloc.hugetlb=1.")
 
 
 def test_the_interval_covers_the_median_as_often_as_it_says(rng):
@@ -44,7 +46,8 @@ def test_the_interval_of_few_ratios_is_their_range():
     assert median_interval([1.5]) == (1.5, 1.5)
 
 
-def test_a_run_measures_each_step_in_each_round(tmp_path):
+def test_a_run_measures_each_step_in_each_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")  # noted, for this process idle
     out = tmp_path / "bench" / "tiny.json"
     steps = STEPS[:2]
     record = run(Config(width=1 / 64, image_size=8, batch_size=4, rounds=2, out=out), steps)
@@ -53,6 +56,7 @@ def test_a_run_measures_each_step_in_each_round(tmp_path):
         name: 2 for name, _, _ in steps
     }
     assert all(time > 0 for times in record["seconds"].values() for time in times)
+    assert record["environment"]["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2"
     # Convolutions 3-2-2-4-4-8-8, dense 8-16-16, head 10; batch norm has two numbers a feature.
     features = [2, 2, 4, 4, 8, 8, 16, 16, 10]
     inputs = [9 * 3, 9 * 2, 9 * 2, 9 * 4, 9 * 4, 9 * 8, 8, 16, 16]
