@@ -3,11 +3,14 @@
     python -m experiments.bench_step        (about ten minutes on two cores)
 
 BinaryNet, each method's real training step, all in one process: in every round each step runs once,
-in an order drawn anew, so that neither a slower minute of the machine nor what a neighbour leaves in
-the caches falls on one step more than on another. The float step runs twice a round: its second
+in an order drawn anew, so that neither a slower minute of the machine nor what a neighbour leaves
+in the caches falls on one step more than on another. The float step runs twice a round: its second
 row is what this measurement makes of two steps that do not differ. The ratio is taken within a
 round; the table gives its median over the rounds with the 95 % interval of that median (from the
 order of the ratios alone, as the noise of a shared machine is not normal).
+
+On Linux CPUs most of what a quantized step costs beyond its arithmetic is new memory, mapped in
+pages of 4 KB at every step. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks for large pages.
 """
 
 import dataclasses
@@ -61,7 +64,7 @@ class Config:
     batch_size: int = 128  # images
     rounds: int = 11  # measurements of each step, after a round to warm up
     seed: int = 0  # of the order in which a round runs the steps
-    out: Path = Path("results/bench_step/binarynet.json")
+    out: Path = Path("results/bench_step/batch128.json")
 
 
 def run(config: Config, steps: Sequence[Step] = STEPS) -> dict[str, Any]:
@@ -102,30 +105,40 @@ def run(config: Config, steps: Sequence[Step] = STEPS) -> dict[str, Any]:
     return record
 
 
-def table(record: dict[str, Any]) -> str:
-    """The Markdown table of a record: each step's ratio to the float step of the same round."""
-    seconds = record["seconds"]
-    baseline, *others = seconds
-    n = len(seconds[baseline])
-    flags = record["config"]
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of some records, a column each: ratios to the float step of the round."""
+    names = list(records[0]["seconds"])
     lines = [
-        "| step | time / float: median | 95 % interval |",
-        "| --- | ---: | ---: |",
-        f"| {baseline} | 1 ({statistics.median(seconds[baseline]):.2f} s) | |",
+        f"| step | {' | '.join(_conditions(record) for record in records)} |",
+        f"| --- |{' ---: |' * len(records)}",
     ]
-    for name in others:
-        ratios = [a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)]
-        low, high = median_interval(ratios)
-        lines.append(f"| {name} | {statistics.median(ratios):.3f} | {low:.3f} to {high:.3f} |")
-    environment = "".join(f"; {name}={value}" for name, value in record["environment"].items())
+    for name in names:
+        lines.append(f"| {name} | {' | '.join(_ratio(record, name) for record in records)} |")
+    first = records[0]
+    rounds = ", ".join(str(len(record["seconds"][names[0]])) for record in records)
     lines += [
         "",
-        f"BinaryNet of width {flags['width']:g} ({record['parameters'] / 1e6:.1f} million "
-        f"parameters), {flags['image_size']} x {flags['image_size']} images, batch "
-        f"{flags['batch_size']}, float32; n = {n} rounds; {record['hardware']}; "
-        f"jax {record['packages']['jax']}{environment}.",
+        f"Time of a step / float: median [95 % interval] over n = {rounds} rounds. BinaryNet of "
+        f"width {first['config']['width']:g} ({first['parameters'] / 1e6:.1f} million parameters), "
+        f"{first['config']['image_size']} x {first['config']['image_size']} images, float32; "
+        f"{first['hardware']}; jax {first['packages']['jax']}.",
     ]
     return "\n".join(lines)
+
+
+def _conditions(record: dict[str, Any]) -> str:
+    environment = "".join(f", {name}={value}" for name, value in record["environment"].items())
+    return f"batch {record['config']['batch_size']}{environment}"
+
+
+def _ratio(record: dict[str, Any], name: str) -> str:
+    seconds = record["seconds"]
+    baseline = next(iter(seconds))
+    if name == baseline:
+        return f"1 ({statistics.median(seconds[baseline]):.2f} s)"
+    ratios = [a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)]
+    low, high = median_interval(ratios)
+    return f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
@@ -180,7 +193,7 @@ def main() -> None:
     """The command line; prints the table."""
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     try:
-        print(table(run(config)))
+        print(table([run(config)]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
