@@ -3,7 +3,7 @@
 Importing `ab_jax` loads jax and optax alone; models, data and training are imported by name.
 """
 
-from ab_jax.blend import Description, Rules, blend, clip_latent, dequantize, describe, quantize
+from ab_jax.blend import Description, blend, clip_latent, dequantize, describe, quantize
 from ab_jax.estimators import (
     Estimator,
     alpha_blend,
@@ -13,6 +13,7 @@ from ab_jax.estimators import (
     straight_through,
 )
 from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
+from ab_jax.rules import Rules
 from ab_jax.schedules import cosine_ramp, cubic_ramp, jump, linear_ramp
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ by a rule that maps them to None.
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
@@ -26,82 +26,10 @@ from jax.typing import ArrayLike
 
 from ab_jax.estimators import Estimator, alpha_blend
 from ab_jax.quantizers import Quantized, Quantizer
+from ab_jax.rules import Rules
 
 Tree = TypeVar("Tree")
 Alpha = ArrayLike | Callable[[str], ArrayLike]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """Which quantizer a parameter gets: the first rule whose pattern matches its whole path.
-
-    Hashable, so that it can be a static argument of a jitted function.
-
-    Args:
-      rules: pairs of a regular expression, which must match a whole path, and a quantizer, or None
-        to leave the parameter as it is.
-
-    Raises:
-      ValueError: a pattern that is no regular expression. TypeError: a rule that is no such pair.
-    """
-
-    rules: tuple[tuple[str, Quantizer | None], ...]
-
-    def __init__(self, rules: Iterable[tuple[str, Quantizer | None]]) -> None:
-        object.__setattr__(self, "rules", tuple(_checked_rule(rule) for rule in rules))
-
-    def assign(self, paths: Sequence[str]) -> list[int]:
-        """The index of the rule that decides each path.
-
-        Raises:
-          ValueError: no paths at all; a path that no rule covers; a rule that decides no path,
-            unless it matches them all (a catch-all with nothing left to catch).
-        """
-        if not paths:
-            raise ValueError("There are no parameters: the tree has no leaves.")
-        matches = [
-            [i for i, (pattern, _) in enumerate(self.rules) if re.fullmatch(pattern, path)]
-            for path in paths
-        ]
-        uncovered = [path for path, found in zip(paths, matches, strict=True) if not found]
-        if uncovered:
-            raise ValueError(
-                f"No rule covers {_listed(uncovered)}. Add a rule for it, or end the rules with "
-                f'(".*", None) to leave the rest as it is.'
-            )
-        chosen = [found[0] for found in matches]
-        for i, (pattern, _) in enumerate(self.rules):
-            matched = [found for found in matches if i in found]
-            if i in chosen or (matched and len(matched) == len(paths)):
-                continue
-            if matched:
-                earlier = sorted({self.rules[found[0]][0] for found in matched})
-                raise ValueError(
-                    f"Rule {pattern!r} decides no parameter: all it matches is decided by the "
-                    f"earlier {_listed([repr(p) for p in earlier])}. Move it further up, or remove "
-                    f"it."
-                )
-            raise ValueError(
-                f"Rule {pattern!r} matches no parameter. Patterns must match a whole path; the "
-                f"paths are {_listed(paths)}."
-            )
-        return chosen
-
-
-def _checked_rule(rule: Any) -> tuple[str, Quantizer | None]:
-    match rule:
-        case (str() as pattern, Quantizer() | None as quantizer):
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"Rule pattern {pattern!r} is no regular expression: {error}."
-                ) from None
-            return pattern, quantizer
-    raise TypeError(
-        f"A rule is a pair of a regular expression and a quantizer (or None), not {rule!r}. "
-        f'Write Rules([(r"(.*/)?kernel", Binary()), (".*", None)]).'
-    )
 
 
 def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = alpha_blend) -> Tree:
@@ -305,8 +233,3 @@ def _check_fits(path: str, leaf: Any, pattern: str, quantizer: Quantizer) -> Non
         quantizer.scale_shape(leaf.shape)
     except ValueError as error:
         raise ValueError(f"Rule {pattern!r}, parameter {path}: {error}") from None
-
-
-def _listed(names: Sequence[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

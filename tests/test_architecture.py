@@ -22,9 +22,11 @@ ROOMS: dict[str, set[str]] = {
     "quantizers": {"jax", "numpy"},
     "schedules": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},
+    "rules": set(),
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
     "activations": {"jax", "numpy", "flax"},
+    "quantized_inputs": {"jax", "numpy", "flax"},
     "models": {"jax", "numpy", "flax"},
     "data": {
         *("jax", "numpy", "tensorflow_datasets", "grain", "array_record"),

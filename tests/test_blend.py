@@ -459,7 +459,7 @@ def test_long_lists_of_paths_are_cut():
     ("rules", "kind", "words"),
     [
         ([("(kernel", INT4)], ValueError, ["'(kernel'", "no regular expression", "position 0"]),
-        ([("kernel", 4)], TypeError, ["('kernel', 4)", "pair", "Binary()"]),
+        ([("kernel", 4)], TypeError, ["('kernel', 4)", "pair", "Quantizer", "Rules(["]),
         ([("kernel", Binary)], TypeError, ["pair", "kernel"]),
         (["kernel"], TypeError, ["'kernel'", "pair"]),
         ([("kernel", INT4, 1)], TypeError, ["pair"]),

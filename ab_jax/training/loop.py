@@ -15,10 +15,11 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ab_jax.blend import Rules, describe
+from ab_jax.blend import describe
 from ab_jax.data.batches import epoch_order, steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.estimators import Estimator
+from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.parallel import Parallel

@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ab_jax.blend import Rules, blend, dequantize, quantize
+from ab_jax.blend import blend, dequantize, quantize
 from ab_jax.data.dataset import Dataset
 from ab_jax.estimators import Estimator
 from ab_jax.quantizers import Quantized
+from ab_jax.rules import Rules
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.state import TrainState
 

@@ -15,9 +15,10 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ab_jax.blend import Rules, blend, clip_latent
+from ab_jax.blend import blend, clip_latent
 from ab_jax.data.augment import augment, normalize
 from ab_jax.estimators import Estimator
+from ab_jax.rules import Rules
 from ab_jax.training.parallel import AXIS
 from ab_jax.training.state import TrainState
 
