@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from ab_jax.quantized_inputs import RANGES
 from ab_jax.training.state import TrainState
 
 # The network is an item of its own, so that another run can start from it whatever its optimizer.
@@ -73,16 +74,30 @@ class Checkpoints:
     def restore_network(self, like: TrainState) -> TrainState:
         """`like` with the newest checkpoint's parameters and model state.
 
+        Ranges of activations that only one of the two networks has stay as they are in `like`: a
+        network may start from one whose activations were not quantized, or otherwise.
+
         Raises:
           FileNotFoundError: there is no checkpoint. ValueError: a network of another structure or
             of other shapes.
         """
         step = self._existing_step()
-        metadata = self._manager.item_metadata(step)["network"]
-        network = _fields(like, _NETWORK_FIELDS)
-        self._check_same_shapes(metadata.tree, network)
-        args = ocp.args.Composite(network=ocp.args.StandardRestore(_abstract(network)))
-        return dataclasses.replace(like, **self._manager.restore(step, args=args)["network"])
+        stored = self._manager.item_metadata(step)["network"].tree
+        wanted = _fields(like, _NETWORK_FIELDS)
+        self._check_same_shapes(_without_ranges(stored), _without_ranges(wanted))
+        network = _abstract(_without_ranges(wanted))
+        if RANGES in stored["model_state"]:  # Orbax restores all of an item or nothing
+            network["model_state"][RANGES] = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored["model_state"][RANGES]
+            )
+        args = ocp.args.Composite(network=ocp.args.StandardRestore(network))
+        restored = self._manager.restore(step, args=args)["network"]
+        ranges = wanted["model_state"].get(RANGES)
+        if _shapes(restored["model_state"].get(RANGES)) != _shapes(ranges):
+            restored = _without_ranges(restored)
+            if ranges is not None:
+                restored["model_state"][RANGES] = ranges
+        return dataclasses.replace(like, **restored)
 
     def _existing_step(self) -> int:
         step = self.latest_step
@@ -91,14 +106,7 @@ class Checkpoints:
         return step
 
     def _check_same_shapes(self, stored: Any, wanted: Any) -> None:
-        def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-            leaves = jax.tree.leaves_with_path(tree)
-            return {
-                jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-                for path, leaf in leaves
-            }
-
-        have, want = shapes(stored), shapes(wanted)
+        have, want = _shapes(stored), _shapes(wanted)
         differing = [path for path in sorted({*have, *want}) if have.get(path) != want.get(path)]
         if differing:
             path = differing[0]
@@ -111,6 +119,18 @@ class Checkpoints:
 
 def _fields(state: TrainState, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(state, name) for name in names}
+
+
+def _without_ranges(network: dict[str, Any]) -> dict[str, Any]:
+    kept = {name: x for name, x in network["model_state"].items() if name != RANGES}
+    return {**network, "model_state": kept}
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }
 
 
 def _abstract(tree: Any) -> Any:

@@ -89,12 +89,13 @@ class Evaluator:
         size = max(min(self._batch_size, n) // shares, 1) * shares
         batches = min(batches, n // size)
         indices = np.arange(batches * size, dtype=np.int32).reshape(batches, size)
-        return recalibrate_batch_stats(
+        measured = recalibrate_batch_stats(
             lambda batch: self._parallel.unreplicate(
                 self._measure(*network, images, self._parallel.shard(batch))
             ),
             indices,
         )
+        return {**model_state, **measured}
 
 
 def recalibrate_batch_stats(measure: Callable[[Any], Any], batches: Iterable[Any]) -> Any:

@@ -46,6 +46,7 @@ class Training:
       preprocessing: how they are augmented and normalized.
       rules, estimator: what the loss sees of the weights.
       alpha: the ramp, a schedule over steps.
+      activation_alpha: the ramp of quantized activations; None: the same.
       optimizer: an optax optimizer.
       learning_rate: its schedule over updates, for the records.
       batch_size: images in a batch, over all devices.
@@ -76,6 +77,7 @@ class Training:
     label_smoothing: float = 0.0
     latent_limit: float | None = None
     init_from: Path | None = None
+    activation_alpha: optax.Schedule | None = None
     read_test: bool = True
     watch: str | None = None
     profile: bool = False
@@ -139,25 +141,32 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 if not evaluates:
                     continue
                 state = parallel.unreplicate(on_devices)
-                alpha = float(t.alpha(done))
+                alpha, of_activations = _alphas(t, done)
                 _check_finite_network(state, alpha, checkpoints.latest_step)
                 line = {
                     "step": done,
                     "epoch": done / per_epoch,
                     "alpha": alpha,
+                    "activation_alpha": of_activations,
                     "learning_rate": float(t.learning_rate(step // t.accumulate)),
                     "train_loss": float(np.mean([m["loss"] for m in recent])),
                     "train_accuracy": float(np.mean([m["accuracy"] for m in recent])),
-                    **readings.metrics(state, alpha),
+                    **readings.metrics(state, alpha, of_activations),
                 }
                 run.write_metrics({**line, "images_per_second": speed})
                 # After its line, which a run that is cut off in between computes again.
                 checkpoints.save(state)
                 recent.clear()
                 looked_at, since = 0, time.monotonic()
-    summary = readings.summary(state, float(t.alpha(t.steps)), run.metrics, read_test=t.read_test)
+    summary = readings.summary(state, *_alphas(t, t.steps), run.metrics, read_test=t.read_test)
     seconds = time.monotonic() - started
     return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
+
+
+def _alphas(training: Training, step: int) -> tuple[float, float]:
+    """Alpha of the weights and of the activations after so many steps."""
+    of_activations = training.activation_alpha or training.alpha
+    return float(training.alpha(step)), float(of_activations(step))
 
 
 def compile_train_step(training: Training, parallel: Parallel) -> Callable[..., Any]:
@@ -168,6 +177,7 @@ def compile_train_step(training: Training, parallel: Parallel) -> Callable[..., 
         rules=training.rules,
         estimator=training.estimator,
         alpha=training.alpha,
+        activation_alpha=training.activation_alpha,
         preprocessing=training.preprocessing,
         label_smoothing=training.label_smoothing,
         latent_limit=training.latent_limit,

@@ -61,8 +61,8 @@ class Readings:
             _check_watched(quantized, self._watch)
         self._codes = _codes(quantized)
 
-    def metrics(self, state: TrainState, alpha: float) -> dict[str, Any]:
-        """The metrics of one evaluation on the validation part, for a state at this alpha."""
+    def metrics(self, state: TrainState, alpha: float, activation_alpha: float) -> dict[str, Any]:
+        """The metrics of one evaluation on the validation part, for a state at these alphas."""
         effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
         quantized = quantize(state.params, self._rules)
         values = dequantize(quantized)
@@ -70,7 +70,7 @@ class Readings:
         if self._validation is not None:
             fresh = self._recalibrated(values, state, 1.0)
             for name, params, model_state, at in (
-                ("blended", effective, state.model_state, alpha),
+                ("blended", effective, state.model_state, activation_alpha),
                 ("quantized", values, state.model_state, 1.0),
                 ("recalibrated", values, fresh, 1.0),
             ):
@@ -87,21 +87,32 @@ class Readings:
         return metrics
 
     def summary(
-        self, state: TrainState, alpha: float, lines: list[dict[str, Any]], *, read_test: bool
+        self,
+        state: TrainState,
+        alpha: float,
+        activation_alpha: float,
+        lines: list[dict[str, Any]],
+        *,
+        read_test: bool,
     ) -> dict[str, Any]:
         """The final readings: of the network as trained and of its codes.
 
         Args:
           state: at the end of the run.
-          alpha: at the end of the run.
+          alpha: of the weights at the end of the run.
+          activation_alpha: of the activations.
           lines: the metrics written on the way, for the histograms.
           read_test: whether to read the test set; a trial that chooses among settings must not.
         """
         effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
         values = dequantize(quantize(state.params, self._rules))
         networks = {
-            "blended": (effective, state.model_state, alpha),
-            "blended_recalibrated": (effective, self._recalibrated(effective, state, alpha), alpha),
+            "blended": (effective, state.model_state, activation_alpha),
+            "blended_recalibrated": (
+                effective,
+                self._recalibrated(effective, state, activation_alpha),
+                activation_alpha,
+            ),
             "quantized": (values, state.model_state, 1.0),
             "quantized_recalibrated": (values, self._recalibrated(values, state, 1.0), 1.0),
         }

@@ -58,6 +58,7 @@ def make_train_step(
     rules: Rules,
     estimator: Estimator,
     alpha: optax.Schedule,
+    activation_alpha: optax.Schedule | None = None,
     preprocessing: Preprocessing,
     label_smoothing: float = 0.0,
     latent_limit: float | None = None,
@@ -68,7 +69,8 @@ def make_train_step(
       model: takes images, `train` and `alpha`; synchronizes its batch statistics over `AXIS`.
       optimizer: applied to gradients averaged over the devices.
       rules, estimator: what the loss sees of each parameter.
-      alpha: a schedule of the step.
+      alpha: a schedule of the step, for the parameters.
+      activation_alpha: another one for what the model is given as `alpha`; None: the same.
       preprocessing: of the images.
       label_smoothing: share of the target that goes to all classes alike.
       latent_limit: clip the stored quantized weights to this after each update.
@@ -80,6 +82,8 @@ def make_train_step(
       the global batch.
     """
 
+    of_activations = alpha if activation_alpha is None else activation_alpha
+
     def loss_fn(
         params: Any, state: TrainState, images: Array, labels: Array, alpha_now: Array
     ) -> tuple[Array, tuple[Any, Array]]:
@@ -88,7 +92,7 @@ def make_train_step(
             {"params": effective, **state.model_state},
             images,
             train=True,
-            alpha=alpha_now,
+            alpha=of_activations(state.step),
             mutable=list(state.model_state),
         )
         targets = optax.smooth_labels(
@@ -166,8 +170,8 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
     """The step of one device that measures the statistics of a batch.
 
     Returns:
-      `(params, model_state, alpha, images, indices) -> model_state` with the batch statistics of
-      these images alone, augmented as in training: the weights have learned to work with those.
+      `(params, model_state, alpha, images, indices) -> measured` with the collection `batch_stats`
+      of these images alone, augmented as in training: the weights have learned to work with those.
       (Statistics of images without the black borders of random crops cost BinaryNet 2 points.)
     """
     model = model.clone(batch_stats_momentum=0.0)
@@ -183,7 +187,7 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
             preprocessing.normalize(batch),
             train=True,
             alpha=alpha,
-            mutable=list(model_state),
+            mutable=["batch_stats"],
         )
         return measured
 

@@ -117,6 +117,7 @@ def test_each_evaluation_is_a_line(finished: Finished) -> None:
     np.testing.assert_allclose(
         [line["alpha"] for line in lines], [1 - (5 / 7) ** 3, 1 - (1 / 7) ** 3, 1], rtol=1e-6
     )
+    assert [line["activation_alpha"] for line in lines] == [line["alpha"] for line in lines]
     # The rate of the update that the last batch belongs to: two batches each.
     assert [line["learning_rate"] for line in lines] == [float(RATE(i)) for i in (1, 3, 5)]
     readings = {
@@ -124,7 +125,8 @@ def test_each_evaluation_is_a_line(finished: Finished) -> None:
         for name in ("train", "blended", "quantized", "recalibrated")
         for of in ("loss", "accuracy")
     }
-    expected = {"step", "epoch", "alpha", "learning_rate", "changed_codes", *readings}
+    expected = {"step", "epoch", "alpha", "activation_alpha", "learning_rate", "changed_codes"}
+    expected |= readings
     for line in lines:
         assert set(line) == expected
         assert all(0 <= line[key] <= 1 for key in line if key.endswith(("accuracy", "codes")))

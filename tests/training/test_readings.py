@@ -93,7 +93,7 @@ def test_metrics_are_readings_of_the_blended_and_of_the_quantized_network(
     params = variables["params"]
     quantized = binarize(params)
     blended = jax.tree.map(lambda w, q: (1 - ALPHA) * w + ALPHA * q, params, quantized)
-    metrics = setting.make().metrics(state_of(variables), ALPHA)
+    metrics = setting.make().metrics(state_of(variables), ALPHA, ALPHA)
     for name, weights, stats in (
         ("blended", blended, setting.statistics),
         ("quantized", quantized, setting.statistics),
@@ -108,7 +108,7 @@ def test_metrics_are_readings_of_the_blended_and_of_the_quantized_network(
 def test_at_alpha_1_the_blended_network_is_the_quantized_one(
     setting: Setting, variables: dict[str, Any]
 ) -> None:
-    metrics = setting.make().metrics(state_of(variables), 1.0)
+    metrics = setting.make().metrics(state_of(variables), 1.0, 1.0)
     assert metrics["blended_loss"] == metrics["quantized_loss"]
     assert metrics["blended_accuracy"] == metrics["quantized_accuracy"]
 
@@ -126,7 +126,7 @@ def test_changed_codes_are_the_share_of_weights_that_changed_sign(
     ]
     readings.remember_codes(state_of({**variables, "params": trees[0]}))
     for before, after, params in zip(kernels[:-1], kernels[1:], trees[1:], strict=True):
-        metrics = readings.metrics(state_of({**variables, "params": params}), ALPHA)
+        metrics = readings.metrics(state_of({**variables, "params": params}), ALPHA, ALPHA)
         expected = np.mean((before >= 0) != (after >= 0))
         assert 0 < expected < 1
         assert metrics == {"changed_codes": pytest.approx(expected)}  # no validation images
@@ -138,7 +138,7 @@ def test_summary_reads_four_networks_on_validation_and_test(
     params = variables["params"]
     quantized = binarize(params)
     blended = jax.tree.map(lambda w, q: (1 - ALPHA) * w + ALPHA * q, params, quantized)
-    summary = setting.make().summary(state_of(variables), ALPHA, [], read_test=True)
+    summary = setting.make().summary(state_of(variables), ALPHA, ALPHA, [], read_test=True)
     networks = {
         "blended": (blended, setting.statistics),
         "blended_recalibrated": (blended, None),
@@ -155,7 +155,9 @@ def test_summary_reads_four_networks_on_validation_and_test(
 def test_a_trial_does_not_look_at_the_test_set(setting: Setting, variables: dict[str, Any]) -> None:
     dataset = dataclasses.replace(setting.dataset)
     object.__setattr__(dataset, "test", None)  # touching it would fail
-    summary = setting.make(dataset=dataset).summary(state_of(variables), ALPHA, [], read_test=False)
+    summary = setting.make(dataset=dataset).summary(
+        state_of(variables), ALPHA, ALPHA, [], read_test=False
+    )
     assert summary["test"] is None
     assert summary["validation"] is not None
 
@@ -169,9 +171,9 @@ def test_histogram_counts_effective_weights_in_units_of_their_scale(
     readings = setting.make(watch="conv/kernel")
     lines = []
     for step, alpha in enumerate((0.0, ALPHA, 1.0)):
-        metrics = readings.metrics(state_of(variables), alpha)
+        metrics = readings.metrics(state_of(variables), alpha, alpha)
         lines.append({"step": step, "alpha": alpha, **metrics})
-    summary = readings.summary(state_of(variables), 1.0, lines, read_test=False)["histograms"]
+    summary = readings.summary(state_of(variables), 1.0, 1.0, lines, read_test=False)["histograms"]
     assert summary["parameter"] == "conv/kernel"
     edges = np.asarray(summary["edges"])
     for frame, alpha in zip(summary["frames"], (0.0, ALPHA, 1.0), strict=True):
