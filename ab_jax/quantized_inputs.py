@@ -136,6 +136,31 @@ def layer_paths(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
     return list(seen)
 
 
+def describe_inputs(paths: list[str], rules: ActivationRules) -> str:
+    """A table of what the rules do to the input of each layer.
+
+    Raises:
+      ValueError: rules that do not fit the layers (see `Rules.assign`).
+    """
+    rows = [("layer", "rule", "input", "range")]
+    for path, index in zip(paths, rules.assign(paths), strict=True):
+        pattern, quantizer = rules.rules[index]
+        if quantizer is None:
+            rows.append((path, pattern, "", ""))
+            continue
+        kind = f"{quantizer.bits} bits, {'signed' if quantizer.signed else 'unsigned'}"
+        measured = "maximum"
+        if quantizer.percentile is not None:
+            measured = f"percentile {quantizer.percentile:g}"
+        limit = measured if quantizer.limit is None else f"{quantizer.limit:g}"
+        rows.append((path, pattern, kind, limit))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
 def _quantize(
     module: nn.Module,
     name: str,

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import optax
 import tyro
 
 import ab_jax as ab
@@ -34,13 +33,14 @@ from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.step import Preprocessing
-
-ESTIMATORS: dict[str, ab.Estimator] = {
-    "float": ab.full_precision,
-    "ste": ab.straight_through,
-    "soft_ste": ab.soft_straight_through,
-    "ab": ab.alpha_blend,
-}
+from experiments.recipes.methods import (
+    ESTIMATORS,
+    Method,
+    Ramp,
+    alpha_schedule,
+    keep_compiled_programs,
+    named,
+)
 
 QUANTIZERS: dict[str, ab.Quantizer] = {
     "binary": ab.Binary(),
@@ -50,8 +50,6 @@ QUANTIZERS: dict[str, ab.Quantizer] = {
     **{f"int{bits}_absmax": ab.Uniform(bits=bits, scale="absmax") for bits in range(2, 9)},
 }
 
-RAMPS = {"cubic": ab.cubic_ramp, "linear": ab.linear_ramp, "cosine": ab.cosine_ramp}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -59,7 +57,7 @@ class Config:
 
     # What the loss sees of the weights: float (the weights), ste (their quantized values), soft_ste
     # and ab (a blend along the ramp, with the gradient of ste or with its own).
-    method: Literal["float", "ste", "soft_ste", "ab"] = "ab"
+    method: Method = "ab"
     # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
     # int8 (least squares), int2_absmax to int8_absmax.
     quantizer: str = "binary"
@@ -67,7 +65,7 @@ class Config:
     # backward. sign_blend: the same, its gradient scaled by 1 - alpha as the weights' is.
     activation: str = "relu"
     # How alpha rises from 0 to 1: cubic, linear, cosine, or jump (at the ramp's start).
-    ramp: Literal["cubic", "linear", "cosine", "jump"] = "cubic"
+    ramp: Ramp = "cubic"
     ramp_start: float = 0.0  # where the ramp starts, in parts of the run
     ramp_stop: float = 0.9  # where alpha is 1, in parts of the run
     # Run to start from, as a directory: its last checkpoint's weights and batch statistics.
@@ -109,8 +107,8 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
     c = config
-    quantizer = _named("quantizer", c.quantizer, QUANTIZERS)
-    activation = _named("activation", c.activation, ACTIVATIONS)
+    quantizer = named("quantizer", c.quantizer, QUANTIZERS)
+    activation = named("activation", c.activation, ACTIVATIONS)
     rules = ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
     dataset = load(c.dataset, data_dir=c.data_dir, validation=c.validation, image_size=c.image_size)
     per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
@@ -138,7 +136,7 @@ def run(config: Config) -> dict[str, Any]:
         ),
         rules=rules,
         estimator=ESTIMATORS[c.method],
-        alpha=alpha_schedule(c, steps),
+        alpha=alpha_schedule(c.method, c.ramp, c.ramp_start, c.ramp_stop, steps),
         optimizer=make_optimizer(
             c.optimizer,
             learning_rate,
@@ -160,35 +158,13 @@ def run(config: Config) -> dict[str, Any]:
         watch=c.watch,
         profile=c.profile,
     )
-    if c.compilation_cache:
-        cache = Path(c.compilation_cache).expanduser()
-        jax.config.update("jax_compilation_cache_dir", str(cache))
-        # Small programs too: there are a hundred of them, and they add up.
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    keep_compiled_programs(c.compilation_cache)
     with RunDirectory(
         Path(c.runs_dir) / c.name,
         experiment="experiments.binarynet_cifar10",
         config=dataclasses.asdict(c),
     ) as directory:
         return train(training, Parallel(c.parallel, tuple(jax.devices())), directory)
-
-
-def alpha_schedule(config: Config, steps: int) -> optax.Schedule:
-    """Alpha over the steps of a run: 0 for float, 1 for STE, else the ramp."""
-    if config.method == "float":
-        return optax.constant_schedule(0.0)
-    if config.method == "ste":
-        return optax.constant_schedule(1.0)
-    start = round(config.ramp_start * steps)
-    if config.ramp == "jump":
-        return ab.jump(start)
-    return RAMPS[config.ramp](start, round(config.ramp_stop * steps))
-
-
-def _named(flag: str, name: str, known: dict[str, Any]) -> Any:
-    if name not in known:
-        raise ValueError(f"--{flag}={name} is not known. Choose one of {', '.join(known)}.")
-    return known[name]
 
 
 def main() -> None:

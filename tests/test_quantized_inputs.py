@@ -15,6 +15,7 @@ from ab_jax.quantized_inputs import (
     ActivationRules,
     InputQuantizer,
     QuantizedInputs,
+    describe_inputs,
     keep_input,
     layer_paths,
     quantized_inputs,
@@ -138,6 +139,22 @@ def test_layer_paths_are_those_of_dense_and_conv_layers():
     images = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
     assert layer_paths(Network(), images) == ["stem", "block/conv0", "block/conv1", "head"]
     RULES.assign(layer_paths(Network(), images))
+
+
+def test_the_description_has_a_row_for_each_layer():
+    images = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
+    rows = [
+        line.split("  ")
+        for line in describe_inputs(layer_paths(Network(), images), RULES).splitlines()
+    ]
+    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
+    assert cells == [
+        ["layer", "rule", "input", "range"],
+        ["stem", "stem", "8 bits, signed", "maximum"],
+        ["block/conv0", "block/.*", "4 bits, unsigned", "percentile 99"],
+        ["block/conv1", "block/conv1", "3 bits, unsigned", "6"],
+        ["head", "head"],
+    ]
 
 
 def test_keyword_arguments_reach_the_layer(rng, key):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 
@@ -11,7 +12,7 @@ from ab_jax.data.dataset import Dataset, Images, channel_statistics
 from ab_jax.data.pixels import box_downsample
 from ab_jax.data.prepared import Prepared, read_prepared, resolve_data_dir
 
-NAMES = ("digits", "cifar10", "cifar10_jpeg", "image_folder:NAME")
+NAMES = ("digits", "cifar10", "cifar10_jpeg", "tiny_imagenet", "image_folder:NAME")
 DIGITS_TEST = 400  # images of the 1,797
 
 
@@ -21,6 +22,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     validation: int | None = None,
     image_size: int | None = None,
+    classes: int | None = None,
 ) -> Dataset:
     """Loads a data set into memory. The same arguments give the same arrays, everywhere.
 
@@ -30,6 +32,7 @@ def load(
       prepare. Our fixed split has 400 test images.
     - `cifar10`: the original, as TFDS's official builder prepares it.
     - `cifar10_jpeg`: CIFAR-10 re-encoded as JPEG.
+    - `tiny_imagenet`: 200 classes of 64 x 64 pixels; its validation images are the test part.
     - `image_folder:NAME`: a folder of images, prepared under NAME. Its own validation split is the
       validation part; where it has no test split, it is the test part (as with ImageNet), and the
       validation part is cut from the training images.
@@ -42,25 +45,28 @@ def load(
       data_dir: where the prepared data lie; default `$TFDS_DATA_DIR`, else
         `~/tensorflow_datasets`.
       validation: number of training images to cut off for validation; 0: none. Default: 200 for
-        `digits`, 5,000 for CIFAR-10, a tenth of the training images of a folder.
+        `digits`, elsewhere a tenth of the training images: 5,000 of CIFAR-10.
       image_size: average all images down to this height and width, in pixels; must divide theirs.
         Default: as they are.
+      classes: keep the images of so many classes, the first ones. Default: of all.
 
     Raises:
       FileNotFoundError: the data set is not prepared in `data_dir`; the message says how to.
-      ValueError: an unknown name, a `validation` that leaves no training image or that a folder
-        with splits of its own has no use for, an `image_size` that does not divide the images',
-        or images of different sizes.
+      ValueError: an unknown name, more `classes` than there are, a `validation` that leaves no
+        training image or that a folder with splits of its own has no use for, an `image_size` that
+        does not divide the images', or images of different sizes.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size must be 1 or more pixels, got {image_size}")
     if name == "digits":
         prepared = _digits(image_size)
-    elif name in ("cifar10", "cifar10_jpeg") or _is_folder(name):
+    elif name in NAMES[:-1] or _is_folder(name):
         prepared = read_prepared(name, resolve_data_dir(data_dir), image_size)
     else:
         raise ValueError(f"no data set named {name!r}; there are {', '.join(NAMES)}")
-    train, validation_part, test = _parts(name, prepared.splits, validation)
+    if classes is not None:
+        prepared = _first_classes(name, prepared, classes)
+    train, validation_part, test = _parts(name, prepared, validation)
     mean, std = channel_statistics(train.images)
     return Dataset(
         name=name,
@@ -101,10 +107,20 @@ def _digest(index: int) -> bytes:
     return hashlib.sha256(str(index).encode()).digest()
 
 
-def _parts(
-    name: str, splits: dict[str, Images], validation: int | None
-) -> tuple[Images, Images, Images]:
+def _first_classes(name: str, prepared: Prepared, classes: int) -> Prepared:
+    known = len(prepared.class_names)
+    if not 1 <= classes <= known:
+        raise ValueError(f"classes={classes} must be 1 to {known}, the number of classes of {name}")
+    return dataclasses.replace(
+        prepared,
+        class_names=prepared.class_names[:classes],
+        splits={split: part[part.labels < classes] for split, part in prepared.splits.items()},
+    )
+
+
+def _parts(name: str, prepared: Prepared, validation: int | None) -> tuple[Images, Images, Images]:
     """Training, validation and test part out of the stored splits."""
+    splits = prepared.splits
     train = splits["train"]
     if "validation" in splits and "test" in splits:
         if validation is not None:
@@ -115,7 +131,7 @@ def _parts(
         return train, splits["validation"], splits["test"]
     test = splits["test"] if "test" in splits else splits["validation"]
     if validation is None:
-        validation = _default_validation(name, len(train))
+        validation = 200 if name == "digits" else len(train) // 10
     if not 0 <= validation < len(train):
         raise ValueError(
             f"validation={validation} must be 0 or more and less than the {len(train)} training "
@@ -123,7 +139,3 @@ def _parts(
         )
     cut = len(train) - validation
     return train[:cut], train[cut:], test
-
-
-def _default_validation(name: str, train_images: int) -> int:
-    return {"digits": 200, "cifar10": 5_000, "cifar10_jpeg": 5_000}.get(name, train_images // 10)

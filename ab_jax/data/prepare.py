@@ -1,6 +1,7 @@
 """Prepares a data set for `ab_jax.data.load`, once.
 
     python -m ab_jax.data.prepare cifar10_jpeg --source=cifar10_jpeg.tar.xz
+    python -m ab_jax.data.prepare tiny_imagenet --source=DIRECTORY
     python -m ab_jax.data.prepare image_folder --source=DIRECTORY_OR_ARCHIVE --name=NAME
     python -m ab_jax.data.prepare cifar10
 
@@ -48,6 +49,23 @@ def prepare_cifar10_jpeg(source: Source, data_dir: DataDir = None) -> Path:
       ValueError: it is not this data set, or a file in it is damaged.
     """
     return _prepare_folder("cifar10_jpeg", source, data_dir)
+
+
+def prepare_tiny_imagenet(source: Source, data_dir: DataDir = None) -> Path:
+    """Tiny ImageNet in its original layout, unpacked, or in one archive or several.
+
+    Args:
+      source: the folder tiny-imagenet-200, an archive of it, or a directory with its archives.
+      data_dir: where to write; None: TFDS's default.
+
+    Returns:
+      The prepared data set's directory.
+
+    Raises:
+      FileNotFoundError: there is nothing at `source`.
+      ValueError: it is not this data set, or a file in it is damaged.
+    """
+    return _prepare_folder("tiny_imagenet", source, data_dir)
 
 
 def prepare_image_folder(source: Source, name: FolderName, data_dir: DataDir = None) -> Path:
@@ -101,13 +119,17 @@ def prepare_cifar10(data_dir: DataDir = None) -> Path:
 def _prepare_folder(name: str, source: Path, data_dir: Path | None) -> Path:
     from ab_jax.data.image_folder import Cifar10Jpeg, ImageFolder
     from ab_jax.data.sources import check_source
+    from ab_jax.data.tiny_imagenet import TinyImagenet
 
     data_dir = resolve_data_dir(data_dir)
     check_source(source)
     if (directory := _already_prepared(name, data_dir)) is not None:
         return directory
+    builder: ImageFolder
     if name == "cifar10_jpeg":
         builder = Cifar10Jpeg(source=source, data_dir=data_dir)
+    elif name == "tiny_imagenet":
+        builder = TinyImagenet(source=source, data_dir=data_dir)
     else:
         builder = ImageFolder(source=source, data_dir=data_dir, config=name.partition(":")[2])
     builder.download_and_prepare(file_format="array_record")
@@ -129,6 +151,7 @@ def main(args: list[str] | None = None) -> None:
     """Runs the command line; what the user can mend ends it with one line on stderr."""
     commands: dict[str, Callable[..., Path]] = {
         "cifar10_jpeg": prepare_cifar10_jpeg,
+        "tiny_imagenet": prepare_tiny_imagenet,
         "image_folder": prepare_image_folder,
         "cifar10": prepare_cifar10,
     }

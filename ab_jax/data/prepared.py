@@ -56,7 +56,7 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
     """Directory of the newest prepared version of a data set; None if there is none.
 
     Args:
-      name: `"cifar10"`, `"cifar10_jpeg"` or `"image_folder:NAME"`.
+      name: `"cifar10"`, `"cifar10_jpeg"`, `"tiny_imagenet"` or `"image_folder:NAME"`.
       data_dir: TFDS's data directory.
     """
     infos = data_dir.joinpath(*name.split(":")).glob("*.*.*/dataset_info.json")
@@ -71,7 +71,7 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
     those. They may be deleted at any time.
 
     Args:
-      name: `"cifar10"`, `"cifar10_jpeg"` or `"image_folder:NAME"`.
+      name: `"cifar10"`, `"cifar10_jpeg"`, `"tiny_imagenet"` or `"image_folder:NAME"`.
       data_dir: TFDS's data directory.
       image_size: height and width to average the images down to, in pixels; None: as stored.
 

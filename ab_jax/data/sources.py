@@ -28,6 +28,7 @@ SPLITS = {
 }
 SUFFIXES = (".jpg", ".jpeg", ".png")
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
+ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, ".zip")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +76,9 @@ def check_source(source: Path) -> None:
             f"no such file or directory: {source}; --source is a directory with split/class/file "
             f"in it, or an archive of one"
         )
-    if not source.is_dir() and not source.name.lower().endswith((*TAR_SUFFIXES, ".zip")):
+    if not source.is_dir() and not source.name.lower().endswith(ARCHIVE_SUFFIXES):
         raise ValueError(
-            f"{source} is neither a directory nor an archive ({', '.join(TAR_SUFFIXES)}, .zip)"
+            f"{source} is neither a directory nor an archive ({', '.join(ARCHIVE_SUFFIXES)})"
         )
 
 
@@ -90,6 +91,20 @@ def read_images(source: Path, split: str) -> Iterator[tuple[ImageFile, bytes]]:
     for _, file, read in _files(source):
         if file is not None and file.split == split:
             yield file, read()
+
+
+def entries(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """Yields for each file of a source its path, and a function that reads it.
+
+    The function is to be called before the next file is asked for, if at all.
+
+    Raises:
+      FileNotFoundError, ValueError: as `check_source`, or the archive is damaged.
+    """
+    check_source(source)
+    if source.is_dir():
+        return _directory(source)
+    return _zip(source) if source.name.lower().endswith(".zip") else _tar(source)
 
 
 def scan(source: Path) -> Contents:
@@ -147,18 +162,8 @@ def _image_file(path: str) -> ImageFile | None:
 
 
 def _files(source: Path) -> Iterator[tuple[str, ImageFile | None, Callable[[], bytes]]]:
-    """Yields for each file its path, what it is, and a function that reads it.
-
-    The function is to be called before the next file is asked for, if at all.
-    """
-    check_source(source)
-    if source.is_dir():
-        entries = _directory(source)
-    elif source.name.lower().endswith(".zip"):
-        entries = _zip(source)
-    else:
-        entries = _tar(source)
-    for path, read in entries:
+    """Yields for each file its path, what it is, and a function that reads it."""
+    for path, read in entries(source):
         yield path, _image_file(path), read
 
 

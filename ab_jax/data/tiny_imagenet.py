@@ -1,0 +1,110 @@
+"""TFDS builder of Tiny ImageNet: 64 x 64 pixels, 200 classes, in its original layout.
+
+    tiny-imagenet-200/train/n01443537/images/n01443537_0.JPEG    500 of each class
+    tiny-imagenet-200/val/images/val_0.JPEG                      10,000, labelled by
+    tiny-imagenet-200/val/val_annotations.txt
+
+It may lie unpacked in a directory, in one archive, or in a directory of archives that hold a part
+each. The images of its own test split have no labels and are left out.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import PurePosixPath
+from typing import Any
+
+from ab_jax.data.image_folder import ImageFolder
+from ab_jax.data.pixels import decode
+from ab_jax.data.sources import ARCHIVE_SUFFIXES, entries
+
+CLASSES = 200
+COUNTS = {"train": 500, "validation": 50}  # images of each class
+_ANNOTATIONS = "val_annotations.txt"
+
+
+class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-arg]
+    """Tiny ImageNet: 100,000 training and 10,000 validation images, 64 x 64, 200 classes.
+
+    Classes are WordNet ids, sorted. See `ImageFolder` for the features and arguments.
+    """
+
+    name = "tiny_imagenet"
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        del dl_manager  # nothing is downloaded
+        self._labels = self._read_annotations()
+        counts: dict[str, Counter[str]] = {split: Counter() for split in COUNTS}
+        seen: set[str] = set()
+        for split in COUNTS:
+            for name, class_name, encoded in self._images(split):
+                if name in seen:
+                    raise ValueError(f"{self._source} holds two files {name}")
+                seen.add(name)
+                decode(encoded, f"{name} in {self._source}")
+                counts[split][class_name] += 1
+        self._check_counts(counts)
+        self.info.features["label"].names = sorted(counts["train"])
+        return {split: self._generate_examples(split) for split in COUNTS}
+
+    def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        for name, class_name, encoded in self._images(split):
+            yield name, {"image": encoded, "label": class_name, "id": name}
+
+    def _entries(self) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
+        """Every file of the source with its path below `tiny-imagenet-200`."""
+        sources = [self._source]
+        if self._source.is_dir():
+            archives = [p for p in self._source.iterdir() if p.name.endswith(ARCHIVE_SUFFIXES)]
+            # Beside other data, those named like it.
+            named = [p for p in archives if "tiny" in p.name.lower()]
+            sources = sorted(named or archives) or sources
+        for source in sources:
+            for path, read in entries(source):
+                parts = PurePosixPath(path).parts
+                starts = [i for i, part in enumerate(parts) if part in ("train", "val")]
+                if starts:
+                    yield PurePosixPath(*parts[starts[0] :]), read
+
+    def _images(self, split: str) -> Iterator[tuple[str, str, bytes]]:
+        """Name, class and bytes of each image of a split."""
+        for path, read in self._entries():
+            match path.parts:
+                case ("train", class_name, "images", name) if split == "train":
+                    yield f"train/{class_name}/{name}", class_name, read()
+                case ("val", "images", name) if split == "validation":
+                    if name not in self._labels:
+                        raise ValueError(f"{self._source}: {_ANNOTATIONS} has no line for {name}")
+                    yield f"validation/{self._labels[name]}/{name}", self._labels[name], read()
+
+    def _read_annotations(self) -> dict[str, str]:
+        """The class of each validation image."""
+        for path, read in self._entries():
+            if path.name == _ANNOTATIONS:
+                lines = read().decode().splitlines()
+                return {fields[0]: fields[1] for fields in map(str.split, lines) if fields}
+        raise ValueError(
+            f"{self._source} has no val/{_ANNOTATIONS}. --source is the folder tiny-imagenet-200, "
+            f"an archive of it, or a directory with all of its archives."
+        )
+
+    def _check_counts(self, counts: dict[str, Counter[str]]) -> None:
+        for split, wanted in COUNTS.items():
+            found = counts[split]
+            if len(found) != CLASSES:
+                raise ValueError(
+                    f"{self._source} is not Tiny ImageNet: {split} has {len(found)} classes, not "
+                    f"{CLASSES}. Is one of its parts missing?"
+                )
+            for class_name, count in sorted(found.items()):
+                if count != wanted:
+                    raise ValueError(
+                        f"{self._source} is not Tiny ImageNet: {split} has {count} images of "
+                        f"{class_name}, not {wanted}. Is one of its parts missing?"
+                    )
+        if odd := sorted(set(counts["train"]) ^ set(counts["validation"])):
+            raise ValueError(
+                f"{self._source}: train and validation must have the same classes, but {odd[0]} is "
+                f"in only one of them ({len(odd)} such classes)."
+            )

@@ -1,0 +1,42 @@
+r"""MobileNet v1 with low-precision weights and activations, by STE, soft STE or AB.
+
+Source: arXiv 1704.04861 for the network, alpha-blending (arXiv 1903.01061) for the method. Ramp,
+learning rates, quantizers and the treatment of activations are our choice.
+
+    python -m experiments.mobilenet_v1_imagenet --method=ab --weight_bits=8 --act_bits=8
+
+Small, on two cores, about a quarter of an hour for both phases:
+
+    python -m experiments.mobilenet_v1_imagenet --image_size=32 --classes=50 --width=0.25 \
+        --float_epochs=12 --epochs=6 --method=ab --weight_bits=4 --name=small/ab
+"""
+
+import sys
+from typing import Any
+
+import tyro
+
+from ab_jax.models.mobilenet import MobileNet
+from ab_jax.training.loop import NonFiniteLossError
+from experiments.recipes import imagenet
+from experiments.recipes.imagenet import Config
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Train as the flags say and return the run's record."""
+    return imagenet.run(config, MobileNet, "experiments.mobilenet_v1_imagenet")
+
+
+def main() -> None:
+    """The command line; what the user can mend ends it with one line on stderr."""
+    config = tyro.cli(
+        Config, default=Config(name="mobilenet_v1"), description=__doc__, use_underscores=True
+    )
+    try:
+        run(config)
+    except (ValueError, OSError, NonFiniteLossError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
