@@ -21,12 +21,19 @@ from ab_jax.quantizers import Binary
 
 Activation = Callable[[Array, ArrayLike], Array]
 
+InputQuantizer = Callable[[nn.Module, str, Array, ArrayLike], Array]
+
 _SIGN = Binary(axis=None, fixed_scale=1.0)
 
 
 def relu(x: Array, alpha: ArrayLike) -> Array:
     """`max(x, 0)`, whatever alpha is: for networks with quantized weights only."""
     return nn.relu(x)
+
+
+def relu6(x: Array, alpha: ArrayLike) -> Array:
+    """`min(max(x, 0), 6)`, whatever alpha is: MobileNet's, for quantized weights only."""
+    return nn.relu6(x)
 
 
 def sign(x: Array, alpha: ArrayLike, *, estimator: Estimator = soft_straight_through) -> Array:
@@ -43,6 +50,11 @@ def sign(x: Array, alpha: ArrayLike, *, estimator: Estimator = soft_straight_thr
         `alpha_blend`: that derivative times `1 - alpha`, as for the weights.
     """
     return estimator(nn.hard_tanh(x), _SIGN, jnp.asarray(alpha, jnp.float32))
+
+
+def keep_input(module: nn.Module, layer: str, x: Array, alpha: ArrayLike) -> Array:
+    """The input of a layer as it is: the `InputQuantizer` of a network that quantizes none."""
+    return x
 
 
 #: The activations that experiments offer by name.
