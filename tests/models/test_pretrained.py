@@ -267,7 +267,7 @@ def test_a_head_of_other_classes_is_kept_only_when_asked_for(
             with pytest.raises(ValueError, match=r"fc.weight \(64, 5\), not \(64, 3\)") as error:
                 load_pretrained(timm_file, variables)
             assert "--new_head" in str(error.value)
-            assert "lists the pairs" not in str(error.value)  # nothing but the head is wrong
+            assert "for the pairs" not in str(error.value)  # nothing but the head is wrong
         loaded = load_pretrained(timm_file, variables, new_head=True)
         assert loaded["params"]["head"]["kernel"].shape == (64, classes)
         np.testing.assert_array_equal(
@@ -290,7 +290,7 @@ def test_a_misfit_lists_what_is_missing_unknown_and_of_another_shape(
     assert "15 unknown to the network: layer2.2.bn1.bias" in message
     assert "fc.weight (64, 5), not (128, 5)" in message
     assert "more" in message
-    assert "lists the pairs" in message
+    assert "for the pairs" in message
 
 
 def test_the_variant_must_be_that_of_the_file(
