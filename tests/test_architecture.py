@@ -27,7 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": set(),  # the package itself: the core's public names, gathered
     "activations": {"jax", "numpy", "flax"},
     "quantized_inputs": {"jax", "numpy", "flax"},
-    "models": {"jax", "numpy", "flax"},
+    "models": {"jax", "numpy", "flax", "h5py", "safetensors"},
     "data": {
         *("jax", "numpy", "tensorflow_datasets", "grain", "array_record"),
         *("PIL", "sklearn", "tyro", "rich"),
@@ -241,7 +241,7 @@ def test_a_file_holds_one_concept(path: Path) -> None:
 def test_importing_the_package_loads_nothing_heavy() -> None:
     heavy = {
         *("flax", "tensorflow", "tensorflow_datasets", "grain", "orbax", "array_record"),
-        *("rich", "tyro", "tensorboardX", "matplotlib", "sklearn", "PIL"),
+        *("rich", "tyro", "tensorboardX", "matplotlib", "sklearn", "PIL", "h5py", "safetensors"),
     }
     command = f"import ab_jax, sys; print(sorted({heavy!r} & set(sys.modules)))"
     result = subprocess.run(
