@@ -19,6 +19,7 @@ from ab_jax.blend import describe
 from ab_jax.data.batches import epoch_order, steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.estimators import Estimator
+from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.evaluation import Evaluator
@@ -55,7 +56,9 @@ class Training:
       seed: of the initial weights, the order of the images and their augmentation.
       accumulate: batches in an update (see `make_optimizer`).
       label_smoothing, latent_limit: see `make_train_step`.
-      init_from: the directory of a run whose weights and batch statistics to start from.
+      init_from: what to start from: the directory of a run, for its weights and batch statistics,
+        or a file of weights trained elsewhere (`ab_jax.models.pretrained`).
+      new_head: whether a head of other classes in that file is left out.
       read_test: whether to read the test set, once, at the end.
       watch: path of a quantized parameter whose effective weights are kept as histograms.
       profile: whether to write a JAX trace of ten steps into the run's directory.
@@ -77,6 +80,7 @@ class Training:
     label_smoothing: float = 0.0
     latent_limit: float | None = None
     init_from: Path | None = None
+    new_head: bool = False
     activation_alpha: optax.Schedule | None = None
     read_test: bool = True
     watch: str | None = None
@@ -186,20 +190,27 @@ def compile_train_step(training: Training, parallel: Parallel) -> Callable[..., 
 
 
 def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
-    source = None if training.init_from is None else training.init_from / "checkpoints"
-    if source is not None and checkpoints.latest_step is None and not source.is_dir():
-        raise FileNotFoundError(
-            f"There is no run to start from in {training.init_from}: {source} is missing. Train "
-            f"that run first, or correct --init_from."
-        )
+    source = training.init_from
+    if source is not None and checkpoints.latest_step is None and not source.is_file():
+        source = source / "checkpoints"
+        if not source.is_dir():
+            raise FileNotFoundError(
+                f"There is no run to start from in {training.init_from}: {source} is missing. "
+                f"Train that run first, or correct --init_from."
+            )
     image_shape = training.dataset.train.images.shape[1:]
     state = create_state(training.model, training.optimizer, image_shape, training.seed)
     if checkpoints.latest_step is not None:
         return checkpoints.restore(state)
-    if source is not None:
-        with Checkpoints(source) as others:
-            return others.restore_network(state)
-    return state
+    if source is None:
+        return state
+    if source.is_file():
+        network = {"params": state.params, **state.model_state}
+        network = load_pretrained(source, network, new_head=training.new_head)
+        params = network.pop("params")
+        return dataclasses.replace(state, params=params, model_state=network)
+    with Checkpoints(source) as others:
+        return others.restore_network(state)
 
 
 def _check_finite(recent: Sequence[dict[str, Any]], done: int, checkpoint: int | None) -> None:

@@ -2,6 +2,7 @@
 
 A run has two phases. The float network comes first, from scratch (`--float_epochs`, in
 `runs/NAME/float`) or from elsewhere (`--init_from`); then the method goes on from it (`--epochs`).
+`--method=float` without `--init_from` is the float phase alone.
 """
 
 import dataclasses
@@ -65,8 +66,10 @@ class Config:
     ramp_stop: float = 0.9  # where alpha is 1, in parts of the run
     act_start: float | None = None  # the same for activations; None: as the weights
     act_stop: float | None = None  # the same for activations; None: as the weights
-    # Network to start from, which replaces the float phase: the directory of a run.
+    # Network to start from, which replaces the float phase: the directory of a run, or a file of
+    # weights trained elsewhere, of Keras applications (.h5) or timm (.safetensors).
     init_from: str | None = None
+    new_head: bool = False  # leave out the head of that file, whose classes are others
 
     dataset: str = "tiny_imagenet"  # tiny_imagenet, cifar10, cifar10_jpeg, or image_folder:NAME
     data_dir: str | None = None  # where prepared data lie; None: $TFDS_DATA_DIR or TFDS's default
@@ -122,11 +125,13 @@ def run(config: Config, make_model: MakeModel, experiment: str) -> dict[str, Any
         float_phase = dataclasses.replace(
             c,
             method="float",
-            name=f"{c.name}/float",
+            name=c.name if c.method == "float" else f"{c.name}/float",
             epochs=c.float_epochs,
             learning_rate=c.float_learning_rate,
-            read_test=False,
+            read_test=c.read_test and c.method == "float",
         )
+        if c.method == "float":
+            return _train_phase(float_phase, dataset, make_model, experiment)
         if not (_path(float_phase) / "record.json").exists():
             _train_phase(float_phase, dataset, make_model, experiment)
         c = dataclasses.replace(c, init_from=str(_path(float_phase)))
@@ -239,6 +244,7 @@ def _train_phase(
         accumulate=c.accumulate,
         label_smoothing=c.label_smoothing,
         init_from=None if c.init_from is None else Path(c.init_from),
+        new_head=c.new_head,
         read_test=c.read_test,
         watch=c.watch,
         profile=c.profile,
