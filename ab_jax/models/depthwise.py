@@ -4,6 +4,7 @@ XLA's CPU backend computes a grouped convolution group by group; the same sum as
 a tap of the kernel (nine for 3x3) runs over all channels at once.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -84,26 +85,65 @@ def shifted_depthwise_conv(
     ]
     dtype = preferred_element_type or jnp.result_type(lhs, rhs)
     sum_dtype = jnp.promote_types(dtype, jnp.float32)
-    total = jnp.zeros((lhs.shape[0], *sizes, lhs.shape[-1]), sum_dtype)
-    if total.size == 0:
-        return total.astype(dtype)
+    if min(lhs.shape[0], *sizes) == 0:
+        return jnp.zeros((lhs.shape[0], *sizes, lhs.shape[-1]), dtype)
+    kernel = rhs.reshape(*window, -1).astype(sum_dtype)
+    return _multiply_adds(padded, kernel, tuple(window_strides)).astype(dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _multiply_adds(images: Array, kernel: Array, strides: tuple[int, ...]) -> Array:
+    """The convolution, without padding, of [batch, *spatial, channels] by [*window, channels]."""
+    window = kernel.shape[:-1]
+    sizes = [
+        (size - taps) // stride + 1
+        for size, taps, stride in zip(images.shape[1:-1], window, strides, strict=True)
+    ]
+    total: Any = 0
     for tap in np.ndindex(*window):
+        ends = [
+            first + (size - 1) * stride + 1
+            for first, size, stride in zip(tap, sizes, strides, strict=True)
+        ]
         shifted = lax.slice(
-            padded,
+            images,
             (0, *tap, 0),
-            (
-                padded.shape[0],
-                *(
-                    first + (size - 1) * stride + 1
-                    for first, size, stride in zip(tap, sizes, window_strides, strict=True)
-                ),
-                padded.shape[-1],
-            ),
-            (1, *window_strides, 1),
+            (images.shape[0], *ends, images.shape[-1]),
+            (1, *strides, 1),
         )
-        weight = rhs[tap].reshape((1,) * (rank - 1) + (-1,))
-        total += shifted.astype(sum_dtype) * weight.astype(sum_dtype)
-    return total.astype(dtype)
+        weight = kernel[tap].reshape((1,) * (images.ndim - 1) + (-1,))
+        total += shifted.astype(kernel.dtype) * weight
+    return total
+
+
+def _forward(
+    images: Array, kernel: Array, strides: tuple[int, ...]
+) -> tuple[Array, tuple[Array, Array]]:
+    return _multiply_adds(images, kernel, strides), (images, kernel)
+
+
+def _backward(
+    strides: tuple[int, ...], saved: tuple[Array, Array], cotangent: Array
+) -> tuple[Array, Array]:
+    """The gradients; that of the kernel image by image.
+
+    A sum over the whole batch, once a tap, would read the batch from memory nine times; one image
+    stays in the cache. On a CPU that is five times faster.
+    """
+    images, kernel = saved
+    plain = _multiply_adds.fun
+    _, pull = jax.vjp(lambda images: plain(images, kernel, strides), images)
+
+    def add(total: Array, image: tuple[Array, Array]) -> tuple[Array, None]:
+        x, direction = (part[None] for part in image)
+        _, pull = jax.vjp(lambda kernel: plain(x, kernel, strides), kernel)
+        return total + pull(direction)[0], None
+
+    of_kernel, _ = lax.scan(add, jnp.zeros_like(kernel), (images, cotangent))
+    return *pull(cotangent), of_kernel
+
+
+_multiply_adds.defvjp(_forward, _backward)
 
 
 def is_faster_here() -> bool:
