@@ -59,6 +59,19 @@ def test_the_example_trains_by_alpha_blending(example):
         assert float(np.abs(at_end[layer]["bias"]).max()) > 0
 
 
+def test_the_example_with_activations_measures_a_range_for_each_layer(example):
+    loss_fn, params, batch = (example[name] for name in ("loss_fn_with_inputs", "params", "batch"))
+    gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    (loss, ranges), _ = gradient(params, {}, batch, 0)
+    np.testing.assert_allclose(loss, example["loss_fn"](params, batch, 0), rtol=1e-6)
+    measured = {layer: float(found["input"]) for layer, found in ranges.items()}
+    assert set(measured) == {"stem", "hidden", "head"}
+    np.testing.assert_allclose(measured["stem"], np.abs(batch["image"]).max(), rtol=1e-6)
+    (halfway, _), grads = gradient(params, ranges, batch, 45_000)
+    assert np.isfinite(halfway)
+    assert float(np.abs(grads["stem"]["kernel"]).max()) > 0
+
+
 def test_the_example_ends_in_the_network_of_its_codes(example):
     params, batch, rules = example["params"], example["batch"], example["rules"]
     quantized = ab.quantize(params, rules)

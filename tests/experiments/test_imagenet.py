@@ -1,0 +1,188 @@
+"""The ImageNet experiments: both phases at every bit setting, and what their flags stand for."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import ab_jax as ab
+from ab_jax.data.prepare import prepare_image_folder
+from experiments.recipes.imagenet import Config, activation_rules, stem_for, weight_rules
+
+ROOT = Path(__file__).parents[2]
+
+
+# Compiling takes nearly all of the time of these runs; how fast the program is does not matter.
+FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+
+def run(experiment: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The command line, on one device."""
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{experiment}", *flags],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": FAST_COMPILATION, "COLUMNS": "200"},
+        cwd=ROOT,
+    )
+
+
+@pytest.fixture(scope="module")
+def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Runs of a few steps on 48 training and 6 test images of 8 x 8 pixels."""
+    rng = np.random.default_rng(0)
+    directory = tmp_path_factory.mktemp("colours")
+    for split, count in {"train": 16, "test": 2}.items():
+        for label in range(3):
+            for index in range(count):
+                pixels = rng.integers(0, 100, (8, 8, 3))
+                pixels[..., label] += 150
+                path = directory / "source" / split / f"class{label}" / f"{index}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+    prepare_image_folder(directory / "source", "colours", directory / "data")
+    values = {
+        "dataset": "image_folder:colours",
+        "data_dir": directory / "data",
+        "runs_dir": directory / "runs",
+        "compilation_cache": directory / "cache",
+        "validation": 8,
+        "batch_size": 8,
+        "width": 1 / 16,
+        "float_epochs": 0.8,  # of five batches
+        "epochs": 1.0,
+        "warmup": 0.0,
+        "pad": 1,
+    }
+    return [f"--{name}={value}" for name, value in values.items()]
+
+
+def record_of(flags: list[str], name: str) -> dict[str, Any]:
+    (runs,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--runs_dir="))
+    return json.loads((Path(runs) / name / "record.json").read_text())
+
+
+def check_quantized(record: dict[str, Any], weight_bits: int, act_bits: int) -> None:
+    config, lines, summary = record["config"], record["metrics"], record["summary"]
+    assert (config["weight_bits"], config["act_bits"]) == (weight_bits, act_bits)
+    assert lines[-1]["alpha"] == lines[-1]["activation_alpha"] == 1
+    assert all(np.isfinite(line["train_loss"]) for line in lines)
+    # At alpha 1 the blended network is the quantized one.
+    for part in ("validation", "test"):
+        assert summary[part]["blended"] == summary[part]["quantized"]
+
+
+def check_two_phases(flags: list[str], name: str) -> None:
+    float_phase, record = record_of(flags, f"{name}/float"), record_of(flags, name)
+    assert float_phase["config"]["method"] == "float"
+    assert (
+        float_phase["metrics"][-1]["alpha"] == float_phase["metrics"][-1]["activation_alpha"] == 0
+    )
+    assert float_phase["summary"]["test"] is None, "the test set is read once, at the end"
+    assert record["config"]["init_from"].endswith(f"{name}/float")
+
+
+def test_mobilenet_trains_at_every_bit_setting(flags: list[str]) -> None:
+    for name, weight_bits, act_bits in (("m88", 8, 8), ("m48", 4, 8), ("m44", 4, 4)):
+        (runs,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--runs_dir="))
+        start = [] if name == "m88" else [f"--init_from={runs}/m88/float"]
+        bits = [f"--weight_bits={weight_bits}", f"--act_bits={act_bits}"]
+        done = run("mobilenet_v1_imagenet", *flags, *bits, *start, f"--name={name}")
+        assert done.returncode == 0, done.stderr
+        # Before it starts the run says what becomes of each layer's input and of each parameter.
+        assert re.search(rf"block3/pointwise +\.\* +{act_bits} bits, unsigned", done.stdout)
+        assert re.search(r"stem/kernel .*Uniform +8 ", done.stdout)
+        assert re.search(rf"block3/pointwise/kernel .*Uniform +{weight_bits} ", done.stdout)
+        check_quantized(record_of(flags, name), weight_bits, act_bits)
+    check_two_phases(flags, "m88")
+
+
+@pytest.mark.parametrize(("version", "weight_bits", "act_bits"), [(1, 4, 4), (2, 4, 8)])
+def test_both_resnets_train(
+    flags: list[str], version: int, weight_bits: int, act_bits: int
+) -> None:
+    name = f"r{version}"
+    bits = [f"--weight_bits={weight_bits}", f"--act_bits={act_bits}"]
+    done = run("resnet50_imagenet", *flags, *bits, f"--version={version}", f"--name={name}")
+    assert done.returncode == 0, done.stderr
+    record = record_of(flags, name)
+    assert record["config"]["version"] == version
+    check_quantized(record, weight_bits, act_bits)
+    check_two_phases(flags, name)
+
+
+def test_the_first_and_the_last_layer_keep_8_bits():
+    config = Config(weight_bits=4, act_bits=3)
+    assert [(p, q and q.bits) for p, q in weight_rules(config).rules] == [
+        (r"(stem|head)/kernel", 8),
+        (r"(.*/)?kernel", 4),
+        (r".*", None),
+    ]
+    rules = activation_rules(config)
+    assert rules is not None
+    assert [(p, q.bits, q.signed) for p, q in rules.rules] == [
+        ("stem", 8, True),
+        ("head", 8, False),
+        (".*", 3, False),
+    ]
+    assert activation_rules(dataclasses.replace(config, act_bits=None)) is None
+
+
+def test_weights_have_scales_by_channel_or_one():
+    for scales, fit, axis in (
+        ("channel_least_squares", "least_squares", -1),
+        ("tensor_absmax", "absmax", None),
+    ):
+        quantizers = [q for _, q in weight_rules(Config(weight_scales=scales)).rules if q]
+        assert {(q.scale, q.axis) for q in quantizers} == {(fit, axis)}
+        assert all(isinstance(q, ab.Uniform) for q in quantizers)
+
+
+def test_the_range_of_activations_is_what_the_flag_says():
+    for flag, expected in (
+        ("max", (None, None)),
+        ("percentile", (None, 99.9)),
+        ("fixed", (6.0, None)),
+    ):
+        rules = activation_rules(Config(act_range=flag, act_backward="blended"))
+        assert rules is not None
+        inner = rules.of("block3/pointwise")
+        assert inner is not None
+        assert (inner.limit, inner.percentile) == expected
+        assert rules.of("stem").limit is None, "images are not bounded by 6"
+        assert {q.backward for _, q in rules.rules} == {"blended"}
+
+
+@pytest.mark.parametrize(
+    ("size", "stem"), [(16, 32), (32, 32), (64, 64), (128, 224), (224, 224), (299, 224)]
+)
+def test_the_stem_fits_the_images(size, stem):
+    assert stem_for(size) == stem
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (["--weight_bits=1"], ["bits", "1"]),
+        (["--act_bits=9"], ["bits must be 2 to 8"]),
+        (["--dataset=imagenet"], ["no data set named 'imagenet'"]),
+        (["--init_from=nowhere"], ["no run to start from in nowhere"]),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_a_line(
+    flags: list[str], wrong: list[str], words: list[str]
+) -> None:
+    done = run("mobilenet_v1_imagenet", *flags, *wrong, "--name=refused")
+    assert done.returncode == 1
+    error = done.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    for word in words:
+        assert word in error
