@@ -42,6 +42,26 @@ def test_the_readme_shows_the_table_of_the_step_benchmark() -> None:
     assert block == table(records), "replace it by experiments.bench_step.table of these records"
 
 
+def test_the_trial_of_the_backward_rules_is_told_as_it_came_out() -> None:
+    text = " ".join((ROOT / "results/README.md").read_text(encoding="utf-8").split())
+
+    def mean_accuracies(pattern: str) -> str:
+        paths = sorted((ROOT / "results/activation_gradients").glob(pattern))
+        assert len(paths) == 2
+        found = [json.loads(path.read_text())["summary"]["validation"] for path in paths]
+        key = "blended" if "start" in pattern else "quantized"  # the float network, or the codes
+        keys = (key, f"{key}_recalibrated")
+        return " / ".join(f"{50 * sum(one[key] for one in found):.1f}" for key in keys)
+
+    clipped, blended = (
+        [mean_accuracies(f"{rule}_lr{rate}_seed*.json") for rate in ("0.02", "0.08")]
+        for rule in ("clipped", "blended")
+    )
+    assert f"clipped {clipped[0]} at rate 0.02 and {clipped[1]} at 0.08" in text
+    assert f"blended {blended[0]} and {blended[1]}" in text
+    assert f"the float network {mean_accuracies('start/*.json')}" in text
+
+
 def test_the_comparison_finds_a_changed_record(tmp_path: Path) -> None:
     record = {
         "name": "a",
