@@ -15,7 +15,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import binarynet_cifar10
-from experiments.binarynet_cifar10 import Config, alpha_schedule
+from experiments.binarynet_cifar10 import Config
 
 ROOT = Path(__file__).parents[2]
 
@@ -111,7 +111,8 @@ def test_each_method_runs_to_its_record(
 
 def test_alpha_follows_the_flags() -> None:
     def alphas(**flags: Any) -> list[float]:
-        schedule = alpha_schedule(Config(**flags), 100)
+        c = Config(**flags)
+        schedule = alpha_schedule(c.method, c.ramp, c.ramp_start, c.ramp_stop, 100)
         return [float(schedule(step)) for step in (0, 20, 50, 80, 100)]
 
     assert alphas(method="float") == [0, 0, 0, 0, 0]
