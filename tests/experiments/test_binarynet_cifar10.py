@@ -16,6 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from experiments import binarynet_cifar10
 from experiments.binarynet_cifar10 import Config
+from experiments.recipes.methods import alpha_schedule
 
 ROOT = Path(__file__).parents[2]
 
