@@ -29,8 +29,8 @@ ROOMS: dict[str, set[str]] = {
     "quantized_inputs": {"jax", "numpy", "flax"},
     "models": {"jax", "numpy", "flax", "h5py", "safetensors"},
     "data": {
-        *("jax", "numpy", "tensorflow_datasets", "grain", "array_record"),
-        *("PIL", "sklearn", "tyro", "rich"),
+        *("jax", "numpy", "tensorflow_datasets", "grain", "absl", "array_record"),
+        *("PIL", "cv2", "sklearn", "tyro", "rich"),
     },
     "training": {"jax", "numpy", "optax", "flax", "orbax", "rich", "tensorboardX"},
     "export": {"jax", "numpy", "flax", "onnx", "onnxruntime", "qwix"},

@@ -64,21 +64,16 @@ def find_prepared(name: str, data_dir: Path) -> Path | None:
     return max(versions, key=lambda path: tuple(map(int, path.name.split("."))), default=None)
 
 
-def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> Prepared:
-    """Reads and decodes every image of a prepared data set.
-
-    The decoded images are kept beside the records, as `decoded-SPLIT-SIZE.npz`: the next call reads
-    those. They may be deleted at any time.
+def open_prepared(name: str, data_dir: Path) -> Any:
+    """TFDS's builder of a prepared data set, which can be read without TensorFlow.
 
     Args:
-      name: `"cifar10"`, `"cifar10_jpeg"`, `"tiny_imagenet"` or `"image_folder:NAME"`.
+      name: as for `read_prepared`, or `"imagenet2012"`.
       data_dir: TFDS's data directory.
-      image_size: height and width to average the images down to, in pixels; None: as stored.
 
     Raises:
       FileNotFoundError: it is not prepared in `data_dir`; the message has the command that does it.
-      ValueError: it is prepared in a format that needs TensorFlow, `image_size` does not divide an
-        image's size, or the images differ in size.
+      ValueError: it is prepared in a format that needs TensorFlow.
     """
     directory = find_prepared(name, data_dir)
     if directory is None:
@@ -97,6 +92,37 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
             f"without TensorFlow. Move it away or choose another directory, then prepare it with "
             f"`{prepare_command(name, data_dir)}`"
         )
+    return builder
+
+
+@functools.lru_cache(maxsize=8)
+def source_of(directory: Path, split: str) -> Any:
+    """A split's records by index, images still encoded; opened once in a process."""
+    import tensorflow_datasets as tfds
+
+    return tfds.builder_from_directory(directory).as_data_source(
+        split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
+    )
+
+
+def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> Prepared:
+    """Reads and decodes every image of a prepared data set.
+
+    The decoded images are kept beside the records, as `decoded-SPLIT-SIZE.npz`: the next call reads
+    those. They may be deleted at any time.
+
+    Args:
+      name: `"cifar10"`, `"cifar10_jpeg"`, `"tiny_imagenet"` or `"image_folder:NAME"`.
+      data_dir: TFDS's data directory.
+      image_size: height and width to average the images down to, in pixels; None: as stored.
+
+    Raises:
+      FileNotFoundError: it is not prepared in `data_dir`; the message has the command that does it.
+      ValueError: it is prepared in a format that needs TensorFlow, `image_size` does not divide an
+        image's size, or the images differ in size.
+    """
+    builder = open_prepared(name, data_dir)
+    directory = Path(builder.data_dir)
     size = "full" if image_size is None else str(image_size)
     return Prepared(
         version=str(builder.version),
@@ -112,11 +138,7 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
 
 
 def _read_split(builder: Any, split: str, image_size: int | None) -> Images:
-    import tensorflow_datasets as tfds
-
-    source = builder.as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
-    )
+    source = source_of(Path(builder.data_dir), split)
     images: np.ndarray | None = None
     labels = np.empty(len(source), np.int32)
     first = ""

@@ -7,10 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ab_jax.data.batches import evaluation_batches
 from ab_jax.data.dataset import Images
+from ab_jax.data.stream import Photos
+from ab_jax.training.feeds import Feed, make_feed
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.step import Preprocessing, make_batch_stats_step, make_eval_step
 
@@ -38,18 +38,21 @@ class Evaluator:
     ) -> None:
         self._parallel = parallel
         self._batch_size = batch_size
-        self._evaluate = parallel.wrap(
-            make_eval_step(model, preprocessing), sharded=[False] * 5 + [True] * 2
-        )
-        self._measure = parallel.wrap(
-            make_batch_stats_step(model, preprocessing), sharded=[False] * 4 + [True]
-        )
+        evaluate = make_eval_step(model, preprocessing)
+        measure = make_batch_stats_step(model, preprocessing)
+        network = [False] * 3
 
-    def place(self, images: Images) -> tuple[Any, int]:
-        """Images on the devices, and their number."""
-        return self._parallel.replicate((images.images, images.labels)), len(images)
+        # Compiled when they are first used: a run needs the steps for one kind of feed.
+        self._evaluate = {
+            of: parallel.wrap(evaluate, [*network, of, of, True, True]) for of in (False, True)
+        }
+        self._measure = {of: parallel.wrap(measure, [*network, of, True]) for of in (False, True)}
 
-    def read(self, params: Any, model_state: Any, alpha: float, placed: tuple[Any, int]) -> Reading:
+    def place(self, part: Images | Photos) -> Feed:
+        """Images on the devices, or a stream to them."""
+        return make_feed(part, self._parallel)
+
+    def read(self, params: Any, model_state: Any, alpha: float, placed: Feed) -> Reading:
         """Loss and accuracy over the placed images, each counted once.
 
         Args:
@@ -58,24 +61,22 @@ class Evaluator:
           alpha: of the activations.
           placed: what `place` returned.
         """
-        (images, labels), n = placed
         network = self._parallel.replicate((params, model_state, jnp.float32(alpha)))
-        sums = []
-        for batch in evaluation_batches(n, self._batch_size, len(self._parallel.devices)):
-            sums.append(self._evaluate(*network, images, labels, *self._parallel.shard(batch)))
+        evaluate = self._evaluate[placed.sharded]
+        sums = [evaluate(*network, *batch) for batch in placed.evaluation(self._batch_size)]
         totals = [
             {name: float(value) for name, value in self._parallel.unreplicate(s).items()}
             for s in sums
         ]
         count = sum(total["count"] for total in totals)
-        assert count == n
+        assert count == len(placed)
         return Reading(
-            loss=sum(total["loss"] for total in totals) / n,
-            accuracy=sum(total["correct"] for total in totals) / n,
+            loss=sum(total["loss"] for total in totals) / count,
+            accuracy=sum(total["correct"] for total in totals) / count,
         )
 
     def recalibrate(
-        self, params: Any, model_state: Any, alpha: float, placed: tuple[Any, int], batches: int
+        self, params: Any, model_state: Any, alpha: float, placed: Feed, batches: int
     ) -> Any:
         """The model state with batch statistics re-estimated on the first placed images.
 
@@ -83,17 +84,11 @@ class Evaluator:
           params, model_state, alpha, placed: as for `read`; the images are training images.
           batches: how many batches to average over, if there are so many.
         """
-        (images, _), n = placed
         network = self._parallel.replicate((params, model_state, jnp.float32(alpha)))
-        shares = len(self._parallel.devices)
-        size = max(min(self._batch_size, n) // shares, 1) * shares
-        batches = min(batches, n // size)
-        indices = np.arange(batches * size, dtype=np.int32).reshape(batches, size)
+        measure = self._measure[placed.sharded]
         measured = recalibrate_batch_stats(
-            lambda batch: self._parallel.unreplicate(
-                self._measure(*network, images, self._parallel.shard(batch))
-            ),
-            indices,
+            lambda batch: self._parallel.unreplicate(measure(*network, *batch)),
+            placed.calibration(self._batch_size, batches),
         )
         return {**model_state, **measured}
 

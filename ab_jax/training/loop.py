@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,8 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ab_jax.blend import describe
-from ab_jax.data.batches import epoch_order, steps_per_epoch
+from ab_jax.data.batches import steps_per_epoch
 from ab_jax.data.dataset import Dataset
+from ab_jax.data.stream import StreamedDataset
 from ab_jax.estimators import Estimator
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
@@ -43,7 +43,7 @@ class Training:
 
     Attributes:
       model: a Linen module as `make_train_step` takes it.
-      dataset: images in memory.
+      dataset: images in memory, or a stream of photographs.
       preprocessing: how they are augmented and normalized.
       rules, estimator: what the loss sees of the weights.
       alpha: the ramp, a schedule over steps.
@@ -65,7 +65,7 @@ class Training:
     """
 
     model: nn.Module
-    dataset: Dataset
+    dataset: Dataset | StreamedDataset
     preprocessing: Preprocessing
     rules: Rules
     estimator: Estimator
@@ -107,11 +107,9 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             f"A profile starts after {_PROFILED_STEPS[0]} steps, but this run has {t.steps}. Train "
             f"longer, or do not profile."
         )
-    positions = parallel.shard(np.arange(t.batch_size, dtype=np.int32))
     evaluator = Evaluator(t.model, t.preprocessing, parallel, t.batch_size)
     readings = Readings(evaluator, t.dataset, rules=t.rules, estimator=t.estimator, watch=t.watch)
-    train_step = compile_train_step(t, parallel)
-    order = functools.cache(lambda epoch: epoch_order(t.seed, epoch, len(t.dataset.train)))
+    train_step = compile_train_step(t, parallel, streamed=readings.train.sharded)
 
     with Checkpoints(run.path / "checkpoints") as checkpoints:
         state = _initial_state(t, checkpoints)
@@ -119,19 +117,15 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         print(describe(state.params, t.rules))
         run.forget_after(first)
         readings.remember_codes(state)
-        (images, labels), _ = readings.train
         on_devices = parallel.replicate(state)
         recent: list[dict[str, Any]] = []  # metrics since the last evaluation
         looked_at = 0  # how many of them are known to be finite
         since = time.monotonic()
+        batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
         with _progress(first, t.steps) as show, _profiler(t.profile, run.path) as profile:
-            for step in range(first, t.steps):
+            for step, batch in enumerate(batches, start=first):
                 profile(step - first)
-                epoch, batch = divmod(step, per_epoch)
-                indices = order(epoch)[batch * t.batch_size :][: t.batch_size]
-                on_devices, metrics = train_step(
-                    on_devices, images, labels, parallel.shard(indices), positions
-                )
+                on_devices, metrics = train_step(on_devices, *batch)
                 recent.append(metrics)
                 done = step + 1
                 evaluates = done % t.eval_every == 0 or done == t.steps
@@ -173,8 +167,14 @@ def _alphas(training: Training, step: int) -> tuple[float, float]:
     return float(training.alpha(step)), float(of_activations(step))
 
 
-def compile_train_step(training: Training, parallel: Parallel) -> Callable[..., Any]:
-    """The training step over all devices, which takes over the memory of the state it is given."""
+def compile_train_step(
+    training: Training, parallel: Parallel, *, streamed: bool = False
+) -> Callable[..., Any]:
+    """The training step over all devices, which takes over the memory of the state it is given.
+
+    Args:
+      streamed: whether images and labels are shared out (`Feed.sharded`).
+    """
     step = make_train_step(
         training.model,
         training.optimizer,
@@ -186,7 +186,7 @@ def compile_train_step(training: Training, parallel: Parallel) -> Callable[..., 
         label_smoothing=training.label_smoothing,
         latent_limit=training.latent_limit,
     )
-    return parallel.wrap(step, sharded=[False, False, False, True, True], donate=[0])
+    return parallel.wrap(step, sharded=[False, streamed, streamed, True, True], donate=[0])
 
 
 def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
@@ -198,7 +198,7 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
                 f"There is no run to start from in {training.init_from}: {source} is missing. "
                 f"Train that run first, or correct --init_from."
             )
-    image_shape = training.dataset.train.images.shape[1:]
+    image_shape = training.dataset.image_shape
     state = create_state(training.model, training.optimizer, image_shape, training.seed)
     if checkpoints.latest_step is not None:
         return checkpoints.restore(state)

@@ -8,6 +8,7 @@ import numpy as np
 
 from ab_jax.blend import blend, dequantize, quantize
 from ab_jax.data.dataset import Dataset
+from ab_jax.data.stream import StreamedDataset
 from ab_jax.estimators import Estimator
 from ab_jax.quantizers import Quantized
 from ab_jax.rules import Rules
@@ -35,7 +36,7 @@ class Readings:
     def __init__(
         self,
         evaluator: Evaluator,
-        dataset: Dataset,
+        dataset: Dataset | StreamedDataset,
         *,
         rules: Rules,
         estimator: Estimator,

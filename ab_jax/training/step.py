@@ -1,7 +1,7 @@
 """What one device does in a training step, an evaluation step and a re-estimation step.
 
-Each is written once and mapped over the devices by `ab_jax.training.parallel`. The whole training
-set lies on every device as uint8; a step picks its images by index.
+Each is written once and mapped over the devices by `ab_jax.training.parallel`. A step picks its
+images by index out of uint8 images on the device: the whole training set, or its share of a batch.
 """
 
 import dataclasses

@@ -1,0 +1,106 @@
+"""From the bytes of a photograph to a square image of the network's size, with OpenCV.
+
+Training takes a random part of the photograph (random-resized crop, arXiv 1409.4842, section 6),
+evaluation its center. The parts' sizes are those of torchvision's reference training.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ab_jax.data.pixels import decode
+
+_AREA = 0.08, 1.0  # of a random part, as a share of the photograph
+_ASPECT = 3 / 4, 4 / 3  # its width over its height
+_TRIES = 10
+_CENTER = 224 / 256  # side of the center crop, as a share of the shorter side
+_END_OF_IMAGE = b"\xff\xd9"
+
+
+def decode_photo(encoded: bytes, name: str) -> np.ndarray:
+    """Decodes a JPEG or PNG file to RGB, three times as fast as Pillow.
+
+    Args:
+      encoded: the whole file. A rotation noted in it is ignored, as elsewhere with ImageNet.
+      name: what to call the file in the error.
+
+    Returns:
+      uint8 `[H, W, 3]`.
+
+    Raises:
+      ValueError: the bytes are no image, or one that is cut off; the message has `name`.
+    """
+    import cv2
+
+    # OpenCV fills up with gray what is missing at the end, without a word. Bytes behind the end are
+    # harmless, so that Pillow, which knows the difference, has to look at such files.
+    if encoded[:2] != b"\xff\xd8" or encoded[-2:] != _END_OF_IMAGE:
+        return decode(encoded, name)
+    flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
+    if image is None:
+        raise ValueError(f"{name} is not a readable JPEG image")
+    return np.asarray(image)
+
+
+def random_resized_crop(
+    image: np.ndarray, size: int, generator: np.random.Generator, *, flip: bool
+) -> np.ndarray:
+    """A random part of a photograph, stretched to a square, half of the time mirrored.
+
+    The part has 8 % to 100 % of the area and an aspect ratio of 3/4 to 4/3. Where ten draws do not
+    fit into the photograph, it is the largest one around the center that has such a ratio.
+
+    Args:
+      image: uint8 `[H, W, 3]`.
+      size: height and width of the result, in pixels.
+      generator: where the randomness comes from.
+      flip: whether to mirror at random.
+
+    Returns:
+      uint8 `[size, size, 3]`.
+    """
+    top, left, height, width = _random_part(image.shape[0], image.shape[1], generator)
+    result = _resize(image[top : top + height, left : left + width], size)
+    return result[:, ::-1] if flip and generator.random() < 0.5 else result
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    """The middle of a photograph: a square with 7/8 of its shorter side, resized.
+
+    Args:
+      image: uint8 `[H, W, 3]`.
+      size: height and width of the result, in pixels.
+
+    Returns:
+      uint8 `[size, size, 3]`.
+    """
+    height, width = image.shape[:2]
+    side = max(1, round(_CENTER * min(height, width)))
+    top, left = (height - side) // 2, (width - side) // 2
+    return _resize(image[top : top + side, left : left + side], size)
+
+
+def _random_part(
+    height: int, width: int, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width."""
+    for _ in range(_TRIES):
+        area = height * width * generator.uniform(*_AREA)
+        aspect = np.exp(generator.uniform(*np.log(_ASPECT)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(generator.integers(height - h + 1))
+            return top, int(generator.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * _ASPECT[1])))
+    h = min(height, max(1, round(width / _ASPECT[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def _resize(image: np.ndarray, size: int) -> np.ndarray:
+    import cv2
+
+    # Averages over areas where the image shrinks, since interpolation would skip pixels then.
+    shrinks = min(image.shape[:2]) >= size
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(image, (size, size), interpolation=method))

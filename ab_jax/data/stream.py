@@ -1,0 +1,290 @@
+"""Photographs that are decoded as they are needed, for data sets that do not fit in memory.
+
+Grain reads, decodes and crops in worker processes; what makes up a batch is a pure function of the
+seed and the step, as for images in memory (`ab_jax.data.batches`). So a stream can start at any
+step, and the step in a checkpoint is its position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ab_jax.data.batches import epoch_order, evaluation_batches, steps_per_epoch
+from ab_jax.data.dataset import Images
+from ab_jax.data.jpeg import center_crop, decode_photo, random_resized_crop
+from ab_jax.data.prepared import open_prepared, resolve_data_dir, source_of
+
+# Of ImageNet's training images, as everywhere; pixels in 0..1.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+_MOST_VALIDATION = 10_000  # images, unless asked for more
+_BATCHES_AHEAD = 2  # a worker holds so many; one of 256 images of 224 pixels has 39 MB
+
+
+@dataclasses.dataclass(frozen=True)
+class Photos:
+    """The encoded images of one part of a prepared data set.
+
+    Attributes:
+      directory: of the prepared version, such as `DATA_DIR/imagenet2012/5.1.0`.
+      split: TFDS's name of the split.
+      start, stop: which of its records.
+      image_size: height and width to crop and resize to, in pixels.
+      flip: whether training images are mirrored at random.
+      workers: processes that decode; 0: threads of this one.
+      share: `(i, n)` for the i-th of n processes, each of which reads its share of every batch.
+    """
+
+    directory: Path
+    split: str
+    start: int
+    stop: int
+    image_size: int
+    flip: bool = True
+    workers: int = 0
+    share: tuple[int, int] = (0, 1)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def read(self, index: int) -> tuple[np.ndarray, int]:
+        """A decoded image, uint8 `[H, W, 3]`, and its label.
+
+        Raises:
+          ValueError: it is damaged; names the file, the record and the split.
+        """
+        record = self.start + index
+        example = source_of(self.directory, self.split)[record]
+        file = example.get("file_name", example.get("id", b"?")).decode()
+        name = f"{file} (record {record} of {self.split} in {self.directory})"
+        return decode_photo(example["image"], name), int(example["label"])
+
+    def train_batches(
+        self, seed: int, batch_size: int, first_step: int, steps: int
+    ) -> Iterator[Images]:
+        """The batches of steps `first_step` to `steps - 1`; random parts of the photographs.
+
+        The indices are those of `train_indices`; an image's crop depends on the seed and on its
+        place in the run alone, not on workers, shares or where the stream started.
+
+        Args:
+          seed: the run's.
+          batch_size: images in a global batch.
+          first_step, steps: from where, and to where.
+
+        Yields:
+          This process's share of each batch.
+
+        Raises:
+          ValueError: as `read`, or a batch that the processes cannot share evenly.
+        """
+        per_epoch = steps_per_epoch(batch_size, len(self))
+        local = self._local(batch_size)
+        place = self.share[0] * local
+        make = _TrainImage(self, seed, batch_size, per_epoch, local, first_step, place)
+        count = max(0, steps - first_step) * local
+        return (
+            Images(images, labels) for images, labels in _stream(make, count, local, self.workers)
+        )
+
+    def evaluation_batches(self, batch_size: int) -> Iterator[tuple[Images, np.ndarray]]:
+        """Every photograph once, in order: its center.
+
+        Yields:
+          This process's share of each batch with a mask, bool `[B]`; where it is False the batch
+          was filled up.
+
+        Raises:
+          ValueError: as `train_batches`.
+        """
+        local = self._local(batch_size)
+        chunks = list(evaluation_batches(len(self), batch_size))
+        mine = slice(self.share[0] * local, (self.share[0] + 1) * local)
+        indices = [index[mine] for index, _ in chunks]
+        make = _EvaluationImage(self, np.concatenate(indices or [np.empty(0, np.int32)]))
+        batches = _stream(make, len(make.indices), local, self.workers)
+        for (images, labels), (_, mask) in zip(batches, chunks, strict=True):
+            yield Images(images, labels), mask[mine]
+
+    def _local(self, batch_size: int) -> int:
+        if batch_size % self.share[1]:
+            raise ValueError(
+                f"A batch of {batch_size} images cannot be shared evenly by {self.share[1]} "
+                f"processes. Choose a batch size that is a multiple of {self.share[1]}."
+            )
+        return batch_size // self.share[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainImage:
+    """From the number of an image in this process's stream to its pixels and label."""
+
+    photos: Photos
+    seed: int
+    batch_size: int
+    per_epoch: int
+    local: int
+    first_step: int
+    place: int
+
+    def __call__(self, number: int) -> tuple[np.ndarray, np.int32]:
+        step, within = divmod(number, self.local)
+        step += self.first_step
+        within += self.place
+        epoch, batch = divmod(step, self.per_epoch)
+        order = _order(self.seed, epoch, len(self.photos))
+        image, label = self.photos.read(int(order[batch * self.batch_size + within]))
+        position = step * self.batch_size + within
+        sequence = np.random.SeedSequence([self.seed, position])
+        generator = np.random.Generator(np.random.PCG64(sequence))
+        size, flip = self.photos.image_size, self.photos.flip
+        return random_resized_crop(image, size, generator, flip=flip), np.int32(label)
+
+
+@dataclasses.dataclass(frozen=True)
+class _EvaluationImage:
+    """The same for the images of an evaluation."""
+
+    photos: Photos
+    indices: np.ndarray
+
+    def __call__(self, number: int) -> tuple[np.ndarray, np.int32]:
+        image, label = self.photos.read(int(self.indices[number]))
+        return center_crop(image, self.photos.image_size), np.int32(label)
+
+
+@functools.lru_cache(maxsize=2)  # an epoch and the next: workers run ahead
+def _order(seed: int, epoch: int, n: int) -> np.ndarray:
+    return epoch_order(seed, epoch, n)
+
+
+def _stream(
+    make: Callable[[int], Any], count: int, batch_size: int, workers: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Batches of `make(0)`, `make(1)`, ..., in order, made ahead of their use."""
+    import grain
+    from absl import flags
+
+    made = grain.MapDataset.range(count).map(make).batch(batch_size)
+    # Grain's own default would hold 500 batches.
+    options = grain.ReadOptions(num_threads=_BATCHES_AHEAD, prefetch_buffer_size=_BATCHES_AHEAD)
+    if not workers:
+        return iter(made.to_iter_dataset(options))
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Grain asks absl for flags, which ours is no program of
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    processes = grain.MultiprocessingOptions(
+        num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD
+    )
+    return iter(made.to_iter_dataset(options).mp_prefetch(processes, _one_thread))
+
+
+def _one_thread(worker: int, workers: int) -> None:
+    del worker, workers
+    import cv2
+
+    cv2.setNumThreads(1)  # the workers are the parallelism
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedDataset:
+    """A data set in its three parts, on disk; otherwise like `ab_jax.data.Dataset`.
+
+    Attributes:
+      name, version, class_names: as there.
+      train, validation, test: the parts.
+      mean, std: those of ImageNet's training images.
+    """
+
+    name: str
+    version: str
+    train: Photos
+    validation: Photos
+    test: Photos
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Shape of one image, `(H, W, C)`."""
+        return self.train.image_size, self.train.image_size, 3
+
+
+def load_stream(
+    name: str,
+    *,
+    image_size: int,
+    data_dir: Path | str | None = None,
+    validation: int | None = None,
+    flip: bool = True,
+    workers: int = 0,
+    share: tuple[int, int] = (0, 1),
+) -> StreamedDataset:
+    """A prepared data set as a stream: `imagenet2012`, as TFDS prepares it, or any other.
+
+    The parts are cut as `ab_jax.data.load` cuts them; where the set's validation images are the
+    test part, as with ImageNet, the validation part is cut from the end of the training images.
+
+    Args:
+      name: `imagenet2012`, `tiny_imagenet` or `image_folder:NAME`.
+      image_size: height and width of the batches' images, in pixels.
+      data_dir: where the prepared data lie; default `$TFDS_DATA_DIR`, else
+        `~/tensorflow_datasets`.
+      validation: number of training images to cut off for validation. Default: a tenth of them,
+        10,000 at most.
+      flip, workers, share: see `Photos`.
+
+    Raises:
+      FileNotFoundError: it is not prepared; the message says how to.
+      ValueError: it is prepared in a format that needs TensorFlow, an `image_size` or `workers`
+        that makes no sense, or a `validation` that leaves no training image.
+    """
+    if image_size < 1 or workers < 0:
+        raise ValueError(
+            f"image_size={image_size} must be at least 1 pixel and workers={workers} at least 0"
+        )
+    if not 0 <= share[0] < share[1]:
+        raise ValueError(f"share={share} must be (i, n) with 0 <= i < n")
+    builder = open_prepared(name, resolve_data_dir(data_dir))
+    sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
+    if "train" not in sizes or "validation" not in sizes:
+        raise ValueError(
+            f"{builder.data_dir} has the splits {', '.join(sizes)}: a stream needs train and "
+            f"validation. Prepare it again with both."
+        )
+    photos = functools.partial(
+        Photos,
+        Path(builder.data_dir),
+        image_size=image_size,
+        flip=flip,
+        workers=workers,
+        share=share,
+    )
+    n = sizes["train"]
+    if validation is None:
+        validation = min(n // 10, _MOST_VALIDATION)
+    if not 0 <= validation < n:
+        raise ValueError(
+            f"validation={validation} must be 0 or more and less than the {n} training images of "
+            f"{name}"
+        )
+    return StreamedDataset(
+        name=name,
+        version=str(builder.version),
+        train=photos(split="train", start=0, stop=n - validation),
+        validation=photos(split="train", start=n - validation, stop=n),
+        test=photos(split="validation", start=0, stop=sizes["validation"]),
+        class_names=tuple(builder.info.features["label"].names),
+    )
