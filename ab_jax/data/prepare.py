@@ -3,10 +3,12 @@
     python -m ab_jax.data.prepare cifar10_jpeg --source=cifar10_jpeg.tar.xz
     python -m ab_jax.data.prepare tiny_imagenet --source=DIRECTORY
     python -m ab_jax.data.prepare image_folder --source=DIRECTORY_OR_ARCHIVE --name=NAME
+    python -m ab_jax.data.prepare imagenet2012 --source=DIRECTORY
     python -m ab_jax.data.prepare cifar10
 
 Writes `DATA_DIR/NAME/VERSION` in array_record format. What is prepared already is left as it is.
-Only `cifar10`, TFDS's official builder, needs TensorFlow, and only here: reading it does not.
+Only `imagenet2012` and `cifar10`, TFDS's official builders, need TensorFlow, and only here:
+reading what they wrote does not.
 """
 
 from __future__ import annotations
@@ -100,19 +102,54 @@ def prepare_cifar10(data_dir: DataDir = None) -> Path:
     Raises:
       ModuleNotFoundError: TensorFlow is not installed.
     """
+    return _prepare_official("cifar10", data_dir)
+
+
+def prepare_imagenet2012(
+    source: Annotated[
+        Path, tyro.conf.arg(help="Where ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar lie.")
+    ],
+    data_dir: DataDir = None,
+) -> Path:
+    """ImageNet (ILSVRC 2012), by TFDS's official builder; needs TensorFlow.
+
+    Args:
+      source: the directory of the two archives, which image-net.org gives to those it has allowed.
+      data_dir: where to write; None: TFDS's default.
+
+    Returns:
+      The prepared data set's directory.
+
+    Raises:
+      FileNotFoundError: an archive is missing.
+      ModuleNotFoundError: TensorFlow is not installed.
+    """
+    for archive in ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"):
+        if not (source / archive).is_file():
+            raise FileNotFoundError(
+                f"there is no {archive} in {source}. Download it from image-net.org, or correct "
+                f"--source"
+            )
+    return _prepare_official("imagenet2012", data_dir, manual_dir=source)
+
+
+def _prepare_official(name: str, data_dir: Path | None, manual_dir: Path | None = None) -> Path:
     data_dir = resolve_data_dir(data_dir)
-    if (directory := _already_prepared("cifar10", data_dir)) is not None:
+    if (directory := _already_prepared(name, data_dir)) is not None:
         return directory
     if importlib.util.find_spec("tensorflow") is None:
+        instead = " cifar10_jpeg needs none for either" if name == "cifar10" else ""
         raise ModuleNotFoundError(
-            "TFDS's official cifar10 builder needs TensorFlow to encode the images: "
-            "`pip install tensorflow`, prepare, and uninstall it again if you like, for reading "
-            "needs none. cifar10_jpeg needs none for either"
+            f"TFDS's official {name} builder needs TensorFlow: `pip install tensorflow`, prepare, "
+            f"and uninstall it again if you like, for reading needs none.{instead}"
         )
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder("cifar10", data_dir=data_dir)
-    builder.download_and_prepare(file_format="array_record")
+    builder = tfds.builder(name, data_dir=data_dir)
+    builder.download_and_prepare(
+        file_format="array_record",
+        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
+    )
     return Path(builder.data_dir)
 
 
@@ -153,6 +190,7 @@ def main(args: list[str] | None = None) -> None:
         "cifar10_jpeg": prepare_cifar10_jpeg,
         "tiny_imagenet": prepare_tiny_imagenet,
         "image_folder": prepare_image_folder,
+        "imagenet2012": prepare_imagenet2012,
         "cifar10": prepare_cifar10,
     }
     try:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data import Dataset, load, steps_per_epoch
+from ab_jax.data.stream import StreamedDataset, load_stream
 from ab_jax.quantized_inputs import (
     ActivationRules,
     QuantizedInputs,
@@ -41,6 +42,7 @@ from experiments.recipes.methods import (
 # are a small part of the network and lose the most.
 _OUTER_BITS = 8
 _PERCENTILE = 99.9
+_STREAM_SIZE = 224  # pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,12 +73,18 @@ class Config:
     init_from: str | None = None
     new_head: bool = False  # leave out the head of that file, whose classes are others
 
-    dataset: str = "tiny_imagenet"  # tiny_imagenet, cifar10, cifar10_jpeg, or image_folder:NAME
+    # imagenet2012, tiny_imagenet, cifar10, cifar10_jpeg, or image_folder:NAME.
+    dataset: str = "tiny_imagenet"
     data_dir: str | None = None  # where prepared data lie; None: $TFDS_DATA_DIR or TFDS's default
-    image_size: int | None = None  # average images down to this many pixels; None: as they are
+    # Pixels to average images down to, or of the crops of a stream. None: as they are, 224 of a
+    # stream.
+    image_size: int | None = None
+    # Decode photographs as they are needed, with crops of random size, as imagenet2012 always is.
+    stream: bool = False
+    workers: int = 0  # processes that decode a stream; 0: threads of this one
     classes: int | None = None  # keep the images of the first so many classes; None: of all
     validation: int | None = None  # training images kept for validation; None: a tenth
-    pad: int | None = None  # pixels of padding for random crops; None: an eighth of the image
+    pad: int | None = None  # padding for crops of images in memory, in pixels; None: an eighth
     flip: bool = True  # mirror training images at random
 
     width: float = 1.0  # multiplies the features of every hidden layer
@@ -114,13 +122,7 @@ def run(config: Config, make_model: MakeModel, experiment: str) -> dict[str, Any
     """Train in one or two phases, as the flags say, and return the record of the last."""
     keep_compiled_programs(config.compilation_cache)
     c = config
-    dataset = load(
-        c.dataset,
-        data_dir=c.data_dir,
-        validation=c.validation,
-        image_size=c.image_size,
-        classes=c.classes,
-    )
+    dataset = _load(c)
     if c.init_from is None:
         float_phase = dataclasses.replace(
             c,
@@ -136,6 +138,31 @@ def run(config: Config, make_model: MakeModel, experiment: str) -> dict[str, Any
             _train_phase(float_phase, dataset, make_model, experiment)
         c = dataclasses.replace(c, init_from=str(_path(float_phase)))
     return _train_phase(c, dataset, make_model, experiment)
+
+
+def _load(config: Config) -> Dataset | StreamedDataset:
+    c = config
+    if not c.stream and c.dataset != "imagenet2012":
+        return load(
+            c.dataset,
+            data_dir=c.data_dir,
+            validation=c.validation,
+            image_size=c.image_size,
+            classes=c.classes,
+        )
+    for flag, value in {"classes": c.classes, "pad": c.pad}.items():
+        if value is not None:
+            raise ValueError(
+                f"--{flag}={value} is for images in memory, not for a stream. Omit it."
+            )
+    return load_stream(
+        c.dataset,
+        image_size=c.image_size or _STREAM_SIZE,
+        data_dir=c.data_dir,
+        validation=c.validation,
+        flip=c.flip,
+        workers=c.workers,
+    )
 
 
 def weight_rules(config: Config) -> ab.Rules:
@@ -186,10 +213,11 @@ def _path(config: Config) -> Path:
 
 
 def _train_phase(
-    config: Config, dataset: Dataset, make_model: MakeModel, experiment: str
+    config: Config, dataset: Dataset | StreamedDataset, make_model: MakeModel, experiment: str
 ) -> dict[str, Any]:
     c = config
     size = dataset.image_shape[0]
+    streamed = isinstance(dataset, StreamedDataset)
     inputs = activation_rules(c)
     model = make_model(
         num_classes=dataset.num_classes,
@@ -215,8 +243,9 @@ def _train_phase(
         preprocessing=Preprocessing(
             mean=dataset.mean,
             std=dataset.std,
-            pad=size // 8 if c.pad is None else c.pad,
-            flip=c.flip,
+            # A stream's crops and flips are made where its photographs are decoded.
+            pad=0 if streamed else size // 8 if c.pad is None else c.pad,
+            flip=c.flip and not streamed,
         ),
         rules=weight_rules(c),
         estimator=ESTIMATORS[c.method],
