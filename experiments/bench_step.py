@@ -27,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tyro
-from scipy.stats import binom  # type: ignore[import-untyped]
 
 import ab_jax as ab
 from ab_jax.models.binarynet import BinaryNet
@@ -36,6 +35,7 @@ from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.records import describe_run, write_json
 from ab_jax.training.state import create_state
 from ab_jax.training.step import Preprocessing, make_train_step
+from experiments.reporting.paired_statistics import median_interval
 
 # Environment variables that change how fast a step runs, for the record.
 ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS")
@@ -139,17 +139,6 @@ def _ratio(record: dict[str, Any], name: str) -> str:
     ratios = [a / b for a, b in zip(seconds[name], seconds[baseline], strict=True)]
     low, high = median_interval(ratios)
     return f"{statistics.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The interval that covers the median of what `values` were drawn from.
-
-    The k-th smallest and the k-th largest value, with the largest k at which the chance that the
-    median lies outside stays below `1 - confidence`; the whole range where there are too few.
-    """
-    ordered = sorted(values)
-    k = int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
-    return ordered[max(k, 1) - 1], ordered[-max(k, 1)]
 
 
 def _model(config: Config) -> BinaryNet:

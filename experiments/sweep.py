@@ -47,7 +47,7 @@ from experiments.sweeping.processes import (
 )
 
 # Beside the experiments, and not to be swept: they make no runs.
-TOOLS = {"bench_step", "report", "sweep"}
+TOOLS = {"bench_data", "bench_step", "report", "sweep"}
 POLL_SECONDS = 0.1
 
 

@@ -60,9 +60,33 @@ def random_resized_crop(
     Returns:
       uint8 `[size, size, 3]`.
     """
-    top, left, height, width = _random_part(image.shape[0], image.shape[1], generator)
+    import cv2
+
+    top, left, height, width = random_part(image.shape[0], image.shape[1], generator)
     result = _resize(image[top : top + height, left : left + width], size)
-    return result[:, ::-1] if flip and generator.random() < 0.5 else result
+    # A mirrored view would be slow to copy into a batch, pixel by pixel.
+    return np.asarray(cv2.flip(result, 1)) if flip and generator.random() < 0.5 else result
+
+
+def random_part(
+    height: int, width: int, generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Where `random_resized_crop` cuts: top, left, height and width, in pixels.
+
+    Args:
+      height, width: of the photograph, in pixels.
+      generator: where the randomness comes from.
+    """
+    for _ in range(_TRIES):
+        area = height * width * generator.uniform(*_AREA)
+        aspect = np.exp(generator.uniform(*np.log(_ASPECT)))
+        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(generator.integers(height - h + 1))
+            return top, int(generator.integers(width - w + 1)), h, w
+    w = min(width, max(1, round(height * _ASPECT[1])))
+    h = min(height, max(1, round(width / _ASPECT[0])))
+    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def center_crop(image: np.ndarray, size: int) -> np.ndarray:
@@ -79,22 +103,6 @@ def center_crop(image: np.ndarray, size: int) -> np.ndarray:
     side = max(1, round(_CENTER * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
     return _resize(image[top : top + side, left : left + side], size)
-
-
-def _random_part(
-    height: int, width: int, generator: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Top, left, height and width."""
-    for _ in range(_TRIES):
-        area = height * width * generator.uniform(*_AREA)
-        aspect = np.exp(generator.uniform(*np.log(_ASPECT)))
-        w, h = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
-        if 0 < w <= width and 0 < h <= height:
-            top = int(generator.integers(height - h + 1))
-            return top, int(generator.integers(width - w + 1)), h, w
-    w = min(width, max(1, round(height * _ASPECT[1])))
-    h = min(height, max(1, round(width / _ASPECT[0])))
-    return (height - h) // 2, (width - w) // 2, h, w
 
 
 def _resize(image: np.ndarray, size: int) -> np.ndarray:

@@ -1,10 +1,11 @@
-"""Mean, deviation and paired difference of accuracies over seeds, and how a table writes them."""
+"""Mean, deviation and paired difference over seeds, medians of timings; how a table writes them."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student_t  # type: ignore[import-untyped]
+from scipy.stats import binom  # type: ignore[import-untyped]
+from scipy.stats import t as student_t
 
 NOT_RUN = "not run"
 
@@ -69,3 +70,14 @@ def difference_cell(values: Mapping[int, float], baseline: Mapping[int, float]) 
 def _signed(value: float) -> str:
     text = f"{value:+.2f}"
     return "+0.00" if text == "-0.00" else text
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
+    """The interval that covers the median of what `values` were drawn from.
+
+    The k-th smallest and the k-th largest value, with the largest k at which the chance that the
+    median lies outside stays below `1 - confidence`; the whole range where there are too few.
+    """
+    ordered = sorted(values)
+    k = int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
+    return ordered[max(k, 1) - 1], ordered[-max(k, 1)]

@@ -157,7 +157,7 @@ def test_a_truncated_photograph_is_named_with_its_record(
         workers=workers,
     ).train
     cut = next(i for i in range(4) if not _is_whole(train, i))
-    with pytest.raises(Exception, match=r"train/all/2\.jpg") as error:
+    with pytest.raises(ValueError, match=r"train/all/2\.jpg") as error:
         list(train.train_batches(0, 2, 0, 2))
     assert f"record {cut} of train in {directory}" in str(error.value)
 

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from experiments.bench_step import STEPS, Config, median_interval, run, table
+from experiments.bench_step import STEPS, Config, run, table
+from experiments.reporting.paired_statistics import median_interval
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from PIL import Image
 
 import ab_jax as ab
 from ab_jax.data.prepare import prepare_image_folder
+from experiments.recipes.generated_imagenet import prepare_generated_imagenet
 from experiments.recipes.imagenet import Config, activation_rules, stem_for, weight_rules
 
 ROOT = Path(__file__).parents[2]
@@ -117,6 +118,34 @@ def test_both_resnets_train(
     assert record["config"]["version"] == version
     check_quantized(record, weight_bits, act_bits)
     check_two_phases(flags, name)
+
+
+def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) -> None:
+    prepare_generated_imagenet(tmp_path / "data", train=24, validation=5, seed=0)
+    flags = [
+        "--dataset=imagenet2012",
+        f"--data_dir={tmp_path}/data",
+        f"--runs_dir={tmp_path}/runs",
+        "--compilation_cache=",
+        "--image_size=32",  # of 224, to be fast
+        "--validation=8",
+        "--batch_size=8",
+        "--width=0.0625",
+        "--epochs=1",
+        "--float_epochs=1",
+        "--workers=1",
+        "--name=stream",
+    ]
+    done = run("mobilenet_v1_imagenet", *flags)
+    assert done.returncode == 0, done.stderr
+    check_two_phases(flags, "stream")
+    record = record_of(flags, "stream")
+    check_quantized(record, 8, 8)
+    assert record["summary"]["steps"] == 2
+    for flag, value in (("classes", 10), ("pad", 4)):
+        refused = run("mobilenet_v1_imagenet", *flags, f"--{flag}={value}", "--name=refused")
+        assert refused.returncode == 1
+        assert f"--{flag}={value} is for images in memory" in refused.stderr
 
 
 def test_the_first_and_the_last_layer_keep_8_bits():
