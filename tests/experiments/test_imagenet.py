@@ -133,6 +133,7 @@ def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) ->
         "--width=0.0625",
         "--epochs=1",
         "--float_epochs=1",
+        "--warmup=0",
         "--workers=1",
         "--name=stream",
     ]

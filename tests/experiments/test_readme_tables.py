@@ -2,10 +2,11 @@
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
-from experiments.bench_step import table
+from experiments import bench_data, bench_step
 from experiments.report import readme_blocks, renew_readme
 from experiments.reporting.readings import read_records
 from experiments.reporting.tables import readme_table
@@ -32,14 +33,24 @@ def test_readme_tables_agree_with_the_records() -> None:
     )
 
 
-def test_the_readme_shows_the_table_of_the_step_benchmark() -> None:
+@pytest.mark.parametrize(
+    ("benchmark", "names"),
+    [
+        (bench_step, ["batch32", "batch128", "batch128_huge_pages"]),
+        (bench_data, ["imagenet2012", "tiny_imagenet"]),
+    ],
+)
+def test_the_readme_shows_the_tables_of_the_benchmarks(
+    benchmark: ModuleType, names: list[str]
+) -> None:
+    name = benchmark.__name__.rpartition(".")[2]
     records = [
-        json.loads((ROOT / f"results/bench_step/{name}.json").read_text(encoding="utf-8"))
-        for name in ("batch32", "batch128", "batch128_huge_pages")
+        json.loads((ROOT / f"results/{name}/{record}.json").read_text(encoding="utf-8"))
+        for record in names
     ]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = text.partition("<!-- bench_step -->\n")[2].partition("\n<!-- /bench_step -->")[0]
-    assert block == table(records), "replace it by experiments.bench_step.table of these records"
+    block = text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
+    assert block == benchmark.table(records), f"replace it by experiments.{name}.table of these"
 
 
 def test_the_trial_of_the_backward_rules_is_told_as_it_came_out() -> None:
