@@ -4,7 +4,7 @@
 
 The plain loop is the ceiling: files that are in memory already are decoded, cut and resized, with
 the parts of the photographs drawn beforehand. A stream reads them from array_record, draws, puts
-batches together and hands them over, here from threads of this process or from one worker process.
+batches together and hands them over, here from a thread of this process or from one worker process.
 Everything is bound to one core, so that the ratio is what all that costs; the loops take turns, and
 the table gives the median over the rounds with its 95 % interval.
 
@@ -112,7 +112,7 @@ def _time(config: Config, data_dir: str | None) -> dict[str, list[float]]:
     c = config
     loops: dict[str, Callable[[], float]] = {}
     streams = []
-    for name, workers in {"plain OpenCV": None, "threads": 0, "a worker": 1}.items():
+    for name, workers in {"plain OpenCV": None, "a thread": 0, "a worker": 1}.items():
         photos = load_stream(
             c.dataset,
             image_size=c.image_size,

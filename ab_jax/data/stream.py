@@ -37,7 +37,7 @@ class Photos:
       start, stop: which of its records.
       image_size: height and width to crop and resize to, in pixels.
       flip: whether training images are mirrored at random.
-      workers: processes that decode; 0: threads of this one.
+      workers: processes that decode; 0: a thread of this one.
       share: `(i, n)` for the i-th of n processes, each of which reads its share of every batch.
     """
 
@@ -173,12 +173,13 @@ def _stream(
 
     made = grain.MapDataset.range(count).map(make).batch(batch_size)
     # Grain's own default would hold 500 batches.
-    options = grain.ReadOptions(num_threads=_BATCHES_AHEAD, prefetch_buffer_size=_BATCHES_AHEAD)
+    # Two threads are slower than one on the same core, and more cores are what workers are for.
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_BATCHES_AHEAD)
     if not workers:
         return iter(made.to_iter_dataset(options))
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain asks absl for flags, which ours is no program of
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=1)
+    options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     processes = grain.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=_BATCHES_AHEAD
     )

@@ -81,7 +81,7 @@ class Config:
     image_size: int | None = None
     # Decode photographs as they are needed, with crops of random size, as imagenet2012 always is.
     stream: bool = False
-    workers: int = 0  # processes that decode a stream; 0: threads of this one
+    workers: int = 0  # processes that decode a stream; 0: a thread of this one
     classes: int | None = None  # keep the images of the first so many classes; None: of all
     validation: int | None = None  # training images kept for validation; None: a tenth
     pad: int | None = None  # padding for crops of images in memory, in pixels; None: an eighth

@@ -15,7 +15,7 @@ def test_each_loop_is_timed_in_every_round(tmp_path: Path, monkeypatch: pytest.M
         image_size=32, batch_size=2, batches=2, rounds=3, out=tmp_path / "new" / "record.json"
     )
     record = run(config)
-    assert set(record["seconds"]) == {"plain OpenCV", "threads", "a worker"}
+    assert set(record["seconds"]) == {"plain OpenCV", "a thread", "a worker"}
     assert all(len(s) == 3 and min(s) > 0 for s in record["seconds"].values())
     assert json.loads(config.out.read_text())["seconds"] == record["seconds"]
 
