@@ -149,12 +149,13 @@ class ActivationQuantizer:
         limit = jnp.where(measured, limit, 1)
         plain = jax.lax.stop_gradient(x)
         values = (self._nearest(plain, limit) * self.scale(limit)).astype(x.dtype)
-        blended = blended_value(x, values, alpha)
+        blended = jnp.where(measured, blended_value(x, values, alpha), x)
+        # Of one selection, since gradients through several `where` cost a pass each.
+        gain = 1 - jnp.asarray(alpha, x.dtype)
         if self.backward == "clipped":
             inside = (plain >= (-limit if self.signed else 0)) & (plain <= limit)
-            outside = (1 - jnp.asarray(alpha, x.dtype)) * x
-            blended = replace_value(jnp.where(inside, x, outside), blended)
-        return jnp.where(measured, blended, x)
+            gain = jnp.where(inside, 1, gain)
+        return replace_value(jnp.where(measured, gain, 1) * x, blended)
 
     def measure(self, x: Array, axis_name: str | None = None) -> Array:
         """The end of the range that a batch asks for, a float32 scalar.

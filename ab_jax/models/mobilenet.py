@@ -14,7 +14,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu6
-from ab_jax.models.depthwise import is_faster_here, shifted_depthwise_conv
+from ab_jax.models.convolution import convolution
 from ab_jax.models.padding import Padding, lax_padding
 from ab_jax.quantized_inputs import InputQuantizer, keep_input
 
@@ -51,7 +51,7 @@ class MobileNet(nn.Module):
       batch_stats_momentum: share of the old running statistics that an update keeps.
       epsilon: added to the variance by the norms.
       padding: of strided convolutions, "same" (Keras) or "symmetric" (PyTorch).
-      shifted_depthwise: compute depthwise convolutions as shifted multiply-adds; None: on CPU.
+      cpu_convolutions: compute convolutions as `ab_jax.models.convolution` has it; None: on CPU.
     """
 
     num_classes: int = 1000
@@ -66,7 +66,7 @@ class MobileNet(nn.Module):
     batch_stats_momentum: float = 0.9
     epsilon: float = 1e-3
     padding: Padding = "same"
-    shifted_depthwise: bool | None = None
+    cpu_convolutions: bool | None = None
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool, alpha: ArrayLike = 1.0) -> Array:
@@ -87,7 +87,11 @@ class MobileNet(nn.Module):
         if self.stem not in (224, 64, 32):
             raise ValueError(f"stem is the image size 224, 64 or 32, not {self.stem}")
         conv = partial(
-            self.conv, use_bias=False, dtype=self.dtype, kernel_init=nn.initializers.he_normal()
+            self.conv,
+            use_bias=False,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.he_normal(),
+            conv_general_dilated=convolution(self.cpu_convolutions),
         )
         norm = partial(
             self.norm,
@@ -97,7 +101,6 @@ class MobileNet(nn.Module):
             dtype=self.dtype,
             axis_name=self.axis_name,
         )
-        shifted = is_faster_here() if self.shifted_depthwise is None else self.shifted_depthwise
 
         x = self.quantize_input(self, "stem", images.astype(self.dtype), alpha)
         x = conv(
@@ -114,9 +117,6 @@ class MobileNet(nn.Module):
                 stride=1 if self.stem == 32 and i == _FIRST_STRIDED else stride,
                 padding=self.padding,
                 conv=conv,
-                depthwise=partial(conv, conv_general_dilated=shifted_depthwise_conv)
-                if shifted
-                else conv,
                 norm=norm,
                 activation=self.activation,
                 quantize_input=self.quantize_input,
@@ -131,16 +131,12 @@ class MobileNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """A depthwise convolution, which may stride, and a pointwise one; norm, activation after each.
-
-    `depthwise` makes the first, `conv` the second.
-    """
+    """A depthwise convolution, which may stride, then a pointwise one; each normed, activated."""
 
     features: int
     stride: int
     padding: Padding
     conv: Callable[..., Any]
-    depthwise: Callable[..., Any]
     norm: Callable[..., Any]
     activation: Activation
     quantize_input: InputQuantizer
@@ -149,7 +145,7 @@ class _Block(nn.Module):
     def __call__(self, x: Array, alpha: ArrayLike) -> Array:
         channels = x.shape[-1]
         x = self.quantize_input(self, "depthwise", x, alpha)
-        x = self.depthwise(
+        x = self.conv(
             channels,
             (3, 3),
             self.stride,

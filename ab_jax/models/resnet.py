@@ -20,6 +20,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu
+from ab_jax.models.convolution import convolution
 from ab_jax.models.padding import Padding, lax_padding
 from ab_jax.models.residual import Block
 from ab_jax.quantized_inputs import InputQuantizer, keep_input
@@ -113,6 +114,7 @@ class ResNet(nn.Module):
         float32.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
       batch_stats_momentum: share of the old running statistics that an update keeps.
+      cpu_convolutions: compute convolutions as `ab_jax.models.convolution` has it; None: on CPU.
     """
 
     stage_sizes: tuple[int, ...]
@@ -129,6 +131,7 @@ class ResNet(nn.Module):
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     batch_stats_momentum: float = 0.9
+    cpu_convolutions: bool | None = None
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool, alpha: ArrayLike = 1.0) -> Array:
@@ -147,7 +150,12 @@ class ResNet(nn.Module):
                 f"ResNet takes images [batch, height, width, channels], not {images.shape}"
             )
         variant = self.variant
-        conv = partial(self.conv, dtype=self.dtype, kernel_init=nn.initializers.he_normal())
+        conv = partial(
+            self.conv,
+            dtype=self.dtype,
+            kernel_init=nn.initializers.he_normal(),
+            conv_general_dilated=convolution(self.cpu_convolutions),
+        )
         norm = partial(
             self.norm,
             use_running_average=not train,

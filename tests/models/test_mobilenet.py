@@ -36,7 +36,7 @@ def test_full_size_is_the_published_network(sizes: Callable[..., dict[str, int]]
 
 
 def test_multiply_adds_are_the_published_ones(products: Callable[..., Any]) -> None:
-    found = products(MobileNet(shifted_depthwise=False), (224, 224, 3))
+    found = products(MobileNet(cpu_convolutions=False), (224, 224, 3))
     assert len(found) == len(LAYERS)
     assert round(sum(count for _, count, _ in found) / 1e6) == 569  # table 4 of the paper
 
@@ -107,11 +107,11 @@ def test_the_quantized_input_is_what_a_layer_sees(random_variables: Callable[...
     np.testing.assert_array_equal(logits[0], variables["params"]["head"]["bias"])
 
 
-def test_shifted_depthwise_agrees_with_the_grouped_one(
+def test_convolutions_for_cpus_agree_with_those_of_xla(
     rng: np.random.Generator, random_variables: Callable[..., Any]
 ) -> None:
     grouped, shifted, default = (
-        MobileNet(num_classes=3, width=1 / 16, shifted_depthwise=choice)
+        MobileNet(num_classes=3, width=1 / 16, cpu_convolutions=choice)
         for choice in (False, True, None)
     )
     variables = random_variables(grouped, (32, 32, 3))
@@ -128,7 +128,7 @@ def test_shifted_depthwise_agrees_with_the_grouped_one(
         str(jax.make_jaxpr(partial(outputs, model))(variables)).count("conv_general_dilated[")
         for model in (grouped, shifted, default)
     ]
-    assert convolutions == [27, 14, 14]  # on the CPU, which tests run on, it is the default
+    assert convolutions == [27, 1, 1]  # on the CPU, which tests run on, it is the default
 
 
 def test_training_moves_running_statistics_by_the_momentum(
@@ -154,7 +154,7 @@ def test_training_moves_running_statistics_by_the_momentum(
 def test_bfloat16_computes_in_it_and_keeps_float32_around(
     shapes: Callable[..., Any], products: Callable[..., Any]
 ) -> None:
-    model = MobileNet(width=1 / 32, dtype=jnp.bfloat16, shifted_depthwise=False)
+    model = MobileNet(width=1 / 32, dtype=jnp.bfloat16, cpu_convolutions=False)
     variables = shapes(model, (32, 32, 3))
     images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
     results = jax.eval_shape(
