@@ -9,8 +9,9 @@ row is what this measurement makes of two steps that do not differ. The ratio is
 round; the table gives its median over the rounds with the 95 % interval of that median (from the
 order of the ratios alone, as the noise of a shared machine is not normal).
 
-On Linux CPUs most of what a quantized step costs beyond its arithmetic is new memory, mapped in
-pages of 4 KB at every step. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 asks for large pages.
+On CPUs of several cores most of what a quantized step costs beyond its arithmetic is XLA's
+schedule, which runs two convolutions at once; the table in the README shows the step with and
+without XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false.
 """
 
 import dataclasses

@@ -44,8 +44,8 @@ def decode_photo(encoded: bytes, name: str) -> np.ndarray:
 
 
 def random_resized_crop(
-    image: np.ndarray, size: int, generator: np.random.Generator, *, flip: bool
-) -> np.ndarray:
+    image: np.ndarray, square: np.ndarray, generator: np.random.Generator, *, flip: bool
+) -> None:
     """A random part of a photograph, stretched to a square, half of the time mirrored.
 
     The part has 8 % to 100 % of the area and an aspect ratio of 3/4 to 4/3. Where ten draws do not
@@ -53,19 +53,16 @@ def random_resized_crop(
 
     Args:
       image: uint8 `[H, W, 3]`.
-      size: height and width of the result, in pixels.
+      square: where to write the result, uint8 `[size, size, 3]`, such as its place in a batch.
       generator: where the randomness comes from.
       flip: whether to mirror at random.
-
-    Returns:
-      uint8 `[size, size, 3]`.
     """
     import cv2
 
     top, left, height, width = random_part(image.shape[0], image.shape[1], generator)
-    result = _resize(image[top : top + height, left : left + width], size)
-    # A mirrored view would be slow to copy into a batch, pixel by pixel.
-    return np.asarray(cv2.flip(result, 1)) if flip and generator.random() < 0.5 else result
+    _resize(image[top : top + height, left : left + width], square)
+    if flip and generator.random() < 0.5:
+        cv2.flip(square, 1, dst=square)
 
 
 def random_part(
@@ -89,26 +86,27 @@ def random_part(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+def center_crop(image: np.ndarray, square: np.ndarray) -> None:
     """The middle of a photograph: a square with 7/8 of its shorter side, resized.
 
     Args:
       image: uint8 `[H, W, 3]`.
-      size: height and width of the result, in pixels.
-
-    Returns:
-      uint8 `[size, size, 3]`.
+      square: where to write the result, uint8 `[size, size, 3]`.
     """
     height, width = image.shape[:2]
     side = max(1, round(_CENTER * min(height, width)))
     top, left = (height - side) // 2, (width - side) // 2
-    return _resize(image[top : top + side, left : left + side], size)
+    _resize(image[top : top + side, left : left + side], square)
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
+def _resize(image: np.ndarray, square: np.ndarray) -> None:
     import cv2
+
+    size = square.shape[0]
 
     # Averages over areas where the image shrinks, since interpolation would skip pixels then.
     shrinks = min(image.shape[:2]) >= size
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    return np.asarray(cv2.resize(image, (size, size), interpolation=method))
+    # OpenCV writes elsewhere, without a word, where the place does not fit.
+    written = cv2.resize(image, (size, size), dst=square, interpolation=method)
+    assert np.may_share_memory(written, square)

@@ -31,7 +31,7 @@ def test_the_layout_is_read_whole(data_dir: Path) -> None:
     assert (data.class_names[0], data.class_names[-1]) == ("n01440764", "n15075141")
     assert data.mean == IMAGENET_MEAN
     for parts in ([data.train, data.validation], [data.test]):
-        read = [part.read(i) for part in parts for i in range(len(part))]
+        read = [pair for part in parts for pair in part.read(range(len(part)))]
         assert sorted(label for _, label in read) == list(range(len(read)))
         assert {image.shape[:2] for image, _ in read} <= set(SIZES)
 
@@ -49,14 +49,14 @@ def test_damage_is_named_with_the_files_own_name(
     from ab_jax.data import stream
 
     class Cut:
-        def __getitem__(self, record: int) -> dict[str, object]:
-            whole = photo(np.random.default_rng(record), 90, 120)
-            return {"file_name": b"n01440764_3.JPEG", "image": whole[:-500], "label": 0}
+        def __getitems__(self, records: list[int]) -> list[dict[str, object]]:
+            whole = photo(np.random.default_rng(records[0]), 90, 120)
+            return [{"file_name": b"n01440764_3.JPEG", "image": whole[:-500], "label": 0}]
 
     monkeypatch.setattr(stream, "source_of", lambda directory, split: Cut())
     train = load_stream("imagenet2012", image_size=32, data_dir=data_dir).train
     with pytest.raises(ValueError, match=r"n01440764_3\.JPEG \(record 7 of train in .*2012/5"):
-        train.read(7)
+        list(train.read([7]))
 
 
 def test_generated_photographs_weigh_what_real_ones_do(rng: np.random.Generator) -> None:

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ab_jax.data.jpeg import center_crop, decode_photo, random_resized_crop
+from ab_jax.data import jpeg
+from ab_jax.data.jpeg import decode_photo
 
 
 def encoded(pixels: np.ndarray, **options: object) -> bytes:
@@ -25,6 +26,20 @@ def ramps(height: int, width: int) -> np.ndarray:
     """Each pixel holds its row, its column and nothing."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=-1).astype(np.uint8)
+
+
+def random_resized_crop(
+    image: np.ndarray, size: int, rng: np.random.Generator, *, flip: bool
+) -> np.ndarray:
+    square = np.empty((3, size, size, 3), np.uint8)  # in the middle of a batch
+    jpeg.random_resized_crop(image, square[1], rng, flip=flip)
+    return square[1]
+
+
+def center_crop(image: np.ndarray, size: int) -> np.ndarray:
+    square = np.empty((size, size, 3), np.uint8)
+    jpeg.center_crop(image, square)
+    return square
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
