@@ -103,7 +103,6 @@ def _resize(image: np.ndarray, square: np.ndarray) -> None:
     import cv2
 
     size = square.shape[0]
-
     # Averages over areas where the image shrinks, since interpolation would skip pixels then.
     shrinks = min(image.shape[:2]) >= size
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR

@@ -177,7 +177,7 @@ def _stream(make: Callable[[int], Images], count: int, workers: int) -> Iterator
     """The batches `make(0)`, `make(1)`, ..., in order, made ahead of their use.
 
     A batch is made as a whole: image by image, Grain's own steps and a copy of each image into its
-    batch would cost a fifth of the speed.
+    batch took half the time of a thread at 64 pixels, and a twentieth at 224.
     """
     import grain
     from absl import flags

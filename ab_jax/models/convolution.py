@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import DTypeLike
 
-from ab_jax.models.depthwise import shifted_depthwise_conv
+from ab_jax.models.depthwise import is_channels_last, shifted_depthwise_conv
 
 
 def convolution(for_cpu: bool | None = None) -> Callable[..., Array]:
@@ -45,11 +45,13 @@ def cpu_conv_general_dilated(
     Depthwise convolutions become shifted multiply-adds, pointwise ones products of matrices, and
     all others stay as they are.
 
-    Args: as `nn.Conv` passes them: channels last in images [batch, *spatial, channels].
+    Args: those of `jax.lax.conv_general_dilated`. Only what is laid out as in `nn.Conv`, with the
+      channels last, is rewritten.
     """
     *window, inputs, _ = rhs.shape
     dilation = (*(lhs_dilation or ()), *(rhs_dilation or ()))
-    if batch_group_count == 1 and all(factor == 1 for factor in dilation):
+    plain = batch_group_count == 1 and all(factor == 1 for factor in dilation)
+    if plain and is_channels_last(dimension_numbers, lhs.ndim):
         if feature_group_count > 1 and rhs.shape[-2:] == (1, feature_group_count):
             return shifted_depthwise_conv(
                 lhs,

@@ -62,13 +62,7 @@ def shifted_depthwise_conv(
         _refuse(f"no dilation, not input_dilation={lhs_dilation}, kernel_dilation={rhs_dilation}")
     if batch_group_count != 1:
         _refuse(f"batch_group_count=1, not {batch_group_count}")
-    spatial = tuple(range(1, rank - 1))
-    channels_last = (
-        (0, rank - 1, *spatial),
-        (rank - 1, rank - 2, *(axis - 1 for axis in spatial)),
-        (0, rank - 1, *spatial),
-    )
-    if dimension_numbers is None or tuple(dimension_numbers) != channels_last:
+    if not is_channels_last(dimension_numbers, rank):
         _refuse(f"channels last, as nn.Conv has them, not dimension_numbers={dimension_numbers}")
 
     window = rhs.shape[:-2]
@@ -90,6 +84,13 @@ def shifted_depthwise_conv(
         return jnp.zeros((lhs.shape[0], *sizes, lhs.shape[-1]), dtype)
     kernel = rhs.reshape(*window, -1).astype(sum_dtype)
     return _multiply_adds(padded, kernel, tuple(window_strides)).astype(dtype)
+
+
+def is_channels_last(dimension_numbers: Any, rank: int) -> bool:
+    """Whether these are Flax's: images [batch, *spatial, channels], kernels [*window, in, out]."""
+    images = (0, rank - 1, *range(1, rank - 1))
+    kernel = (rank - 1, rank - 2, *range(rank - 2))
+    return dimension_numbers is not None and tuple(dimension_numbers) == (images, kernel, images)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

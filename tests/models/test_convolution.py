@@ -62,6 +62,38 @@ def test_equals_the_convolution_of_xla(
     assert ("conv_general_dilated" in jaxpr) == is_convolution
 
 
+@pytest.mark.parametrize(
+    ("images_shape", "kernel_shape", "groups"),
+    [
+        ((2, 1, 4, 4), (1, 1, 4, 4), 1),  # read as channels last: pointwise, of 4 channels
+        ((2, 4, 4, 4), (4, 1, 1, 4), 4),  # read as channels last: depthwise, of 4 channels
+    ],
+)
+@pytest.mark.parametrize("dimension_numbers", [None, ("NCHW", "OIHW", "NCHW")])
+def test_images_with_the_channels_first_are_left_to_xla(
+    rng: np.random.Generator,
+    images_shape: tuple[int, ...],
+    kernel_shape: tuple[int, ...],
+    groups: int,
+    dimension_numbers: Any,
+) -> None:
+    """JAX's own default layout."""
+    images = jnp.asarray(rng.normal(size=images_shape), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=kernel_shape), jnp.float32)
+    found, expected = (
+        convolve(
+            images,
+            kernel,
+            (1, 1),
+            "VALID",
+            dimension_numbers=dimension_numbers,
+            feature_group_count=groups,
+        )
+        for convolve in (cpu_conv_general_dilated, lax.conv_general_dilated)
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_bfloat16_products_round_once(rng: np.random.Generator, key: jax.Array) -> None:
     images = jnp.asarray(rng.normal(size=(2, 4, 4, 64)), jnp.bfloat16)
     conv = nn.Conv(16, (1, 1), use_bias=False, dtype=jnp.bfloat16)
