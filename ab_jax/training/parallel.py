@@ -6,6 +6,8 @@ must be equal on all devices. How those arrays lie on the devices is known to th
 """
 
 import dataclasses
+import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
@@ -15,6 +17,10 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 AXIS = "devices"
+
+# On CPUs XLA may run several convolutions at once, each of which would have used every core. That
+# made a quantized step up to 10 % slower and the float one no faster (`experiments.bench_step`).
+_CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 Mode = Literal["pmap", "shard_map"]
 Tree = TypeVar("Tree")
@@ -83,20 +89,53 @@ class Parallel:
     ) -> Callable[..., Any]:
         """Compile a per-device step.
 
+        On CPUs it runs one operation after the other, unless `XLA_FLAGS` names a scheduler.
+
         Args:
           step: a function of positional arguments; may use collectives over `AXIS`.
           sharded: for each argument, whether it is sharded (else replicated).
           donate: the arguments whose memory the results may take over.
         """
         donate_argnums = tuple(donate)
+        options = _cpu_options() if self.devices[0].platform == "cpu" else None
         if self.mode == "pmap":
-            return jax.pmap(
+            mapped = jax.pmap(
                 step, axis_name=AXIS, devices=self.devices, donate_argnums=donate_argnums
             )
+            return _compiled_with(options, mapped) if options else mapped
         mapped = jax.shard_map(
             step,
             mesh=self._mesh,
             in_specs=tuple(P(AXIS) if is_sharded else P() for is_sharded in sharded),
             out_specs=P(),
         )
-        return jax.jit(mapped, donate_argnums=donate_argnums)
+        return jax.jit(mapped, donate_argnums=donate_argnums, compiler_options=options)
+
+
+def _cpu_options() -> dict[str, str] | None:
+    """How a step is compiled for CPUs; None where the user or the XLA at hand decides otherwise."""
+    chosen = "scheduler" in os.environ.get("XLA_FLAGS", "")
+    return _CPU_OPTIONS if not chosen and _cpu_options_are_known() else None
+
+
+@functools.cache
+def _cpu_options_are_known() -> bool:
+    try:  # XLA's options are no interface: another version may have dropped them
+        jax.jit(lambda x: x, compiler_options=_CPU_OPTIONS).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return False
+    return True
+
+
+def _compiled_with(options: dict[str, str], mapped: Any) -> Callable[..., Any]:
+    """`mapped`, compiled with options, which `jax.pmap` does not take: once for a set of shapes."""
+    compiled: dict[Any, Callable[..., Any]] = {}
+
+    def call(*args: Any) -> Any:
+        leaves, structure = jax.tree.flatten(args)
+        key = (structure, tuple((x.shape, x.dtype) for x in leaves))
+        if key not in compiled:
+            compiled[key] = mapped.lower(*args).compile(compiler_options=options)
+        return compiled[key](*args)
+
+    return call

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from ab_jax.training import parallel as parallel_module
 from ab_jax.training.parallel import AXIS, Mode, Parallel
 
 MODES = ("pmap", "shard_map")
@@ -52,3 +53,47 @@ def test_a_batch_that_the_devices_do_not_divide_is_refused(
 def test_an_unknown_mode_is_refused(devices: list[jax.Device]) -> None:
     with pytest.raises(ValueError, match="must be 'pmap' or 'shard_map', not 'vmap'"):
         Parallel("vmap", tuple(devices))  # type: ignore[arg-type]
+
+
+def test_the_options_for_cpus_change_the_order_of_a_program(rng: np.random.Generator) -> None:
+    """XLA takes some options without a word and does nothing; ours must do what we want of it."""
+    x = jnp.asarray(rng.normal(size=(4, 16, 16, 8)), jnp.float32)
+    w = jnp.asarray(rng.normal(size=(3, 3, 8, 8)), jnp.float32)
+
+    def loss(x: jax.Array, w: jax.Array) -> jax.Array:
+        for _ in range(3):
+            x = jax.lax.conv_general_dilated(
+                jnp.tanh(x), w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        return jnp.sum(x)
+
+    lowered = jax.jit(jax.grad(loss, (0, 1))).lower(x, w)
+    overlapping = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_CONCURRENCY_OPTIMIZED"}
+    ours, theirs = (
+        lowered.compile(compiler_options=options).as_text()
+        for options in (parallel_module._CPU_OPTIONS, overlapping)
+    )
+    assert sorted(ours.split()) == sorted(theirs.split()), "the same program"
+    assert ours != theirs, "in the same order"
+
+
+@pytest.mark.parametrize("flags", ["", "--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT"])
+@pytest.mark.parametrize("mode", MODES)
+def test_a_step_on_cpus_gets_the_options_unless_the_user_chose(
+    monkeypatch: pytest.MonkeyPatch, devices: list[jax.Device], mode: Mode, flags: str
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    seen = []
+    lower = jax._src.compiler.get_compile_options  # type: ignore[attr-defined]
+
+    def spy(*args: object, **kwargs: object) -> object:
+        seen.append(kwargs.get("env_options_overrides"))
+        return lower(*args, **kwargs)
+
+    monkeypatch.setattr(jax._src.compiler, "get_compile_options", spy)  # type: ignore[attr-defined]
+    parallel = Parallel(mode, tuple(devices[:2]))
+    step = parallel.wrap(lambda x: jax.lax.psum(jnp.sum(x), AXIS), sharded=[True])
+    for size in (4, 6):
+        batch = np.arange(size, dtype=np.float32)
+        assert parallel.unreplicate(step(parallel.shard(batch))) == batch.sum()
+    assert seen.count(parallel_module._CPU_OPTIONS) == (0 if flags else 2), "once for each shape"
