@@ -9,9 +9,8 @@ row is what this measurement makes of two steps that do not differ. The ratio is
 round; the table gives its median over the rounds with the 95 % interval of that median (from the
 order of the ratios alone, as the noise of a shared machine is not normal).
 
-On CPUs of several cores most of what a quantized step costs beyond its arithmetic is XLA's
-schedule, which runs two convolutions at once; the table in the README shows the step with and
-without XLA_FLAGS=--xla_cpu_enable_concurrency_optimized_scheduler=false.
+On CPUs a step is compiled as `ab_jax.training.parallel` says; to see what XLA's own schedule makes
+of it, set XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ def test_readme_tables_agree_with_the_records() -> None:
 @pytest.mark.parametrize(
     ("benchmark", "names"),
     [
-        (bench_step, ["batch32", "batch32_no_overlap", "batch128", "batch128_no_overlap"]),
+        (bench_step, ["batch32", "batch128"]),
         (bench_data, ["imagenet2012", "tiny_imagenet"]),
     ],
 )
