@@ -12,7 +12,7 @@ TEST := $(VENV)/.installed-test
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test lint format clean distclean
+.PHONY: help quickstart test stress lint format clean distclean
 
 help: ## show this list
 	@echo "Targets:"
@@ -24,6 +24,9 @@ quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (
 
 test: lint ## check the style and the types, then run all tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
+
+stress: $(TEST) ## kill training runs and damage their checkpoints, resume, compare (6 minutes)
+	$(PY) -m tests.stress.survive
 
 lint: $(TEST) ## check the style and the types
 	$(PY) -m ruff check .

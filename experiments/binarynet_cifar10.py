@@ -17,7 +17,6 @@ Small, on two cores, about two minutes each (see the README for the study made t
 """
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,12 +26,15 @@ import tyro
 import ab_jax as ab
 from ab_jax.activations import ACTIVATIONS
 from ab_jax.data import load, steps_per_epoch
+from ab_jax.data.facts import facts
 from ab_jax.models.binarynet import BinaryNet
-from ab_jax.training.loop import NonFiniteLossError, Training, train
+from ab_jax.training.loop import Training, train
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.step import Preprocessing
+from experiments.recipes.command_line import end_with_a_line
+from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import (
     ESTIMATORS,
     Method,
@@ -96,7 +98,9 @@ class Config:
 
     name: str = "binarynet_cifar10"  # the run's directory below runs_dir; the same name resumes
     runs_dir: str = "runs"  # where runs lie
+    allow_changed: bool = False  # resume with other flags than before; the record tells of it
     eval_every: float = 1.0  # epochs between evaluations and checkpoints
+    keep_checkpoints: int = 2  # how many of the newest to keep, beside the best
     read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
     watch: str | None = None  # parameter whose weights are kept as histograms, such as conv3/kernel
     parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
@@ -149,6 +153,7 @@ def run(config: Config) -> dict[str, Any]:
         batch_size=c.batch_size,
         steps=steps,
         eval_every=max(1, round(c.eval_every * per_epoch)),
+        keep_checkpoints=c.keep_checkpoints,
         seed=c.seed,
         accumulate=c.accumulate,
         label_smoothing=c.label_smoothing,
@@ -163,6 +168,9 @@ def run(config: Config) -> dict[str, Any]:
         Path(c.runs_dir) / c.name,
         experiment="experiments.binarynet_cifar10",
         config=dataclasses.asdict(c),
+        data=facts(dataset),
+        free=FREE_FLAGS,
+        allow_changed=c.allow_changed,
     ) as directory:
         return train(training, Parallel(c.parallel, tuple(jax.devices())), directory)
 
@@ -170,10 +178,7 @@ def run(config: Config) -> dict[str, Any]:
 def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    try:
-        run(config)
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
+    end_with_a_line(lambda: run(config))
 
 
 if __name__ == "__main__":

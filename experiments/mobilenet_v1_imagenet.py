@@ -11,14 +11,13 @@ Small, on two cores, about a quarter of an hour for both phases:
         --float_epochs=12 --epochs=6 --method=ab --weight_bits=4 --name=small/ab
 """
 
-import sys
 from typing import Any
 
 import tyro
 
 from ab_jax.models.mobilenet import MobileNet
-from ab_jax.training.loop import NonFiniteLossError
 from experiments.recipes import imagenet
+from experiments.recipes.command_line import end_with_a_line
 from experiments.recipes.imagenet import Config
 
 
@@ -32,10 +31,7 @@ def main() -> None:
     config = tyro.cli(
         Config, default=Config(name="mobilenet_v1"), description=__doc__, use_underscores=True
     )
-    try:
-        run(config)
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
+    end_with_a_line(lambda: run(config))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import binarynet_cifar10
+from experiments.recipes.command_line import end_with_a_line
 from experiments.report import write_report
 from experiments.reporting.readings import Record, read_records
 from experiments.reporting.tables import method_label
@@ -100,4 +101,5 @@ def accuracy_table(records: list[Record]) -> Table:
 
 
 if __name__ == "__main__":
-    run(tyro.cli(Config, description=__doc__, use_underscores=True))
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    end_with_a_line(lambda: run(config))

@@ -14,14 +14,13 @@ Small, on two cores, about half an hour for both phases:
 
 import dataclasses
 import functools
-import sys
 from typing import Any, Literal
 
 import tyro
 
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet50
-from ab_jax.training.loop import NonFiniteLossError
 from experiments.recipes import imagenet
+from experiments.recipes.command_line import end_with_a_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,10 +41,7 @@ def run(config: Config) -> dict[str, Any]:
 def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    try:
-        run(config)
-    except (ValueError, OSError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
+    end_with_a_line(lambda: run(config))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 The sweep's own flags stand before the lone `--`, the experiment's after it (how lists, ranges and
 templates are written: `experiments/sweeping/plan.py`). The same command again skips what is done
 and resumes what was cut off; a run that exists with other flags is an error before anything starts.
-Ctrl-C ends the runs and waits for them. Exit code: 0 all done, 1 some failed, 2 refused.
+Ctrl-C ends the runs and waits for them to save. A run that another SIGTERM has stopped counts as
+stopped, not as failed. Exit code: 0 all done, 1 some failed, 2 refused, 75 some stopped.
 """
 
 import json
@@ -49,6 +50,7 @@ from experiments.sweeping.processes import (
 # Beside the experiments, and not to be swept: they make no runs.
 TOOLS = {"bench_data", "bench_step", "report", "sweep"}
 POLL_SECONDS = 0.1
+EXIT_STOPPED = os.EX_TEMPFAIL  # 75: a run was asked to stop, and has saved its state
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +132,8 @@ class Sweep:
         directory = self.directory(run)
         if (record := directory / "record.json").exists():
             return differing_flags(run, self.module, _read_json(record))
+        if run.flags.get("allow_changed", "").lower() == "true":
+            return []
         # Without a line of metrics there is nothing to resume, and a run may begin anew.
         if (config := directory / "config.json").exists() and (
             directory / "metrics.jsonl"
@@ -186,6 +190,8 @@ class Sweep:
 
     def _judge(self, job: Job) -> Outcome:
         code = job.process.returncode
+        if code == EXIT_STOPPED:
+            return Outcome(job.run, "stopped", "the same command resumes it")
         if code != 0:
             reason = f"exit code {code}" if code > 0 else f"killed by {signal.Signals(-code).name}"
             return Outcome(job.run, "failed", reason)
@@ -253,7 +259,8 @@ def main(argv: Sequence[str]) -> int:
     if received:
         _say(console, "stopped; the same command goes on where this one ended")
         return 128 + received[0]
-    return int(any(outcome.status == "failed" for outcome in outcomes))
+    statuses = {outcome.status for outcome in outcomes}
+    return 1 if "failed" in statuses else EXIT_STOPPED if "stopped" in statuses else 0
 
 
 def _progress(console: Console) -> Progress:

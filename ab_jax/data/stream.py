@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -202,6 +205,15 @@ def _one_thread(worker: int, workers: int) -> None:
     import cv2
 
     cv2.setNumThreads(1)  # the workers are the parallelism
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A run that was killed cannot end its workers, which would wait for it for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 @dataclasses.dataclass(frozen=True)

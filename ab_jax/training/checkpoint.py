@@ -1,6 +1,17 @@
-"""Checkpoints of a training run, by Orbax: the last few states, to resume from or to start from."""
+"""Checkpoints of a training run, by Orbax: the last few states and the best, each with a manifest.
 
+    checkpoints/STEP/network     parameters and model state, what another run can start from
+    checkpoints/STEP/rest        step, optimizer state and random key
+    checkpoints/STEP/interval    where a run stopped between two evaluations: see `Interval`
+    checkpoints/STEP/about.json  the validation accuracy, by which the best is known
+    checkpoints/STEP/MANIFEST    SHA-256 of each of these files, written last
+
+The step is the position in the data and in every schedule, and random numbers are keyed by it.
+"""
+
+import concurrent.futures
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,44 +19,95 @@ import jax
 import orbax.checkpoint as ocp
 
 from ab_jax.quantized_inputs import RANGES
+from ab_jax.training.interval import Interval
+from ab_jax.training.retention import newest_whole, remove_replaced, seal, written
 from ab_jax.training.state import TrainState
 
 # The network is an item of its own, so that another run can start from it whatever its optimizer.
 _NETWORK_FIELDS = ("params", "model_state")
 _REST_FIELDS = ("step", "opt_state", "key")
+_ITEMS = ("network", "rest", "interval")
 
 
 class Checkpoints:
     """The checkpoints in a directory, named by their step.
 
-    A context manager: leaving it waits for the write under way.
+    A context manager: leaving it waits for the write under way. Reading changes nothing there.
 
     Args:
-      directory: created when missing.
-      keep: how many of the newest to keep.
+      directory: created when something is saved.
+      keep: how many of the newest to keep, beside the best.
+
+    Raises:
+      ValueError: `keep` is less than 1.
     """
 
-    def __init__(self, directory: Path, *, keep: int = 1) -> None:
+    def __init__(self, directory: Path, *, keep: int = 2) -> None:
+        if keep < 1:
+            raise ValueError(f"keep_checkpoints={keep} must be at least 1.")
         self._directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        handlers = {name: ocp.StandardCheckpointHandler() for name in ("network", "rest")}
-        self._manager = ocp.CheckpointManager(
-            self._directory, item_handlers=handlers, options=options
-        )
+        self._keep = keep
+        self._newest: int | None = None  # of those known to be whole
+        self._looked = False
+        items = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
+        self._sealing: concurrent.futures.Future[None] | None = None
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._finish()
+        finally:
+            self._thread.shutdown()
+            self._orbax.close()
 
     @property
     def latest_step(self) -> int | None:
-        """The step of the newest checkpoint; None if there is none."""
-        return self._manager.latest_step()
+        """The step of the newest whole checkpoint; None if there is none at all.
 
-    def save(self, state: TrainState) -> None:
-        """Write the state in the background; a step that is there already is left as it is."""
+        Warns:
+          DamagedCheckpointWarning: a newer one is damaged; names the file.
+
+        Raises:
+          NoWholeCheckpointError: all are damaged; names the files.
+        """
+        self._finish()
+        if not self._looked:
+            self._newest = newest_whole(self._directory)
+            self._looked = True
+        return self._newest
+
+    @property
+    def latest_path(self) -> Path | None:
+        """The directory of that checkpoint."""
+        step = self.latest_step
+        return None if step is None else self._path(step)
+
+    def check(self) -> None:
+        """Raise what went wrong with the write in the background, if it is known already.
+
+        Raises:
+          OSError: a checkpoint could not be written; names it and the last whole one.
+        """
+        if self._sealing is not None and self._sealing.done():
+            self._finish()
+
+    def save(
+        self, state: TrainState, *, accuracy: float | None = None, interval: Interval | None = None
+    ) -> None:
+        """Write the state in the background; a whole one of that step is left as it is.
+
+        Args:
+          state: its arrays may be overwritten as soon as this returns.
+          accuracy: on the validation part, 0 to 1; the best checkpoint is kept.
+          interval: between two evaluations, what there is since the last one.
+
+        Raises:
+          OSError: this one, or the one before, could not be written.
+        """
         step = int(state.step)
         if step == self.latest_step:
             return
@@ -53,45 +115,64 @@ class Checkpoints:
             "network": ocp.args.StandardSave(_fields(state, _NETWORK_FIELDS)),
             "rest": ocp.args.StandardSave(_fields(state, _REST_FIELDS)),
         }
-        self._manager.save(step, args=ocp.args.Composite(**items))
+        if interval is not None:
+            items["interval"] = ocp.args.StandardSave(interval.to_tree())
+        try:
+            # Over what a killed process may have left of it.
+            path = written(self._path(step))
+            self._orbax.save(path, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:
+            raise self._not_written(step, error) from error
+        self._sealing = self._thread.submit(self._seal, step, accuracy)
 
     def restore(self, like: TrainState) -> TrainState:
-        """The newest state.
+        """The newest whole state.
 
         Args:
           like: a state of the same structure, shapes and dtypes.
 
         Raises:
-          FileNotFoundError: there is no checkpoint.
+          FileNotFoundError: there is no checkpoint. ValueError: none is whole, or the states differ
+            in structure or shapes; names the first such leaf.
         """
-        items = {
-            "network": ocp.args.StandardRestore(_abstract(_fields(like, _NETWORK_FIELDS))),
-            "rest": ocp.args.StandardRestore(_abstract(_fields(like, _REST_FIELDS))),
-        }
-        restored = self._manager.restore(self._existing_step(), args=ocp.args.Composite(**items))
+        path = self._existing()
+        wanted = {"network": _fields(like, _NETWORK_FIELDS), "rest": _fields(like, _REST_FIELDS)}
+        stored = self._orbax.metadata(path).item_metadata
+        for item, tree in wanted.items():
+            self._check_same_shapes(stored[item].tree, tree)
+        restored = self._restore(path, **{item: _abstract(tree) for item, tree in wanted.items()})
         return TrainState(**restored["network"], **restored["rest"])
 
+    def restore_interval(self) -> Interval | None:
+        """What the newest whole checkpoint holds beside its state; None: it is of an evaluation.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint. ValueError: none is whole.
+        """
+        path = self._existing()
+        if not (path / "interval").is_dir():
+            return None
+        stored = self._orbax.metadata(path).item_metadata["interval"].tree
+        return Interval.from_tree(self._restore(path, interval=_shape_structs(stored))["interval"])
+
     def restore_network(self, like: TrainState) -> TrainState:
-        """`like` with the newest checkpoint's parameters and model state.
+        """`like` with the newest whole checkpoint's parameters and model state.
 
         Ranges of activations that only one of the two networks has stay as they are in `like`: a
         network may start from one whose activations were not quantized, or otherwise.
 
         Raises:
-          FileNotFoundError: there is no checkpoint. ValueError: a network of another structure or
-            of other shapes.
+          FileNotFoundError: there is no checkpoint. ValueError: none is whole, or a network of
+            another structure or of other shapes.
         """
-        step = self._existing_step()
-        stored = self._manager.item_metadata(step)["network"].tree
+        path = self._existing()
+        stored = self._orbax.metadata(path).item_metadata["network"].tree
         wanted = _fields(like, _NETWORK_FIELDS)
         self._check_same_shapes(_without_ranges(stored), _without_ranges(wanted))
         network = _abstract(_without_ranges(wanted))
         if RANGES in stored["model_state"]:  # Orbax restores all of an item or nothing
-            network["model_state"][RANGES] = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), stored["model_state"][RANGES]
-            )
-        args = ocp.args.Composite(network=ocp.args.StandardRestore(network))
-        restored = self._manager.restore(step, args=args)["network"]
+            network["model_state"][RANGES] = _shape_structs(stored["model_state"][RANGES])
+        restored = self._restore(path, network=network)["network"]
         ranges = wanted["model_state"].get(RANGES)
         if _shapes(restored["model_state"].get(RANGES)) != _shapes(ranges):
             restored = _without_ranges(restored)
@@ -99,11 +180,47 @@ class Checkpoints:
                 restored["model_state"][RANGES] = ranges
         return dataclasses.replace(like, **restored)
 
-    def _existing_step(self) -> int:
-        step = self.latest_step
-        if step is None:
+    def _path(self, step: int) -> Path:
+        return self._directory / str(step)
+
+    def _existing(self) -> Path:
+        path = self.latest_path
+        if path is None:
             raise FileNotFoundError(f"There is no checkpoint in {self._directory}.")
-        return step
+        return path
+
+    def _seal(self, step: int, accuracy: float | None) -> None:
+        """Wait for Orbax, then make the checkpoint a trusted one; in a thread of its own."""
+        try:
+            self._orbax.wait_until_finished()
+            if jax.process_index() == 0:
+                seal(self._path(step), accuracy)
+        except Exception as error:
+            raise self._not_written(step, error) from error
+        self._newest = step
+        if jax.process_index() == 0:
+            remove_replaced(self._directory, step, self._keep)
+
+    def _finish(self) -> None:
+        sealing, self._sealing = self._sealing, None
+        if sealing is not None:
+            sealing.result()
+
+    def _not_written(self, step: int, error: Exception) -> OSError:
+        last = "no whole one" if self._newest is None else f"that of step {self._newest}"
+        reason = str(error).partition(" [tensorstore_spec")[0]
+        if "No space left" in reason:  # of which tensorstore tells at length
+            reason = "No space left on device"
+        free = shutil.disk_usage(self._directory.parent).free
+        return OSError(
+            f"The checkpoint of step {step} could not be written in {self._directory} "
+            f"({free / 1e6:.1f} MB are free there): {reason}. There is {last} to go back to. Free "
+            f"space or mend the disk, then give the same command again."
+        )
+
+    def _restore(self, path: Path, **wanted: Any) -> Any:
+        args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
+        return self._orbax.restore(path, args=ocp.args.Composite(**args))
 
     def _check_same_shapes(self, stored: Any, wanted: Any) -> None:
         have, want = _shapes(stored), _shapes(wanted)
@@ -135,3 +252,7 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+
+
+def _shape_structs(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)

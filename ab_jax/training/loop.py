@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +23,17 @@ from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.evaluation import Evaluator
+from ab_jax.training.finite import FiniteCheck
+from ab_jax.training.interval import Interval
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.readings import Readings
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step import Preprocessing, make_train_step
+from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
 
 _LOOK_EVERY = 20  # steps between looks at the loss: a look waits for the device
 _PROFILED_STEPS = 10, 20  # counted from the first one, which compiles
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss, or a weight, became infinite or not a number."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +52,7 @@ class Training:
       batch_size: images in a batch, over all devices.
       steps: length of the run, in batches.
       eval_every: steps between evaluations; each writes a checkpoint.
+      keep_checkpoints: how many of the newest to keep, beside the best.
       seed: of the initial weights, the order of the images and their augmentation.
       accumulate: batches in an update (see `make_optimizer`).
       label_smoothing, latent_limit: see `make_train_step`.
@@ -82,6 +82,7 @@ class Training:
     init_from: Path | None = None
     new_head: bool = False
     activation_alpha: optax.Schedule | None = None
+    keep_checkpoints: int = 2
     read_test: bool = True
     watch: str | None = None
     profile: bool = False
@@ -94,7 +95,9 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
       The run's record, which is written there too.
 
     Raises:
-      NonFiniteLossError: names the step, alpha and the last checkpoint.
+      NonFiniteLossError: names the step, alpha, learning rate, parameter and last checkpoint.
+      StoppedError: SIGTERM or SIGINT asked for it; all is saved.
+      OSError: something cannot be written, the disk being full, say; names it and the fix.
       ValueError, FileNotFoundError: arguments that do not fit, before anything is compiled.
     """
     t = training
@@ -111,17 +114,35 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     readings = Readings(evaluator, t.dataset, rules=t.rules, estimator=t.estimator, watch=t.watch)
     train_step = compile_train_step(t, parallel, streamed=readings.train.sharded)
 
-    with Checkpoints(run.path / "checkpoints") as checkpoints:
+    with (
+        noted_signals() as asked_to_stop,
+        Checkpoints(run.path / "checkpoints", keep=t.keep_checkpoints) as checkpoints,
+    ):
         state = _initial_state(t, checkpoints)
         first = int(state.step)
         print(describe(state.params, t.rules))
         run.forget_after(first)
         readings.remember_codes(state)
-        on_devices = parallel.replicate(state)
         recent: list[dict[str, Any]] = []  # metrics since the last evaluation
-        looked_at = 0  # how many of them are known to be finite
-        since = time.monotonic()
+        if first and (interval := checkpoints.restore_interval()) is not None:
+            recent, readings.codes = interval.steps(), interval.codes
+        finite = FiniteCheck(
+            learning_rate=lambda step: float(t.learning_rate(step // t.accumulate)),
+            last_checkpoint=lambda: checkpoints.latest_path,
+        )
+        on_devices = parallel.replicate(state)
+        looked_at = len(recent)  # how many of them are known to be finite
+        measured_from, since, done = looked_at, time.monotonic(), first
+
+        def look() -> None:
+            nonlocal looked_at
+            recent[looked_at:] = jax.device_get(parallel.unreplicate(recent[looked_at:]))
+            finite.steps(recent[looked_at:], done - len(recent) + looked_at, state.params)
+            looked_at = len(recent)
+            checkpoints.check()
+
         batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
+        batches = until_asked(asked_to_stop, batches)
         with _progress(first, t.steps) as show, _profiler(t.profile, run.path) as profile:
             for step, batch in enumerate(batches, start=first):
                 profile(step - first)
@@ -131,16 +152,14 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 evaluates = done % t.eval_every == 0 or done == t.steps
                 if not evaluates and done % _LOOK_EVERY:
                     continue
-                recent[looked_at:] = jax.device_get(parallel.unreplicate(recent[looked_at:]))
-                _check_finite(recent[looked_at:], done, checkpoints.latest_step)
-                looked_at = len(recent)
-                speed = len(recent) * t.batch_size / (time.monotonic() - since)
+                look()
+                speed = (looked_at - measured_from) * t.batch_size / (time.monotonic() - since)
                 show(done, recent[-1], speed)
                 if not evaluates:
                     continue
                 state = parallel.unreplicate(on_devices)
                 alpha, of_activations = _alphas(t, done)
-                _check_finite_network(state, alpha, checkpoints.latest_step)
+                finite.network(state, alpha)
                 line = {
                     "step": done,
                     "epoch": done / per_epoch,
@@ -153,9 +172,16 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 }
                 run.write_metrics({**line, "images_per_second": speed})
                 # After its line, which a run that is cut off in between computes again.
-                checkpoints.save(state)
+                checkpoints.save(state, accuracy=line.get("recalibrated_accuracy"))
                 recent.clear()
-                looked_at, since = 0, time.monotonic()
+                looked_at, measured_from, since = 0, 0, time.monotonic()
+        if done < t.steps:
+            look()
+            state = parallel.unreplicate(on_devices)
+            finite.network(state, _alphas(t, done)[0])
+            if recent:
+                checkpoints.save(state, interval=Interval.of(recent, readings.codes))
+            raise StoppedError(run.path, done, asked_to_stop())
     summary = readings.summary(state, *_alphas(t, t.steps), run.metrics, read_test=t.read_test)
     seconds = time.monotonic() - started
     return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
@@ -211,28 +237,6 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
         return dataclasses.replace(state, params=params, model_state=network)
     with Checkpoints(source) as others:
         return others.restore_network(state)
-
-
-def _check_finite(recent: Sequence[dict[str, Any]], done: int, checkpoint: int | None) -> None:
-    for step, metrics in enumerate(recent, start=done - len(recent)):
-        if not np.isfinite(metrics["loss"]):
-            found = f"The loss is {metrics['loss']} at step {step}"
-            raise _non_finite(found, float(metrics["alpha"]), checkpoint)
-
-
-def _check_finite_network(state: TrainState, alpha: float, checkpoint: int | None) -> None:
-    """The loss of a step says nothing yet of the weights that its update made."""
-    network = jax.device_get((state.params, state.model_state))
-    if not all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(network)):
-        raise _non_finite(f"Weights are not finite after step {state.step - 1}", alpha, checkpoint)
-
-
-def _non_finite(found: str, alpha: float, checkpoint: int | None) -> NonFiniteLossError:
-    last = "no checkpoint yet" if checkpoint is None else f"step {checkpoint}"
-    return NonFiniteLossError(
-        f"{found}, at alpha {alpha:.4f}. Last checkpoint: {last}. Lower the learning rate or clip "
-        f"gradients, under another --name."
-    )
 
 
 @contextlib.contextmanager

@@ -47,7 +47,7 @@ class Readings:
         self._rules = rules
         self._estimator = estimator
         self._watch = watch
-        self._codes: list[np.ndarray] = []
+        self.codes: list[np.ndarray] = []  # at the last evaluation
         self.train = evaluator.place(dataset.train)
         self._validation = evaluator.place(dataset.validation) if len(dataset.validation) else None
 
@@ -60,7 +60,7 @@ class Readings:
         quantized = quantize(state.params, self._rules)
         if self._watch is not None:
             _check_watched(quantized, self._watch)
-        self._codes = _codes(quantized)
+        self.codes = _codes(quantized)
 
     def metrics(self, state: TrainState, alpha: float, activation_alpha: float) -> dict[str, Any]:
         """The metrics of one evaluation on the validation part, for a state at these alphas."""
@@ -79,10 +79,10 @@ class Readings:
                 metrics[f"{name}_loss"] = reading.loss
                 metrics[f"{name}_accuracy"] = reading.accuracy
         codes = _codes(quantized)
-        if self._codes:
-            changed = sum(np.count_nonzero(a != b) for a, b in zip(codes, self._codes, strict=True))
+        if self.codes:
+            changed = sum(np.count_nonzero(a != b) for a, b in zip(codes, self.codes, strict=True))
             metrics["changed_codes"] = changed / max(1, sum(c.size for c in codes))
-        self._codes = codes
+        self.codes = codes
         if self._watch is not None:
             metrics["histogram"] = _histogram(effective, quantized, self._watch)
         return metrics

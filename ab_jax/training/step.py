@@ -19,6 +19,7 @@ from ab_jax.blend import blend, clip_latent
 from ab_jax.data.augment import augment, normalize
 from ab_jax.estimators import Estimator
 from ab_jax.rules import Rules
+from ab_jax.training.finite import finite_leaves
 from ab_jax.training.parallel import AXIS
 from ab_jax.training.state import TrainState
 
@@ -78,8 +79,8 @@ def make_train_step(
     Returns:
       `(state, images, labels, indices, positions) -> (state, metrics)`, with uint8 images
       [N, H, W, C] and int32 labels [N] of the whole set, int32 indices [B] of this device's images
-      and their int32 positions [B] in the global batch. The metrics (loss, accuracy, alpha) are of
-      the global batch.
+      and their int32 positions [B] in the global batch. The metrics are of the global batch: loss,
+      accuracy, alpha, and `finite`, bool [leaves], of the gradients by leaf.
     """
 
     of_activations = alpha if activation_alpha is None else activation_alpha
@@ -128,7 +129,13 @@ def make_train_step(
             model_state=model_state,
             opt_state=opt_state,
         )
-        return new_state, {"loss": loss, "accuracy": accuracy, "alpha": alpha_now}
+        metrics = {
+            "loss": loss,
+            "accuracy": accuracy,
+            "alpha": alpha_now,
+            "finite": finite_leaves(grads),
+        }
+        return new_state, metrics
 
     return train_step
 

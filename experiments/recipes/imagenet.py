@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data import Dataset, load, steps_per_epoch
+from ab_jax.data.facts import facts
 from ab_jax.data.stream import StreamedDataset, load_stream
 from ab_jax.quantized_inputs import (
     ActivationRules,
@@ -30,6 +31,7 @@ from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.step import Preprocessing
+from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import (
     ESTIMATORS,
     Method,
@@ -106,7 +108,9 @@ class Config:
 
     name: str = "imagenet"  # the run's directory below runs_dir; the same name resumes
     runs_dir: str = "runs"  # where runs lie
+    allow_changed: bool = False  # resume with other flags than before; the record tells of it
     eval_every: float = 1.0  # epochs between evaluations and checkpoints
+    keep_checkpoints: int = 2  # how many of the newest to keep, beside the best
     read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
     watch: str | None = None  # parameter whose weights are kept as histograms
     parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
@@ -269,6 +273,7 @@ def _train_phase(
         batch_size=c.batch_size,
         steps=steps,
         eval_every=max(1, round(c.eval_every * per_epoch)),
+        keep_checkpoints=c.keep_checkpoints,
         seed=c.seed,
         accumulate=c.accumulate,
         label_smoothing=c.label_smoothing,
@@ -278,5 +283,12 @@ def _train_phase(
         watch=c.watch,
         profile=c.profile,
     )
-    with RunDirectory(_path(c), experiment=experiment, config=dataclasses.asdict(c)) as directory:
+    with RunDirectory(
+        _path(c),
+        experiment=experiment,
+        config=dataclasses.asdict(c),
+        data=facts(dataset),
+        free=FREE_FLAGS,
+        allow_changed=c.allow_changed,
+    ) as directory:
         return train(training, Parallel(c.parallel, tuple(jax.devices())), directory)

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
-# Flags that say where a run lives. They are compared by the run's directory, not by its record.
-LOCATION_FLAGS = ("name", "runs_dir")
+from experiments.recipes.free_flags import FREE_FLAGS
 
 
 class PlanError(Exception):
@@ -118,14 +117,15 @@ def fill_templates(flags: Mapping[str, str]) -> dict[str, str]:
 def differing_flags(run: Run, experiment: str, stored: Mapping[str, Any]) -> list[str]:
     """What a stored `config.json` or `record.json` holds otherwise than `run` asks: one line each.
 
-    Values are compared after parsing: 1e-1 equals 0.1, True equals true, None equals null.
+    Values are compared after parsing: 1e-1 equals 0.1, True equals true, None equals null. Flags
+    that cannot change a result may differ.
     """
     lines = []
     if stored.get("experiment", experiment) != experiment:
         lines.append(f"experiment: asked {experiment}, stored {stored['experiment']}")
     config = stored.get("config", {})
     for flag, text in run.flags.items():
-        if flag in LOCATION_FLAGS:
+        if flag.removeprefix("no_") in FREE_FLAGS:
             continue
         asked, positive = _parse(text), flag.removeprefix("no_")
         if flag not in config and asked is True and positive in config:

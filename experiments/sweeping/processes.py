@@ -72,9 +72,10 @@ def is_being_written(log_path: Path) -> bool:
 
 
 def end_processes(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
-    """SIGTERM each process group, wait up to `seconds` for all, SIGKILL what is left, and wait."""
+    """SIGTERM each process, wait up to `seconds` for all, SIGKILL what is left of their groups."""
     for process in processes:
-        _signal_group(process, signal.SIGTERM)
+        # Not its workers, without which a run could not go on to where it saves its state.
+        process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + seconds
     for process in processes:
         with contextlib.suppress(subprocess.TimeoutExpired):

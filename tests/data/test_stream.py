@@ -1,6 +1,12 @@
 """Streams: which photographs make up which batch, by any number of workers and processes."""
 
+import contextlib
 import io
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,3 +204,45 @@ def test_what_is_not_prepared_is_named_with_the_command(tmp_path: Path) -> None:
     command = rf"ab_jax\.data\.prepare imagenet2012 --source=PATH --data_dir={tmp_path}"
     with pytest.raises(FileNotFoundError, match=command):
         load_stream("imagenet2012", image_size=224, data_dir=tmp_path)
+
+
+def test_workers_end_with_a_run_that_is_killed() -> None:
+    """A killed process cannot end its workers: they look after it themselves."""
+    code = (
+        "import multiprocessing, time\n"
+        "from ab_jax.data import stream\n"
+        "if __name__ == '__main__':\n"
+        "    batches = stream._stream(abs, 1000, 1)\n"
+        "    next(batches)\n"
+        "    print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        (worker,) = map(int, process.stdout.readline().split())
+        os.kill(worker, 0)  # it is there
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while alive(worker):
+            assert time.monotonic() < deadline, f"the worker {worker} goes on"
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

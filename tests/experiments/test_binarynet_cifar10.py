@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,8 +16,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from ab_jax.training.feeds import InMemory
 from experiments import binarynet_cifar10
 from experiments.binarynet_cifar10 import Config
+from experiments.recipes import imagenet
+from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import alpha_schedule
 
 ROOT = Path(__file__).parents[2]
@@ -213,6 +218,64 @@ def test_a_complete_run_ends_with_one_line(stderr_of: Callable[..., str], tmp_pa
     (tmp_path / "old" / "record.json").write_text("{}")
     error = stderr_of("--dataset=digits", "--name=old")
     assert f"error: The run {tmp_path / 'old'} is complete. Choose another --name" in error
+
+
+def test_a_stopped_run_exits_with_75_and_goes_on_with_its_own_flags_or_those_it_is_allowed(
+    tiny: Config,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    def call(*flags: str) -> tuple[Any, str]:
+        values = {"dataset": tiny.dataset, "validation": tiny.validation, "width": tiny.width}
+        values |= {"batch_size": 64, "epochs": 2, "warmup": 0, "runs_dir": tmp_path, "name": "x"}
+        words = [f"--{flag}={value}" for flag, value in values.items()]
+        places = [f"--compilation_cache={tiny.compilation_cache}", "--no_read_test"]
+        monkeypatch.setattr(sys, "argv", ["binarynet_cifar10", *words, *places, *flags])
+        try:
+            binarynet_cifar10.main()
+        except SystemExit as exit_:
+            message = exit_.code if isinstance(exit_.code, str) else ""
+            return exit_.code, plain(capsys.readouterr().err + message)
+        return 0, ""
+
+    whole = InMemory.training
+
+    def stopping(*args: Any) -> Iterator[Any]:
+        for number, batch in enumerate(whole(*args)):
+            if number == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr(InMemory, "training", stopping)
+        code, told = call()
+    assert code == 75
+    assert f"{tmp_path}/x stopped at step 3, asked by SIGTERM" in told
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+    _, told = call("--learning_rate=0.05", "--momentum=0.8", "--parallel=shard_map")
+    assert "--learning_rate was 0.1, is 0.05, --momentum was 0.9, is 0.8." in told
+    assert "--parallel" not in told
+    assert "go on with the change by --allow_changed" in told
+
+    assert call("--learning_rate=0.05", "--allow_changed")[0] == 0
+    record = json.loads((tmp_path / "x" / "record.json").read_text())
+    assert record["summary"]["resumed_at"] == 3
+    assert record["config"]["learning_rate"] == 0.05
+    change = {"of": "config", "name": "learning_rate", "was": 0.1, "is": 0.05}
+    assert record["changed"] == [{"after_step": 3, **change}]
+    assert record["data"]["version"] == "1.0.0"
+    assert record["data"]["images"] == {"train": 128, "validation": 1269, "test": 400}
+
+
+def test_the_free_flags_are_flags() -> None:
+    """A name mistyped there would free nothing."""
+    known = {
+        field.name for config in (Config, imagenet.Config) for field in dataclasses.fields(config)
+    }
+    assert known >= FREE_FLAGS
 
 
 def test_help_says_what_each_flag_does() -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from experiments import sweep
+from experiments.recipes import free_flags
 from experiments.sweeping import plan as sweep_plan
 from experiments.sweeping import processes as sweep_processes
 from experiments.sweeping.plan import PlanError, Run, differing_flags, plan
@@ -36,7 +37,17 @@ if "deaf" in flags:
 if "worker" in flags:
     worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     (directory / "worker").write_text(str(worker.pid))
+    def look(*_):
+        time.sleep(0.2)
+        state = "alive" if worker.poll() is None else "dead"
+        (directory / "worker_at_the_end").write_text(state)
+        sys.exit(75)
+    if "patient" in flags:
+        signal.signal(signal.SIGTERM, look)
 (directory / "pid").write_text(str(os.getpid()))
+if flags.get("stop") == flags.get("seed", "-") and not (directory / "count").exists():
+    (directory / "count").write_text("0")
+    sys.exit(75)
 if flags.get("fail") == flags.get("seed", "-"):
     raise RuntimeError("the loss is not finite")
 
@@ -220,6 +231,8 @@ def house(tmp_path: Path) -> Path:
     folder.mkdir()
     shutil.copy(str(sweep.__file__), folder)
     shutil.copytree(Path(str(sweep_plan.__file__)).parent, folder / "sweeping")
+    (folder / "recipes").mkdir()
+    shutil.copy(str(free_flags.__file__), folder / "recipes")
     (folder / "__init__.py").touch()
     (folder / "fake.py").write_text(FAKE)
     return tmp_path
@@ -363,6 +376,27 @@ def test_a_stopped_sweep_ends_its_runs_and_goes_on_later(
     assert log.count("first step 0\n") == 1
     assert log.count("first step 99\n") == 1
     assert record(house, "s1")["config"]["steps"] == 100
+
+
+def test_a_run_that_was_asked_to_stop_has_not_failed(house: Path, start: Callable) -> None:
+    words = ("--", "--seed=0..1", "--stop=0", "--name=s{seed}")
+    code, output = finish(start(*words))
+    assert code == 75
+    assert "stopped s0 (the same command resumes it)" in output
+    assert "1 stopped, 1 done" in output
+    code, output = finish(start(*words))
+    assert code == 0, output
+    assert (house / "runs/s0/record.json").exists()
+
+
+def test_the_end_reaches_a_run_before_its_workers(house: Path, start: Callable) -> None:
+    """A run needs its workers on the way to where it saves its state."""
+    process = start("--", "--worker", "--patient", "--steps=600", "--sleep=0.1", "--name=a")
+    wait_for(lambda: (house / "runs/a/count").exists())
+    process.terminate()
+    assert finish(process)[0] == 128 + signal.SIGTERM
+    assert (house / "runs/a/worker_at_the_end").read_text() == "alive"
+    assert not alive(house / "runs/a/worker")
 
 
 def test_a_run_that_ignores_the_end_is_killed(house: Path, start: Callable) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints: what is read back is what was written, bit for bit."""
 
+import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,11 @@ import numpy as np
 import optax
 import pytest
 
+from ab_jax.training import checkpoint
 from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.interval import Interval
 from ab_jax.training.optimizers import make_optimizer
+from ab_jax.training.retention import DamagedCheckpointWarning, seal
 from ab_jax.training.state import TrainState, create_state
 
 IMAGE_SHAPE = (4, 4, 1)
@@ -59,16 +64,120 @@ def test_a_state_comes_back_bit_for_bit(
         assert bits(checkpoints.restore(fresh(model, seed=1))) == bits(state)
 
 
-def test_the_newest_is_kept_and_one_step_is_written_once(
+def test_the_last_ones_and_the_best_are_kept_and_one_step_is_written_once(
     rng: np.random.Generator, model: nn.Module, tmp_path: Path
 ) -> None:
-    states = [used(model, rng, step) for step in (4, 8, 8)]
+    states = [used(model, rng, step) for step in (4, 8, 12, 16, 16)]
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for state, accuracy in zip(states, (0.5, 0.75, 0.25, 0.5, 0.5), strict=True):
+            checkpoints.save(state, accuracy=accuracy)
+        restored = checkpoints.restore(fresh(model))
+    assert bits(restored) == bits(states[3])
+    assert {path.name for path in tmp_path.iterdir()} == {"8", "12", "16"}
+    with pytest.raises(ValueError, match="keep_checkpoints=0 must be at least 1"):
+        Checkpoints(tmp_path, keep=0)
+
+
+def test_an_interval_comes_back_with_its_state_alone(
+    rng: np.random.Generator, model: nn.Module, tmp_path: Path
+) -> None:
+    steps = [{"loss": rng.normal(), "accuracy": rng.uniform(), "alpha": 0.5} for _ in range(3)]
+    codes = [rng.integers(-7, 8, shape).astype(np.int8) for shape in ((3, 2), (5,))]
+    for step, written in ((3, codes), (4, None), (5, [])):
+        interval = None if written is None else Interval.of(steps, written)
+        with Checkpoints(tmp_path) as checkpoints:
+            checkpoints.save(used(model, rng, step), interval=interval)
+        with Checkpoints(tmp_path) as checkpoints:
+            read = checkpoints.restore_interval()
+        if interval is None:
+            assert read is None
+            continue
+        assert read is not None
+        assert bits(read.metrics) == bits(interval.metrics)
+        assert bits(read.codes) == bits(written)
+        expected = [(np.float32(s["loss"]), np.float32(s["accuracy"])) for s in steps]
+        assert [(s["loss"], s["accuracy"]) for s in read.steps()] == expected
+
+
+# Damage: what can happen to which file is tested with the manifest, what is kept with retention
+
+
+def flip_a_bit(rng: np.random.Generator, directory: Path) -> Path:
+    """Of the largest file, which holds arrays: Orbax itself reads it as other numbers."""
+    path = max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[rng.integers(len(data))] ^= 1 << rng.integers(8)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("what", ["restore", "restore_network"])
+def test_a_damaged_state_is_passed_over(
+    rng: np.random.Generator, model: nn.Module, tmp_path: Path, what: str
+) -> None:
+    states = [used(model, rng, step) for step in (4, 8)]
     with Checkpoints(tmp_path) as checkpoints:
         for state in states:
             checkpoints.save(state)
-        restored = checkpoints.restore(fresh(model))
-    assert bits(restored) == bits(states[1])
-    assert [path.name for path in tmp_path.iterdir() if path.name.isdecimal()] == ["8"]
+    flipped = flip_a_bit(rng, tmp_path / "8")
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.warns(DamagedCheckpointWarning, match=re.escape(str(flipped))),
+    ):
+        restored = getattr(checkpoints, what)(fresh(model, seed=1))
+    assert bits(restored.params) == bits(states[0].params)
+    assert {path.name for path in tmp_path.iterdir()} == {"4", "8"}
+
+    flip_a_bit(rng, tmp_path / "4")
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(ValueError, match="none is whole"):
+        getattr(checkpoints, what)(fresh(model))
+
+
+def test_a_damaged_step_is_written_again_and_goes_only_then(
+    rng: np.random.Generator, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.save(used(model, rng, 4), accuracy=1.0)
+        checkpoints.save(used(model, rng, 8))
+    flip_a_bit(rng, tmp_path / "8")
+    again = used(model, rng, 8)
+    at_seal: list[set[str]] = []
+
+    def noted(path: Path, accuracy: float | None) -> None:
+        seal(path, accuracy)
+        at_seal.append({p.name for p in tmp_path.iterdir()})
+
+    monkeypatch.setattr(checkpoint, "seal", noted)
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        with pytest.warns(DamagedCheckpointWarning):
+            assert checkpoints.latest_step == 4
+        checkpoints.save(again)
+        assert bits(checkpoints.restore(fresh(model))) == bits(again)
+    assert at_seal == [{"4", "8", "8.damaged"}]
+    assert {path.name for path in tmp_path.iterdir()} == {"4", "8"}
+
+
+def test_a_write_that_fails_says_so_and_loses_nothing(
+    rng: np.random.Generator, model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, accuracy: float | None) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    states = [used(model, rng, step) for step in (4, 8)]
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(states[0])
+        assert checkpoints.latest_path == tmp_path / "4"
+        monkeypatch.setattr(checkpoint, "seal", full)
+        checkpoints.save(states[1])
+        with pytest.raises(OSError, match="The checkpoint of step 8 could not be written") as error:
+            checkpoints.save(used(model, rng, 12))
+    assert f"in {tmp_path}" in str(error.value)
+    assert "No space left on device. There is that of step 4 to go back to" in str(error.value)
+    with (
+        Checkpoints(tmp_path) as checkpoints,
+        pytest.warns(DamagedCheckpointWarning, match=r"writing of .*/8\.writing was cut off"),
+    ):
+        assert bits(checkpoints.restore(fresh(model))) == bits(states[0])
 
 
 def test_a_network_starts_another_run_whatever_its_optimizer(

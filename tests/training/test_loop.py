@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
+import os
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,16 @@ import pytest
 import ab_jax as ab
 from ab_jax.data import Dataset, Images
 from ab_jax.training.checkpoint import Checkpoints
-from ab_jax.training.loop import NonFiniteLossError, Training, train
+from ab_jax.training.feeds import InMemory
+from ab_jax.training.finite import NonFiniteLossError
+from ab_jax.training.loop import Training, train
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
-from ab_jax.training.parallel import Parallel
+from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.records import RunDirectory
+from ab_jax.training.retention import DamagedCheckpointWarning
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step import Preprocessing
+from ab_jax.training.stopping import StoppedError
 
 BATCH, STEPS, EVAL_EVERY = 16, 12, 4  # four steps an epoch
 RATE = warmup_cosine(0.2, 1, STEPS // 2)
@@ -65,9 +71,9 @@ def training(
     )
 
 
-def run(training: Training, path: Path, **changes: Any) -> dict[str, Any]:
+def run(training: Training, path: Path, *, mode: Mode = "pmap", **changes: Any) -> dict[str, Any]:
     """Train on two devices in a directory; returns the record."""
-    parallel = Parallel("pmap", tuple(jax.devices()[:2]))
+    parallel = Parallel(mode, tuple(jax.devices()[:2]))
     with RunDirectory(path, experiment="tests", config={"name": path.name}) as directory:
         return train(dataclasses.replace(training, **changes), parallel, directory)
 
@@ -230,11 +236,11 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 ) -> None:
     calls, whole = 0, getattr(*cut)
 
-    def interrupted(*args: Any) -> None:
+    def interrupted(*args: Any, **kwargs: Any) -> None:
         nonlocal calls
         calls += 1
         if calls < 2 or when == "after":
-            whole(*args)
+            whole(*args, **kwargs)
         if calls == 2:
             raise KeyboardInterrupt
 
@@ -265,6 +271,73 @@ def test_a_run_cut_off_after_its_last_step_needs_only_its_summary(
     record = run(training, path)
     assert record["summary"]["test"] == finished.record["summary"]["test"]
     assert lines_of(path) == finished.lines
+
+
+def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGTERM while so many steps are about to be done."""
+    whole = InMemory.training
+
+    def training(*args: Any) -> Iterator[Any]:
+        for number, batch in enumerate(whole(*args), start=args[3] + 1):
+            if number == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    patch.setattr(InMemory, "training", training)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_a_run_that_is_stopped_anywhere_ends_in_the_same_bits(
+    training: Training,
+    finished: Finished,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rng: np.random.Generator,
+    mode: Mode,
+) -> None:
+    """At an evaluation, between two, and twice in one interval."""
+    if mode == "shard_map":
+        run(training, tmp_path / "whole", mode=mode)
+        whole = tmp_path / "whole"
+    else:
+        whole = finished.path
+    expected, path = lines_of(whole), tmp_path / "run"
+    stops = sorted({5, 7, int(rng.choice([1, 2, 3, 4])), int(rng.integers(8, STEPS))})
+    for stop in stops:
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            with pytest.raises(StoppedError, match=f"stopped at step {stop}, asked by SIGTERM"):
+                run(training, path, mode=mode)
+        assert lines_of(path) == expected[: stop // EVAL_EVERY]
+        assert (path / "checkpoints" / str(stop) / "MANIFEST").exists()
+    record = run(training, path, mode=mode)
+    assert record["summary"]["resumed_at"] == stops[-1]
+    assert lines_of(path) == expected
+    assert_same_bits(last_state(training, path), last_state(training, whole))
+
+
+def test_damage_between_two_parts_of_a_run_changes_nothing_in_its_end(
+    training: Training, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "complete", lambda self, summary: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run(training, path)
+    (path / "checkpoints" / "12" / "about.json").write_text('{"accuracy": 1.0}')
+    with pytest.warns(DamagedCheckpointWarning, match="12/about.json is not as it was written"):
+        record = run(training, path)
+    assert record["summary"]["resumed_at"] == 8
+    assert lines_of(path) == finished.lines
+    assert_same_bits(last_state(training, path), finished.state)
+
+
+def test_the_last_ones_and_the_best_are_kept(training: Training, tmp_path: Path) -> None:
+    run(training, tmp_path / "run", eval_every=1, read_test=False, keep_checkpoints=1)
+    lines = lines_of(tmp_path / "run")
+    best = max(lines, key=lambda line: (line["recalibrated_accuracy"], line["step"]))["step"]
+    kept = {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()}
+    assert kept == {str(best), str(STEPS)}
 
 
 # Starting from another run
@@ -324,7 +397,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(training: Training, tmp_path: P
     # the first that shows it; the last checkpoint is that of the evaluation after four steps.
     message = str(error.value)
     assert any(f"at step {step}, at alpha 0.2500" in message for step in (6, 7)), message
-    assert "Last checkpoint: step 4" in message
+    assert any(f"learning rate {float(RATE(step // 2)):.6g}" in message for step in (6, 7))
+    assert "conv/kernel" in message
+    assert f"Last checkpoint: step 4 ({tmp_path / 'run' / 'checkpoints' / '4'})" in message
     assert "Lower the learning rate" in message
     assert not (tmp_path / "run" / "record.json").exists()
 

@@ -3,8 +3,10 @@
 import importlib.metadata
 import json
 import re
+import shutil
 import struct
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 
 from ab_jax.training.records import RunDirectory, describe_run, write_json
 
+ROOT = Path(__file__).parents[2]
 CONFIG = {"name": "x", "epochs": 2.0, "learning_rate": 0.1, "clip_norm": None, "tags": ["a", "b"]}
 LINES: list[dict[str, Any]] = [
     {"step": 4, "alpha": 0.25, "quantized_accuracy": 0.5, "histogram": [1, 2]},
@@ -129,6 +132,166 @@ def test_a_run_that_left_no_line_may_begin_anew_with_other_flags(tmp_path: Path)
         pass
     stored = json.loads((tmp_path / "config.json").read_text())
     assert stored["config"] == {**CONFIG, "learning_rate": 0.2}
+
+
+def test_a_run_with_a_checkpoint_has_something_to_resume(tmp_path: Path) -> None:
+    with open_run(tmp_path):
+        (tmp_path / "checkpoints" / "3").mkdir(parents=True)  # asked to stop before its first line
+    with pytest.raises(ValueError, match=r"--learning_rate was 0\.1, is 0\.2"):
+        open_run(tmp_path, learning_rate=0.2)
+
+
+def test_free_flags_may_differ(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_metrics(LINES[0])
+    stored = (tmp_path / "config.json").read_bytes()
+    config = {**CONFIG, "name": "moved", "workers": 3}
+    with RunDirectory(tmp_path, experiment="m", config=config, free={"name", "workers"}) as run:
+        run.forget_after(4)
+    assert (tmp_path / "config.json").read_bytes() == stored
+
+
+def test_a_change_that_is_allowed_is_told_of_in_the_record(tmp_path: Path) -> None:
+    def resume(learning_rate: float, *, step: int, allow: bool) -> dict[str, Any]:
+        config = {**CONFIG, "learning_rate": learning_rate}
+        run = RunDirectory(tmp_path, experiment="m", config=config, allow_changed=allow)
+        with run:
+            run.forget_after(step)
+            run.write_metrics(LINES[0])
+        return json.loads((tmp_path / "config.json").read_text())
+
+    resume(0.1, step=0, allow=False)
+    assert "changed" not in resume(0.1, step=4, allow=True)  # nothing did
+    resume(0.2, step=4, allow=True)
+    stored = resume(0.3, step=8, allow=True)
+    assert stored["config"] == {**CONFIG, "learning_rate": 0.3}
+    change = {"of": "config", "name": "learning_rate"}
+    assert stored["changed"] == [
+        {"after_step": 4, **change, "was": 0.1, "is": 0.2},
+        {"after_step": 8, **change, "was": 0.2, "is": 0.3},
+    ]
+    with pytest.raises(ValueError, match=r"--learning_rate was 0\.3, is 0\.1.*--allow_changed"):
+        resume(0.1, step=8, allow=False)
+    assert resume(0.3, step=8, allow=False) == stored  # the flags as they are now, without a word
+
+
+def test_a_change_is_recorded_only_when_the_run_goes_on(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_metrics(LINES[0])
+    stored = (tmp_path / "config.json").read_bytes()
+    config = {**CONFIG, "learning_rate": 0.2}
+    with RunDirectory(tmp_path, experiment="m", config=config, allow_changed=True):
+        pass
+    assert (tmp_path / "config.json").read_bytes() == stored
+
+
+def test_other_data_are_an_error_that_names_them(tmp_path: Path) -> None:
+    data = {"name": "tiny", "version": "1.0.0", "images": {"train": 90, "test": 10}}
+
+    def open_on(**changes: Any) -> RunDirectory:
+        now = {**data, **changes}
+        return RunDirectory(tmp_path, experiment="m", config=CONFIG, data=now, free={"name"})
+
+    with open_on() as run:
+        run.write_metrics(LINES[0])
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == data
+    with open_on():
+        pass
+    with pytest.raises(ValueError, match="was begun on other data: data version was"):
+        open_on(version="2.0.0")
+    with pytest.raises(ValueError, match="data name was 'tiny', is 'large'"):
+        open_on(name="large")
+    with pytest.raises(ValueError, match=r"Give the --data_dir of that data to resume it"):
+        open_on(images={"train": 91, "test": 10})
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    """Also after one was killed, which leaves its lock file there."""
+    code = (
+        "import sys, time, pathlib\n"
+        "from ab_jax.training.records import RunDirectory\n"
+        "run = RunDirectory(pathlib.Path(sys.argv[1]), experiment='m', config={})\n"
+        "print('open', flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "open\n"
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(BlockingIOError, match="is in use by another process") as error:
+            open_run(tmp_path)
+        assert f"The run {tmp_path}" in str(error.value)
+        assert f"process {process.pid} on" in str(error.value)
+        assert "choose another --name" in str(error.value)
+        assert sorted(tmp_path.iterdir()) == before
+    finally:
+        process.kill()
+        process.communicate()
+    with open_run(tmp_path), pytest.raises(BlockingIOError):
+        open_run(tmp_path)
+    with open_run(tmp_path):
+        pass
+
+
+def test_a_refused_run_gives_the_directory_free(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_metrics(LINES[0])
+    with pytest.raises(ValueError, match="other flags"):
+        open_run(tmp_path, learning_rate=0.2)
+    with open_run(tmp_path):
+        pass
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="cannot be written: Not a directory") as error:
+        open_run(tmp_path / "file" / "run")
+    assert str(tmp_path / "file" / "run") in str(error.value)
+
+
+def test_a_read_only_directory_is_named(tmp_path: Path) -> None:
+    """On a disk that not even root can write to."""
+    mount = ["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(tmp_path)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here (that takes root)")
+    try:
+        for path in (tmp_path, tmp_path / "new"):
+            with pytest.raises(OSError, match="Read-only file system") as error:
+                open_run(path)
+            assert str(error.value).startswith(f"{path} cannot be written")
+            assert "choose another --runs_dir" in str(error.value)
+    finally:
+        subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_a_full_disk_ends_a_run_with_its_earlier_lines_whole(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.write_metrics(LINES[0])
+        lines = (tmp_path / "metrics.jsonl").read_bytes()
+        (tmp_path / "metrics.jsonl").unlink()
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        with pytest.raises(OSError, match=r"metrics\.jsonl cannot be written: No space left"):
+            run.write_metrics(LINES[1])
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "metrics.jsonl").write_bytes(lines + b'{"step": 8, "alp')  # what fitted
+    with open_run(tmp_path) as run:
+        assert run.metrics == LINES[:1]
+        run.forget_after(4)
+        run.write_metrics(LINES[1])
+        assert run.metrics == LINES
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        for line in LINES:
+            run.write_metrics(line)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text().replace('"step": 8', '"step" 8'))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged in line 2"):
+        open_run(tmp_path)
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])

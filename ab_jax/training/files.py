@@ -1,0 +1,69 @@
+"""Files that appear whole or not at all, and errors over them that a reader can act on."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+_FIXES = {
+    errno.ENOSPC: "Free space on that disk",
+    errno.EDQUOT: "Free space within your quota",
+    errno.EROFS: "Make it writable, or choose another --runs_dir",
+    errno.EACCES: "Make it writable, or choose another --runs_dir",
+    errno.EPERM: "Make it writable, or choose another --runs_dir",
+}
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write so that `path` is at any time absent, the old file, or the whole new one.
+
+    Also after a power cut: the bytes are on the disk before the name is.
+
+    Raises:
+      OSError: it cannot be written; names the path and the fix. The old file is still there.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing(path):
+        try:
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+            raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line that is on the disk when this returns; a cut leaves one without its end.
+
+    Raises:
+      OSError: as `write_whole`.
+    """
+    with writing(path), path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a file that have their end; none of a file that is not there."""
+    return path.read_text().split("\n")[:-1] if path.exists() else []
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turns an error of the operating system into one that names the file and the fix."""
+    try:
+        yield
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        fix = _FIXES.get(error.errno or 0, "Mend that")
+        clear = type(error)(
+            f"{path} cannot be written: {reason}. {fix}, then give the same command again."
+        )
+        clear.errno = error.errno
+        raise clear from error

@@ -1,0 +1,82 @@
+"""The manifest of a checkpoint: a SHA-256 of each of its files, written when all of them are.
+
+Orbax restores a flipped bit without a word, so a checkpoint is trusted for its manifest alone. By
+hand:
+
+    cd runs/NAME/checkpoints/STEP && sha256sum --check MANIFEST
+    python -m ab_jax.training.manifest PATH     # makes one, for checkpoints that have none yet
+"""
+
+import hashlib
+import sys
+from pathlib import Path
+
+from ab_jax.training.files import write_whole
+
+NAME = "MANIFEST"
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Seal a checkpoint, a directory of which every file has been written.
+
+    Raises:
+      OSError: it cannot be written; names the path and the fix.
+    """
+    write_whole(checkpoint / NAME, _to_bytes(_digests(checkpoint)))
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; names the file. None: it is as it was written."""
+    manifest = checkpoint / NAME
+    if not manifest.is_file():
+        return f"{manifest} is missing"
+    stored, present = manifest.read_bytes(), _digests(checkpoint)
+    # To the byte: the manifest itself may be what is damaged.
+    if stored == _to_bytes(present):
+        return None
+    known = _from_bytes(stored)
+    if _to_bytes(known) != stored:
+        return f"{manifest} is damaged"
+    for name in sorted({*known, *present}):
+        if name not in present:
+            return f"{checkpoint / name} is missing"
+        if name not in known:
+            return f"{checkpoint / name} is no part of it"
+        if known[name] != present[name]:
+            return f"{checkpoint / name} is not as it was written"
+    return None
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    digests = {}
+    for path in checkpoint.rglob("*"):
+        name = path.relative_to(checkpoint).as_posix()
+        if not path.is_dir() and name != NAME:
+            try:
+                with path.open("rb") as file:
+                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                digests[name] = f"unreadable ({error.strerror})"  # which no manifest holds
+    return digests
+
+
+def _to_bytes(digests: dict[str, str]) -> bytes:
+    # As sha256sum writes them.
+    return "".join(f"{digests[name]}  {name}\n" for name in sorted(digests)).encode()
+
+
+def _from_bytes(manifest: bytes) -> dict[str, str]:
+    lines = [line.partition("  ") for line in manifest.decode(errors="replace").splitlines()]
+    return {name: digest for digest, _, name in lines}
+
+
+def main(paths: list[str]) -> None:
+    """Seal checkpoints by hand, those alone that have no manifest."""
+    for path in map(Path, paths):
+        if not path.is_dir() or (path / NAME).exists():
+            sys.exit(f"error: {path} must be a checkpoint's directory, without a {NAME} in it.")
+        write_manifest(path)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

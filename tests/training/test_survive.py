@@ -1,0 +1,86 @@
+"""Real processes: a few kills, some damage (the many are those of `make stress`), a full disk."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_killed_run_ends_as_one_that_nothing_interrupted(rng: np.random.Generator) -> None:
+    sizes = ("--kills=2", "--stops=0", "--damages=40", "--damaged_runs=1", "--minutes=8")
+    command = [sys.executable, "-m", "tests.stress.survive", *sizes]
+    process = subprocess.Popen(
+        [*command, f"--seed={rng.integers(2**31)}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=600)
+    finally:
+        process.terminate()  # upon which it ends what it started
+        process.wait(30)
+    assert process.returncode == 0, output
+    rows = dict(re.findall(r"^\| (.+) \| (\d.*) \|$", output, flags=re.MULTILINE))
+    assert int(rows["kills (SIGKILL)"]) >= 2
+    assert int(rows["mismatches"]) == 0
+    damages = [row.split(", caught ") for row in rows.values() if "caught" in row]
+    assert len(damages) == 4
+    assert sum(int(done) for done, _ in damages) >= 40
+    assert all(done == caught for done, caught in damages)
+
+
+def test_a_full_disk_ends_a_run_with_one_line_and_costs_an_interval(tmp_path: Path) -> None:
+    """On a disk of its own, with room for two checkpoints and a half."""
+    disk, cache = tmp_path / "disk", tmp_path / "cache"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no small disk can be mounted here (that takes root)")
+
+    def train(name: str) -> subprocess.CompletedProcess[str]:
+        flags = ("--dataset=digits", "--width=0.03125", "--batch_size=64", "--warmup=0")
+        flags += ("--validation=1269", "--epochs=3", "--eval_every=0.5", "--no_read_test")
+        command = [sys.executable, "-m", "experiments.binarynet_cifar10", *flags]
+        return subprocess.run(
+            [*command, f"--runs_dir={disk}", f"--name={name}", f"--compilation_cache={cache}"],
+            cwd=ROOT,
+            env={key: value for key, value in os.environ.items() if key != "XLA_FLAGS"},
+            capture_output=True,
+            text=True,
+        )
+
+    try:
+        before = shutil.disk_usage(disk).free
+        assert train("whole").returncode == 0
+        kept = len(list((disk / "whole" / "checkpoints").iterdir()))
+        size = (before - shutil.disk_usage(disk).free) / kept
+        (disk / "filler").write_bytes(bytes(int(shutil.disk_usage(disk).free - 2.5 * size)))
+        full = train("run")
+        assert full.returncode == 1
+        error = full.stderr.splitlines()[-1]
+        assert re.match(r"error: .* (could not|cannot) be written.*No space left on device", error)
+        assert len(error) < 500
+        (disk / "filler").unlink()
+        resumed = train("run")
+        assert resumed.returncode == 0, resumed.stderr
+        whole, run = (
+            [json.loads(line) for line in (disk / name / "metrics.jsonl").read_text().splitlines()]
+            for name in ("whole", "run")
+        )
+        for line in (*whole, *run):
+            line.pop("images_per_second")
+        assert run == whole
+        summary = json.loads((disk / "run" / "record.json").read_text())["summary"]
+        assert summary["resumed_at"] > 0
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
