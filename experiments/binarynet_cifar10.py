@@ -20,21 +20,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-import jax
 import tyro
 
 import ab_jax as ab
 from ab_jax.activations import ACTIVATIONS
 from ab_jax.data import load, steps_per_epoch
-from ab_jax.data.facts import facts
 from ab_jax.models.binarynet import BinaryNet
+from ab_jax.training.distributed import all_devices
 from ab_jax.training.loop import Training, train
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
-from ab_jax.training.records import RunDirectory
 from ab_jax.training.step import Preprocessing
 from experiments.recipes.command_line import end_with_a_line
-from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import (
     ESTIMATORS,
     Method,
@@ -43,6 +40,7 @@ from experiments.recipes.methods import (
     keep_compiled_programs,
     named,
 )
+from experiments.recipes.processes import join, open_run
 
 QUANTIZERS: dict[str, ab.Quantizer] = {
     "binary": ab.Binary(),
@@ -104,6 +102,13 @@ class Config:
     read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
     watch: str | None = None  # parameter whose weights are kept as histograms, such as conv3/kernel
     parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
+    norm_group: int | None = None  # devices that share batch-norm statistics; None: all of them
+    # Several processes, each with devices of its own: the host and free port of process 0, how many
+    # there are, and which one this is. On a TPU pod and in Slurm --distributed finds out all three.
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many processes train together
+    process: int | None = None  # which one this is, from 0
+    distributed: bool = False  # as the cluster says: a TPU pod, Slurm, Open MPI or Kubernetes
     profile: bool = False  # write a JAX trace of ten steps
     compilation_cache: str = "~/.cache/ab_jax"  # where compiled steps are kept; empty: nowhere
 
@@ -111,6 +116,7 @@ class Config:
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
     c = config
+    join(c)
     quantizer = named("quantizer", c.quantizer, QUANTIZERS)
     activation = named("activation", c.activation, ACTIVATIONS)
     rules = ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
@@ -123,6 +129,7 @@ def run(config: Config) -> dict[str, Any]:
         max(1, steps // c.accumulate),
     )
     image_size = dataset.image_shape[0]
+    parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     training = Training(
         model=BinaryNet(
             num_classes=dataset.num_classes,
@@ -130,6 +137,7 @@ def run(config: Config) -> dict[str, Any]:
             activation=activation,
             dtype=c.dtype,
             axis_name=AXIS,
+            axis_index_groups=parallel.norm_groups,
         ),
         dataset=dataset,
         preprocessing=Preprocessing(
@@ -164,15 +172,9 @@ def run(config: Config) -> dict[str, Any]:
         profile=c.profile,
     )
     keep_compiled_programs(c.compilation_cache)
-    with RunDirectory(
-        Path(c.runs_dir) / c.name,
-        experiment="experiments.binarynet_cifar10",
-        config=dataclasses.asdict(c),
-        data=facts(dataset),
-        free=FREE_FLAGS,
-        allow_changed=c.allow_changed,
-    ) as directory:
-        return train(training, Parallel(c.parallel, tuple(jax.devices())), directory)
+    path = Path(c.runs_dir) / c.name
+    with open_run(path, "experiments.binarynet_cifar10", c, dataset) as directory:
+        return train(training, parallel, directory)
 
 
 def main() -> None:

@@ -5,10 +5,16 @@ random inputs again, in a run of the whole suite and of one test alike: each tes
 its own, made from the seed and the test's name.
 """
 
+import contextlib
 import os
 import secrets
+import signal
+import socket
+import subprocess
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 # Both are read when JAX starts, so they are set before the first test module imports it.
 NUM_DEVICES = 8
@@ -100,6 +106,70 @@ def devices() -> list[jax.Device]:
     if len(found) < NUM_DEVICES:
         pytest.fail(f"{NUM_DEVICES} devices wanted, {len(found)} found; unset XLA_FLAGS")
     return found[:NUM_DEVICES]
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A port of this machine's own interface that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def start_together(tmp_path: Path) -> Iterator[Callable[..., list[subprocess.Popen[bytes]]]]:
+    """Starts commands at the same time; whatever of them still runs after the test is killed.
+
+    Each has a session of its own, so that its children die with it, and `devices` simulated CPU
+    devices. What it says is in `log` beside its number: `tmp_path/"process0.log"`.
+    """
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(
+        commands: Sequence[Sequence[str]], devices: int, flags: str = ""
+    ) -> list[subprocess.Popen[bytes]]:
+        root = Path(__file__).parents[1]
+        count = f"--xla_force_host_platform_device_count={devices}"
+        environment = {**os.environ, "XLA_FLAGS": f"{count} {flags}", "PYTHONPATH": str(root)}
+        first = len(started)
+        for number, command in enumerate(commands):
+            with (tmp_path / f"process{number}.log").open("ab") as log:
+                started.append(
+                    subprocess.Popen(
+                        command,
+                        cwd=root,
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
+                )
+        return started[first:]
+
+    try:
+        yield start
+    finally:
+        for process in started:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.fixture
+def wait_for_all(tmp_path: Path) -> Callable[..., None]:
+    """Waits until processes have ended well; says what they said if one has not."""
+
+    def wait(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, deadline - time.monotonic()))
+        codes = [process.poll() for process in processes]
+        logs = "".join(path.read_text() for path in sorted(tmp_path.glob("process*.log")))
+        assert codes == [0] * len(codes), f"ended with {codes} within {seconds} s:\n{logs}"
+
+    return wait
 
 
 @pytest.fixture

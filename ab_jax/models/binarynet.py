@@ -30,6 +30,8 @@ class BinaryNet(nn.Module):
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
+      axis_index_groups: groups of indices of that axis that have statistics of their own; None: one
+        group of all.
       batch_stats_momentum: share of the old running statistics that an update keeps.
     """
 
@@ -38,6 +40,7 @@ class BinaryNet(nn.Module):
     activation: Activation = relu
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     batch_stats_momentum: float = 0.9
 
     @nn.compact
@@ -64,6 +67,7 @@ class BinaryNet(nn.Module):
             epsilon=1e-5,
             dtype=jnp.float32,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
         )
         x = images.astype(self.dtype)
         for i, features in enumerate(_CONV_FEATURES):

@@ -48,6 +48,8 @@ class MobileNet(nn.Module):
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
+      axis_index_groups: groups of indices of that axis that have statistics of their own; None: one
+        group of all.
       batch_stats_momentum: share of the old running statistics that an update keeps.
       epsilon: added to the variance by the norms.
       padding: of strided convolutions, "same" (Keras) or "symmetric" (PyTorch).
@@ -63,6 +65,7 @@ class MobileNet(nn.Module):
     norm: Callable[..., Any] = nn.BatchNorm
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     batch_stats_momentum: float = 0.9
     epsilon: float = 1e-3
     padding: Padding = "same"
@@ -100,6 +103,7 @@ class MobileNet(nn.Module):
             epsilon=self.epsilon,
             dtype=self.dtype,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
         )
 
         x = self.quantize_input(self, "stem", images.astype(self.dtype), alpha)

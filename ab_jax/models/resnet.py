@@ -113,6 +113,8 @@ class ResNet(nn.Module):
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
+      axis_index_groups: groups of indices of that axis that have statistics of their own; None: one
+        group of all.
       batch_stats_momentum: share of the old running statistics that an update keeps.
       cpu_convolutions: compute convolutions as `ab_jax.models.convolution` has it; None: on CPU.
     """
@@ -130,6 +132,7 @@ class ResNet(nn.Module):
     norm: Callable[..., Any] = nn.BatchNorm
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
+    axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     batch_stats_momentum: float = 0.9
     cpu_convolutions: bool | None = None
 
@@ -163,6 +166,7 @@ class ResNet(nn.Module):
             epsilon=variant.epsilon,
             dtype=self.dtype,
             axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
         )
         x = self._stem(images.astype(self.dtype), alpha, conv, norm)
         for stage, size in enumerate(self.stage_sizes):

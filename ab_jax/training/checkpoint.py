@@ -16,11 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from ab_jax.quantized_inputs import RANGES
+from ab_jax.training.distributed import is_first, to_global, to_own, value_of_first
 from ab_jax.training.interval import Interval
-from ab_jax.training.retention import newest_whole, remove_replaced, seal, written
+from ab_jax.training.retention import (
+    NoWholeCheckpointError,
+    newest_whole,
+    remove_replaced,
+    seal,
+    written,
+)
 from ab_jax.training.state import TrainState
 
 # The network is an item of its own, so that another run can start from it whatever its optimizer.
@@ -33,6 +42,8 @@ class Checkpoints:
     """The checkpoints in a directory, named by their step.
 
     A context manager: leaving it waits for the write under way. Reading changes nothing there.
+    Of several processes all call its methods, at the same steps: they write a checkpoint together,
+    the first one seals it, and all restore the same. The states are each one's own.
 
     Args:
       directory: created when something is saved.
@@ -76,7 +87,7 @@ class Checkpoints:
         """
         self._finish()
         if not self._looked:
-            self._newest = newest_whole(self._directory)
+            self._newest = self._find_newest()
             self._looked = True
         return self._newest
 
@@ -112,8 +123,8 @@ class Checkpoints:
         if step == self.latest_step:
             return
         items = {
-            "network": ocp.args.StandardSave(_fields(state, _NETWORK_FIELDS)),
-            "rest": ocp.args.StandardSave(_fields(state, _REST_FIELDS)),
+            "network": ocp.args.StandardSave(to_global(_fields(state, _NETWORK_FIELDS))),
+            "rest": ocp.args.StandardSave(to_global(_fields(state, _REST_FIELDS))),
         }
         if interval is not None:
             items["interval"] = ocp.args.StandardSave(interval.to_tree())
@@ -141,7 +152,7 @@ class Checkpoints:
         for item, tree in wanted.items():
             self._check_same_shapes(stored[item].tree, tree)
         restored = self._restore(path, **{item: _abstract(tree) for item, tree in wanted.items()})
-        return TrainState(**restored["network"], **restored["rest"])
+        return TrainState(**to_own(restored["network"]), **to_own(restored["rest"]))
 
     def restore_interval(self) -> Interval | None:
         """What the newest whole checkpoint holds beside its state; None: it is of an evaluation.
@@ -153,7 +164,7 @@ class Checkpoints:
         if not (path / "interval").is_dir():
             return None
         stored = self._orbax.metadata(path).item_metadata["interval"].tree
-        return Interval.from_tree(self._restore(path, interval=_shape_structs(stored))["interval"])
+        return Interval.from_tree(self._restore(path, interval=_host_arrays(stored))["interval"])
 
     def restore_network(self, like: TrainState) -> TrainState:
         """`like` with the newest whole checkpoint's parameters and model state.
@@ -171,14 +182,33 @@ class Checkpoints:
         self._check_same_shapes(_without_ranges(stored), _without_ranges(wanted))
         network = _abstract(_without_ranges(wanted))
         if RANGES in stored["model_state"]:  # Orbax restores all of an item or nothing
-            network["model_state"][RANGES] = _shape_structs(stored["model_state"][RANGES])
-        restored = self._restore(path, network=network)["network"]
+            stored_ranges = _host_arrays(stored["model_state"][RANGES])
+            network["model_state"][RANGES] = _abstract(jax.tree.map(jnp.asarray, stored_ranges))
+        restored = to_own(self._restore(path, network=network)["network"])
         ranges = wanted["model_state"].get(RANGES)
         if _shapes(restored["model_state"].get(RANGES)) != _shapes(ranges):
             restored = _without_ranges(restored)
             if ranges is not None:
                 restored["model_state"][RANGES] = ranges
         return dataclasses.replace(like, **restored)
+
+    def _find_newest(self) -> int | None:
+        """The first process looks, and tells the others."""
+        none, damaged = -1, -2
+        if not is_first():
+            found = value_of_first(none)
+            if found == damaged:
+                raise NoWholeCheckpointError(
+                    f"No checkpoint in {self._directory} is whole; process 0 says of each why."
+                )
+            return None if found == none else found
+        try:
+            newest = newest_whole(self._directory)
+        except NoWholeCheckpointError:
+            value_of_first(damaged)
+            raise
+        value_of_first(none if newest is None else newest)
+        return newest
 
     def _path(self, step: int) -> Path:
         return self._directory / str(step)
@@ -193,12 +223,12 @@ class Checkpoints:
         """Wait for Orbax, then make the checkpoint a trusted one; in a thread of its own."""
         try:
             self._orbax.wait_until_finished()
-            if jax.process_index() == 0:
+            if is_first():
                 seal(self._path(step), accuracy)
         except Exception as error:
             raise self._not_written(step, error) from error
         self._newest = step
-        if jax.process_index() == 0:
+        if is_first():
             remove_replaced(self._directory, step, self._keep)
 
     def _finish(self) -> None:
@@ -251,8 +281,11 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
+    """Where the arrays are restored to: of several processes, onto the devices of all."""
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), to_global(tree)
+    )
 
 
-def _shape_structs(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+def _host_arrays(tree: Any) -> Any:
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)

@@ -3,6 +3,8 @@
 A step takes images and labels with indices into them. In memory these are the whole part, placed on
 every device once; from a stream they are each device's share of one batch, and its indices count
 that share. So there is one step for both.
+
+With several processes each of them holds or decodes what its own devices take, and nothing more.
 """
 
 import collections
@@ -94,13 +96,21 @@ class Streamed:
     """Photographs that are decoded as they are needed.
 
     Args:
-      photos: the part.
+      photos: the part; with several processes it decodes this one's share of it.
       parallel: the devices.
+
+    Raises:
+      ValueError: a share that is not that of the devices.
     """
 
     sharded = True
 
     def __init__(self, photos: Photos, parallel: Parallel) -> None:
+        if photos.share != parallel.share:
+            raise ValueError(
+                f"The stream decodes share {photos.share} of each batch, but the devices of this "
+                f"process take share {parallel.share}. Load it with share={parallel.share}."
+            )
         self._photos = photos
         self._parallel = parallel
 
@@ -118,7 +128,7 @@ class Streamed:
         shares = len(self._parallel.devices)
         size = -(-batch_size // shares) * shares
         return _ahead(
-            (*self._placed(images), self._parallel.shard(mask))
+            (*self._placed(images), self._parallel.shard_own(mask))
             for images, mask in self._photos.evaluation_batches(size)
         )
 
@@ -132,9 +142,10 @@ class Streamed:
             yield images, indices
 
     def _placed(self, batch: Images) -> Batch:
-        shares = len(self._parallel.devices)
-        indices = np.tile(np.arange(len(batch) // shares, dtype=np.int32), shares)
-        return self._parallel.shard((batch.images, batch.labels, indices))
+        """This process's share of a batch; each device counts its own images from 0."""
+        devices = len(self._parallel.devices) // self._parallel.share[1]
+        indices = np.tile(np.arange(len(batch) // devices, dtype=np.int32), devices)
+        return self._parallel.shard_own((batch.images, batch.labels, indices))
 
 
 def make_feed(part: Images | Photos, parallel: Parallel) -> Feed:

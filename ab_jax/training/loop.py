@@ -22,6 +22,7 @@ from ab_jax.estimators import Estimator
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.distributed import agreed, is_first
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
 from ab_jax.training.interval import Interval
@@ -91,6 +92,9 @@ class Training:
 def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str, Any]:
     """Train, going on from the last checkpoint in the run's directory if there is one.
 
+    Of several processes each calls it with the same arguments, but for a stream's share and for
+    who writes into the directory, which all of them must see.
+
     Returns:
       The run's record, which is written there too.
 
@@ -120,7 +124,9 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     ):
         state = _initial_state(t, checkpoints)
         first = int(state.step)
-        print(describe(state.params, t.rules))
+        table = describe(state.params, t.rules)  # in every process: it checks the rules
+        if is_first():
+            print(table)
         run.forget_after(first)
         readings.remember_codes(state)
         recent: list[dict[str, Any]] = []  # metrics since the last evaluation
@@ -142,8 +148,12 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             checkpoints.check()
 
         batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
-        batches = until_asked(asked_to_stop, batches)
-        with _progress(first, t.steps) as show, _profiler(t.profile, run.path) as profile:
+        stop = agreed(asked_to_stop, every=_LOOK_EVERY)
+        batches = until_asked(stop, batches, alone=jax.process_count() == 1)
+        with (
+            _progress(first, t.steps) as show,
+            _profiler(t.profile and is_first(), run.path) as profile,
+        ):
             for step, batch in enumerate(batches, start=first):
                 profile(step - first)
                 on_devices, metrics = train_step(on_devices, *batch)
@@ -181,7 +191,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             finite.network(state, _alphas(t, done)[0])
             if recent:
                 checkpoints.save(state, interval=Interval.of(recent, readings.codes))
-            raise StoppedError(run.path, done, asked_to_stop())
+            raise StoppedError(run.path, done, stop())
     summary = readings.summary(state, *_alphas(t, t.steps), run.metrics, read_test=t.read_test)
     seconds = time.monotonic() - started
     return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
@@ -247,7 +257,7 @@ def _progress(first: int, steps: int) -> Iterator[Callable[[int, dict[str, Any],
         TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
     )
-    console = Console()
+    console = Console(quiet=not is_first())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
 
@@ -266,6 +276,7 @@ def _progress(first: int, steps: int) -> Iterator[Callable[[int, dict[str, Any],
 @contextlib.contextmanager
 def _profiler(enabled: bool, path: Path) -> Iterator[Callable[[int], None]]:
     first, last = _PROFILED_STEPS
+    enabled = enabled and is_first()
     running = False
 
     def profile(step: int) -> None:

@@ -3,6 +3,9 @@
 A step is written for one device, with collectives over `AXIS`. Its arguments are replicated (each
 device has the whole) or sharded (each device has its share of the leading axis); what it returns
 must be equal on all devices. How those arrays lie on the devices is known to this file alone.
+
+The devices may belong to several processes. Each process runs the same program, hands over what
+its own devices hold, and gets back what one of them holds.
 """
 
 import dataclasses
@@ -31,54 +34,118 @@ class Parallel:
     """Where a step runs, and how its arguments get there.
 
     Attributes:
-      mode: `pmap` gives every array a leading device axis; `shard_map` uses global arrays.
-      devices: the devices, in the order in which they take their shares of a batch.
+      mode: `pmap` gives every array a leading axis of this process's devices; `shard_map` uses
+        global arrays.
+      devices: those of all processes, in the order in which they take their shares of a batch: one
+        process after the other, and as many of each (`ab_jax.training.distributed.all_devices`).
+      norm_group: batch statistics are those of so many neighbouring devices; None: of all.
+
+    Raises:
+      ValueError: an unknown mode, devices that are not in such an order, or a `norm_group` that
+        does not divide their number.
     """
 
     mode: Mode
     devices: tuple[jax.Device, ...]
+    norm_group: int | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in ("pmap", "shard_map"):
             raise ValueError(f"parallel must be 'pmap' or 'shard_map', not {self.mode!r}.")
+        n, k = len(self.devices), self.norm_group
+        if k is not None and not (k >= 1 and n % k == 0):
+            raise ValueError(
+                f"norm_group={k} does not divide the {n} devices into equal groups. Choose a "
+                f"divisor of {n}, or none for statistics of the whole batch."
+            )
+        owners = [device.process_index for device in self.devices]
+        counts = {owners.count(owner) for owner in owners}
+        if owners != sorted(owners) or len(counts) > 1:
+            raise ValueError(
+                f"The devices belong to the processes {owners}, but each process must have as many "
+                f"as the others, and one after the other. Start the processes on equal hosts."
+            )
+
+    @property
+    def share(self) -> tuple[int, int]:
+        """`(i, n)`: this process is the i-th of the n that have devices here."""
+        owners = sorted({device.process_index for device in self.devices})
+        return owners.index(jax.process_index()), len(owners)
+
+    @property
+    def norm_groups(self) -> tuple[tuple[int, ...], ...] | None:
+        """The models' `axis_index_groups`: places of the devices; None: one group of all."""
+        n, k = len(self.devices), self.norm_group
+        if k is None or k == n:
+            return None
+        return tuple(tuple(range(first, first + k)) for first in range(0, n, k))
+
+    @property
+    def _own_devices(self) -> tuple[jax.Device, ...]:
+        return tuple(d for d in self.devices if d.process_index == jax.process_index())
 
     @property
     def _mesh(self) -> Mesh:
-        return Mesh(np.array(self.devices), (AXIS,))
+        """The devices as the arrays see them: under pmap those of this process alone."""
+        devices = self._own_devices if self.mode == "pmap" else self.devices
+        return Mesh(np.array(devices), (AXIS,))
 
     def replicate(self, tree: Tree) -> Tree:
-        """Put a tree of arrays, whole, on every device."""
+        """Put a tree of arrays, whole, on every device; all processes give the same."""
         if self.mode == "shard_map":
-            return jax.device_put(tree, NamedSharding(self._mesh, P()))
+            return jax.make_array_from_process_local_data(NamedSharding(self._mesh, P()), tree)
         sharding = NamedSharding(self._mesh, P(AXIS))
 
         def stack(x: Any) -> jax.Array:
-            shards = [jax.device_put(x[None], device) for device in self.devices]
-            shape = (len(self.devices), *x.shape)
+            shards = [jax.device_put(x[None], device) for device in self._own_devices]
+            shape = (len(shards), *x.shape)
             return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
         return jax.tree.map(stack, tree)
 
     def shard(self, tree: Tree) -> Tree:
-        """Give each device its share of the leading axis.
+        """Give each device its share of the leading axis of arrays that every process has whole.
 
         Raises:
           ValueError: a leading axis that the number of devices does not divide.
         """
-        n = len(self.devices)
+        i, n = self.share
+
+        def own(x: Any) -> Any:
+            self._check_even(x.shape[0])
+            size = x.shape[0] // n
+            return x[i * size : (i + 1) * size]
+
+        return self.shard_own(jax.tree.map(own, tree))
+
+    def shard_own(self, tree: Tree) -> Tree:
+        """The same for arrays of which each process has its own share alone.
+
+        Raises:
+          ValueError: as `shard`.
+        """
+        own, processes = len(self._own_devices), self.share[1]
 
         def split(x: Any) -> Any:
-            if x.shape[0] % n:
-                raise ValueError(
-                    f"A batch of {x.shape[0]} cannot be shared evenly by {n} devices. "
-                    f"Choose a batch size that is a multiple of {n}."
-                )
-            return x.reshape(n, -1, *x.shape[1:]) if self.mode == "pmap" else x
+            self._check_even(x.shape[0] * processes)
+            return x.reshape(own, -1, *x.shape[1:]) if self.mode == "pmap" else x
 
-        return jax.device_put(jax.tree.map(split, tree), NamedSharding(self._mesh, P(AXIS)))
+        sharding = NamedSharding(self._mesh, P(AXIS))
+        tree = jax.tree.map(split, tree)
+        if self.mode == "pmap":
+            return jax.device_put(tree, sharding)
+        return jax.make_array_from_process_local_data(sharding, tree)
+
+    def _check_even(self, size: int) -> None:
+        n = len(self.devices)
+        if size % n:
+            raise ValueError(
+                f"A batch of {size} cannot be shared evenly by {n} devices. "
+                f"Choose a batch size that is a multiple of {n}."
+            )
 
     def unreplicate(self, tree: Tree) -> Tree:
-        """The tree as it lies on one device, without a leading device axis."""
+        """The tree as it lies on one device of this process, without a leading device axis."""
         if self.mode == "shard_map":
             return jax.tree.map(lambda x: x.addressable_data(0), tree)
         # The shard itself: indexing the stacked array would start a computation on all devices.
@@ -102,12 +169,17 @@ class Parallel:
             mapped = jax.pmap(
                 step, axis_name=AXIS, devices=self.devices, donate_argnums=donate_argnums
             )
-            return _compiled_with(options, mapped) if options else mapped
+            # Of several processes JAX cannot call what is compiled ahead of time: arrays differ.
+            alone = self.share[1] == 1
+            return _compiled_with(options, mapped) if options and alone else mapped
         mapped = jax.shard_map(
             step,
             mesh=self._mesh,
             in_specs=tuple(P(AXIS) if is_sharded else P() for is_sharded in sharded),
             out_specs=P(),
+            # JAX proves that what is returned is equal on all devices. It cannot where groups of
+            # devices have statistics of their own, whose sums its types do not know.
+            check_vma=self.norm_groups is None,
         )
         return jax.jit(mapped, donate_argnums=donate_argnums, compiler_options=options)
 

@@ -32,7 +32,7 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class RunDirectory:
-    """The directory of one run, of which there is one process at a time.
+    """The directory of one run, which only one process writes into at a time.
 
     A context manager that closes its files and gives the directory free.
 
@@ -43,6 +43,7 @@ class RunDirectory:
       data: what is known of the data set, as JSON values: its version above all.
       free: flags that cannot change a result, in which a resumed run may differ.
       allow_changed: whether other flags and data may differ too. The record tells of it.
+      writes: whether this process writes; of several that train together the first one does.
 
     Raises:
       FileExistsError: the run is complete already. BlockingIOError: another process runs there.
@@ -59,16 +60,19 @@ class RunDirectory:
         data: Mapping[str, Any] | None = None,
         free: Collection[str] = (),
         allow_changed: bool = False,
+        writes: bool = True,
     ) -> None:
         self.path = path
+        self._writes = writes
         if (path / "record.json").exists():
             raise FileExistsError(
                 f"The run {path} is complete. Choose another --name, or remove that directory to "
                 f"run it anew."
             )
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path)
+        if writes:
+            with writing(path):
+                path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(path) if writes else None
         self._metrics_path = path / "metrics.jsonl"
         self._config_path = path / "config.json"
         self._described = describe_run(experiment, config, data)
@@ -83,21 +87,23 @@ class RunDirectory:
                     raise ValueError(_refusal(path, self._changed))
                 for change in self._changed:
                     self._described[change["of"]][change["name"]] = change["is"]
-            else:
+            elif writes:
                 write_json(self._config_path, self._described)
-            with writing(path):
-                self._events = EventsWriter(str(path / "events"))
+            if writes:
+                with writing(path):
+                    self._events = EventsWriter(str(path / "events"))
         except BaseException:
-            os.close(self._lock)
+            self._give_free()
             raise
 
     def __enter__(self) -> "RunDirectory":
         return self
 
     def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which has been told of already
-            self._events.close()
-        os.close(self._lock)
+        if self._writes:
+            with contextlib.suppress(OSError):  # of a full disk, which has been told of already
+                self._events.close()
+        self._give_free()
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -119,6 +125,8 @@ class RunDirectory:
         Raises:
           OSError: it cannot be written, the disk being full, say; names the file and the fix.
         """
+        if not self._writes:
+            return
         append_line(self._metrics_path, json.dumps(line))
         values = [
             Summary.Value(tag=name, simple_value=value)
@@ -129,6 +137,8 @@ class RunDirectory:
 
     def forget_after(self, step: int) -> None:
         """Drop the lines of steps after a checkpoint, which a resumed run computes again."""
+        if not self._writes:
+            return
         kept = [line for line in self.metrics if line["step"] <= step]
         text = "".join(json.dumps(line) + "\n" for line in kept)
         write_whole(self._metrics_path, text.encode())
@@ -144,8 +154,13 @@ class RunDirectory:
         """Write and return the record of the whole run."""
         metrics = self.metrics
         record = {**self._described, "metrics": metrics, "summary": dict(summary)}
-        write_json(self.path / "record.json", record)
+        if self._writes:
+            write_json(self.path / "record.json", record)
         return record
+
+    def _give_free(self) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
 
     def _write_event(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -267,7 +282,8 @@ def _hardware() -> str:
         )
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         name = f"{name}, {cores} of {os.cpu_count()} cores"
-    return f"{name}; {jax.device_count()} {device.platform} device(s)"
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    return f"{name}; {jax.device_count()} {device.platform} device(s){processes}"
 
 
 def _lines(path: Path) -> list[str]:

@@ -67,7 +67,8 @@ def make_train_step(
     """The training step of one device.
 
     Args:
-      model: takes images, `train` and `alpha`; synchronizes its batch statistics over `AXIS`.
+      model: takes images, `train` and `alpha`; synchronizes its batch statistics over `AXIS`, or
+        over groups of it (`axis_index_groups`, as our models have it).
       optimizer: applied to gradients averaged over the devices.
       rules, estimator: what the loss sees of each parameter.
       alpha: a schedule of the step, for the parameters.
@@ -126,7 +127,7 @@ def make_train_step(
             state,
             step=state.step + 1,
             params=new_params,
-            model_state=model_state,
+            model_state=_equal_on_all_devices(model, model_state),
             opt_state=opt_state,
         )
         metrics = {
@@ -196,6 +197,18 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
             alpha=alpha,
             mutable=["batch_stats"],
         )
-        return measured
+        return _equal_on_all_devices(model, measured)
 
     return batch_stats_step
+
+
+def _equal_on_all_devices(model: nn.Module, model_state: Any) -> Any:
+    """The collections with one set of batch statistics, whatever the groups that measured them.
+
+    The running statistics stand for those that the network has learned to work with, of batches as
+    large as a group's: the mean over the groups is what one group would see in as many steps. (The
+    variance of the whole batch would be larger, by that of the groups' means.)
+    """
+    if getattr(model, "axis_index_groups", None) is None:
+        return model_state
+    return {**model_state, "batch_stats": jax.lax.pmean(model_state["batch_stats"], AXIS)}

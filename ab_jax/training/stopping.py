@@ -57,11 +57,14 @@ def noted_signals() -> Iterator[Callable[[], str | None]]:
         give_back()
 
 
-def until_asked(asked: Callable[[], str | None], items: Iterable[Item]) -> Iterator[Item]:
+def until_asked(
+    asked: Callable[[], str | None], items: Iterable[Item], *, alone: bool = True
+) -> Iterator[Item]:
     """The items up to the moment when the run is asked to stop.
 
     The signal may have reached the processes that make the items too: that they failed is then no
-    error.
+    error, unless others compute with this process (`alone`), which could not go on to the step at
+    which all stop.
     """
     iterator = iter(items)
     while not asked():
@@ -70,7 +73,7 @@ def until_asked(asked: Callable[[], str | None], items: Iterable[Item]) -> Itera
         except StopIteration:
             return
         except Exception:
-            if asked():
+            if alone and asked():
                 return
             raise
         yield item

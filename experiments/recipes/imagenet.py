@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data import Dataset, load, steps_per_epoch
-from ab_jax.data.facts import facts
 from ab_jax.data.stream import StreamedDataset, load_stream
 from ab_jax.quantized_inputs import (
     ActivationRules,
@@ -26,12 +25,11 @@ from ab_jax.quantized_inputs import (
     keep_input,
     layer_paths,
 )
+from ab_jax.training.distributed import all_devices, is_first
 from ab_jax.training.loop import Training, train
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
-from ab_jax.training.records import RunDirectory
 from ab_jax.training.step import Preprocessing
-from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import (
     ESTIMATORS,
     Method,
@@ -39,6 +37,7 @@ from experiments.recipes.methods import (
     alpha_schedule,
     keep_compiled_programs,
 )
+from experiments.recipes.processes import join, open_run
 
 # Bits of the first and the last layer, weights and activations, which the rules leave alone: they
 # are a small part of the network and lose the most.
@@ -114,6 +113,13 @@ class Config:
     read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
     watch: str | None = None  # parameter whose weights are kept as histograms
     parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
+    norm_group: int | None = None  # devices that share batch-norm statistics; None: all of them
+    # Several processes, each with devices of its own: the host and free port of process 0, how many
+    # there are, and which one this is. On a TPU pod and in Slurm --distributed finds out all three.
+    coordinator: str | None = None  # HOST:PORT of process 0
+    processes: int | None = None  # how many processes train together
+    process: int | None = None  # which one this is, from 0
+    distributed: bool = False  # as the cluster says: a TPU pod, Slurm, Open MPI or Kubernetes
     profile: bool = False  # write a JAX trace of ten steps
     compilation_cache: str = "~/.cache/ab_jax"  # where compiled steps are kept; empty: nowhere
 
@@ -124,8 +130,9 @@ MakeModel = Callable[..., nn.Module]
 
 def run(config: Config, make_model: MakeModel, experiment: str) -> dict[str, Any]:
     """Train in one or two phases, as the flags say, and return the record of the last."""
-    keep_compiled_programs(config.compilation_cache)
     c = config
+    join(c)
+    keep_compiled_programs(c.compilation_cache)
     dataset = _load(c)
     if c.init_from is None:
         float_phase = dataclasses.replace(
@@ -166,6 +173,7 @@ def _load(config: Config) -> Dataset | StreamedDataset:
         validation=c.validation,
         flip=c.flip,
         workers=c.workers,
+        share=(jax.process_index(), jax.process_count()),
     )
 
 
@@ -223,6 +231,7 @@ def _train_phase(
     size = dataset.image_shape[0]
     streamed = isinstance(dataset, StreamedDataset)
     inputs = activation_rules(c)
+    parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     model = make_model(
         num_classes=dataset.num_classes,
         width=c.width,
@@ -230,10 +239,13 @@ def _train_phase(
         quantize_input=keep_input if inputs is None else QuantizedInputs(inputs, AXIS),
         dtype=c.dtype,
         axis_name=AXIS,
+        axis_index_groups=parallel.norm_groups,
     )
     if inputs is not None:
         images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-        print(describe_inputs(layer_paths(model, images, train=False), inputs))
+        table = describe_inputs(layer_paths(model, images, train=False), inputs)
+        if is_first():
+            print(table)
     per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
     steps = max(1, round(c.epochs * per_epoch))
     learning_rate = warmup_cosine(
@@ -283,12 +295,5 @@ def _train_phase(
         watch=c.watch,
         profile=c.profile,
     )
-    with RunDirectory(
-        _path(c),
-        experiment=experiment,
-        config=dataclasses.asdict(c),
-        data=facts(dataset),
-        free=FREE_FLAGS,
-        allow_changed=c.allow_changed,
-    ) as directory:
-        return train(training, Parallel(c.parallel, tuple(jax.devices())), directory)
+    with open_run(_path(c), experiment, c, dataset) as directory:
+        return train(training, parallel, directory)

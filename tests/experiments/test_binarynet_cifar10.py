@@ -22,6 +22,7 @@ from experiments.binarynet_cifar10 import Config
 from experiments.recipes import imagenet
 from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import alpha_schedule
+from experiments.recipes.processes import recorded
 
 ROOT = Path(__file__).parents[2]
 
@@ -82,7 +83,7 @@ def test_each_method_runs_to_its_record(
     directory = Path(tiny.runs_dir) / "digits" / method
     assert json.loads((directory / "record.json").read_text()) == record
     assert record["experiment"] == "experiments.binarynet_cifar10"
-    assert record["config"] == dataclasses.asdict(config)
+    assert record["config"] == recorded(config)
 
     lines, summary = record["metrics"], record["summary"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]

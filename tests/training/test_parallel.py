@@ -1,5 +1,8 @@
 """How arrays get to the devices and back, and what cannot be shared by them."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -97,3 +100,42 @@ def test_a_step_on_cpus_gets_the_options_unless_the_user_chose(
         batch = np.arange(size, dtype=np.float32)
         assert parallel.unreplicate(step(parallel.shard(batch))) == batch.sum()
     assert seen.count(parallel_module._CPU_OPTIONS) == (0 if flags else 2), "once for each shape"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_process_has_the_whole_batch_for_its_own(
+    rng: np.random.Generator, devices: list[jax.Device], mode: Mode
+) -> None:
+    parallel = Parallel(mode, tuple(devices[:4]))
+    assert parallel.share == (0, 1)
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    for whole, own in zip(
+        parallel.shard(x).addressable_shards, parallel.shard_own(x).addressable_shards, strict=True
+    ):
+        assert whole.device == own.device
+        np.testing.assert_array_equal(whole.data, own.data)
+
+
+def test_groups_are_of_neighbours(devices: list[jax.Device]) -> None:
+    def groups(n: int, k: int | None) -> Any:
+        return Parallel("pmap", tuple(devices[:n]), norm_group=k).norm_groups
+
+    assert groups(8, 4) == ((0, 1, 2, 3), (4, 5, 6, 7))
+    assert groups(4, 1) == ((0,), (1,), (2,), (3,))
+    assert groups(8, None) is groups(8, 8) is groups(1, 1) is None
+
+
+@pytest.mark.parametrize(("n", "k"), [(8, 3), (8, 16), (8, 0), (8, -2), (6, 4)])
+def test_groups_that_do_not_divide_the_devices_are_refused(
+    devices: list[jax.Device], n: int, k: int
+) -> None:
+    message = f"norm_group={k} does not divide the {n} devices.*a divisor of {n}"
+    with pytest.raises(ValueError, match=message):
+        Parallel("pmap", tuple(devices[:n]), norm_group=k)
+
+
+@pytest.mark.parametrize("owners", [[0, 1, 0, 1], [0, 0, 1], [1, 0]])
+def test_devices_in_another_order_than_their_processes_are_refused(owners: list[int]) -> None:
+    devices: Any = tuple(SimpleNamespace(process_index=owner) for owner in owners)
+    with pytest.raises(ValueError, match=r"one after the other.*equal hosts"):
+        Parallel("shard_map", devices)

@@ -91,3 +91,7 @@ def test_items_end_when_asked_and_their_failure_counts_only_before() -> None:
         list(until_asked(answer, items(False)))
     assert list(until_asked(answer, items(True))) == [0, 1, 2]
     assert list(until_asked(answer, range(3))) == []
+    # Others would wait for a process that ended before them.
+    asked.clear()
+    with pytest.raises(RuntimeError, match="a worker was killed"):
+        list(until_asked(answer, items(True), alone=False))

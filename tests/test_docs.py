@@ -1,0 +1,142 @@
+"""What the documents show: commands whose flags exist, job files that parse, tables as computed."""
+
+import dataclasses
+import importlib
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+import yaml
+
+from experiments import plan
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+POD = (DOCS / "pod.md").read_text(encoding="utf-8")
+JOBSET = (DOCS / "jobset.yaml").read_text(encoding="utf-8")
+SLURM = (DOCS / "slurm.sh").read_text(encoding="utf-8")
+
+
+def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Each `python -m experiments.NAME flags ...`: the name and its words, up to the line's end."""
+    joined = re.sub(r"\\\n\s*", " ", text)
+    for name, rest in re.findall(r"python3? -m experiments\.(\w+)([^`\n]*)", joined):
+        words = rest.partition("#")[0].partition(" || ")[0].rstrip("'& ")
+        yield name, shlex.split(words.partition(" -- ")[0])
+
+
+def parse(name: str, words: list[str]) -> Any:
+    """The command's configuration, as the experiment's own command line makes it."""
+    module = importlib.import_module(f"experiments.{name}")
+    return tyro.cli(module.Config, args=words, use_underscores=True)
+
+
+def jobset() -> dict[str, Any]:
+    return yaml.safe_load(JOBSET)
+
+
+def jobset_command() -> tuple[str, list[str]]:
+    template = jobset()["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    (container,) = template["spec"]["containers"]
+    python, dash_m, module, *words = container["command"]
+    assert (python, dash_m) == ("python", "-m")
+    return module.removeprefix("experiments."), words
+
+
+COMMANDS = [*commands_in(POD), *commands_in(SLURM), jobset_command()]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), COMMANDS, ids=[f"{n}-{i}" for i, (n, _) in enumerate(COMMANDS)]
+)
+def test_the_flags_of_each_command_exist(name: str, words: list[str]) -> None:
+    config = parse(name, words)
+    given = {word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")}
+    known = {field.name for field in dataclasses.fields(config)}
+    assert {flag.removeprefix("no_") if flag not in known else flag for flag in given} <= known
+
+
+def test_there_are_commands_for_every_place() -> None:
+    pod, slurm = list(commands_in(POD)), list(commands_in(SLURM))
+    assert len(slurm) == 1
+    training = [words for name, words in pod if name.endswith(("imagenet", "cifar10"))]
+    assert any("--distributed" in words for words in training)
+    assert any(word.startswith("--coordinator=") for words in training for word in words)
+    for name, words in (*slurm, jobset_command()):
+        assert parse(name, words).distributed
+    assert {name for name, _ in pod} >= {"resnet50_imagenet", "binarynet_cifar10", "plan"}
+
+
+def test_a_flag_that_does_not_exist_is_found() -> None:
+    (wrong,) = commands_in(
+        "    python -m experiments.resnet50_imagenet --distribute \\\n --seed=1\n"
+    )
+    with pytest.raises(SystemExit):
+        parse(*wrong)
+
+
+def test_the_shell_file_parses() -> None:
+    subprocess.run(["bash", "-n", str(DOCS / "slurm.sh")], check=True)
+
+
+def test_shell_blocks_parse() -> None:
+    blocks = re.findall(r"```sh\n(.*?)```", POD, re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+def test_slurm_reads_its_options_before_the_first_command() -> None:
+    lines = SLURM.splitlines()
+    assert lines[0] == "#!/bin/bash"
+    first_command = next(i for i, line in enumerate(lines) if line and not line.startswith("#"))
+    options = [i for i, line in enumerate(lines) if line.startswith("#SBATCH ")]
+    assert options
+    assert max(options) < first_command
+
+
+@pytest.mark.parametrize("text", [SLURM, JOBSET], ids=["slurm", "jobset"])
+def test_a_user_edits_three_places(text: str) -> None:
+    assert re.findall(r"# EDIT (\d):", text) == ["1", "2", "3"]
+
+
+def test_the_jobset_is_as_large_as_its_slice() -> None:
+    spec = jobset()
+    assert (spec["apiVersion"], spec["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    job = spec["spec"]["replicatedJobs"][0]["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    chips = container["resources"]["limits"]["google.com/tpu"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    assert job["parallelism"] == job["completions"]
+    assert job["parallelism"] * chips == int(rows) * int(columns) == 256
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    # The batch can be shared by all chips.
+    assert parse(*jobset_command()).batch_size % 256 == 0
+
+
+PLANS = re.findall(r"<!-- plan: (.*?) -->\n(.*?)\n<!-- /plan -->", POD, re.DOTALL)
+
+
+@pytest.mark.parametrize(("flags", "shown"), PLANS, ids=[flags for flags, _ in PLANS])
+def test_what_is_computed_is_shown_as_computed(flags: str, shown: str) -> None:
+    config = tyro.cli(plan.Config, args=shlex.split(flags), use_underscores=True)
+    if config.network == "all":
+        assert shown == plan.table(config)
+    else:
+        assert shown == f"```text\n{plan.report(config)}\n```"
+
+
+def test_plans_are_shown() -> None:
+    assert len(PLANS) == 3
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", POD):
+        assert (DOCS / link).exists(), link
