@@ -17,12 +17,9 @@ import ab_jax as ab
 from ab_jax.data.prepare import prepare_image_folder
 from experiments.recipes.generated_imagenet import prepare_generated_imagenet
 from experiments.recipes.imagenet import Config, activation_rules, stem_for, weight_rules
+from tests.fast_compilation import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[2]
-
-
-# Compiling takes nearly all of the time of these runs; how fast the program is does not matter.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def run(experiment: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -126,7 +123,7 @@ def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) ->
         "--dataset=imagenet2012",
         f"--data_dir={tmp_path}/data",
         f"--runs_dir={tmp_path}/runs",
-        "--compilation_cache=",
+        f"--compilation_cache={tmp_path}/cache",
         "--image_size=32",  # of 224, to be fast
         "--validation=8",
         "--batch_size=8",

@@ -1,79 +1,32 @@
 """A whole experiment by two processes, from the command line: one record, the same numbers."""
 
-import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from experiments.binarynet_cifar10 import Config
 from experiments.recipes.processes import recorded
+from tests.fast_compilation import FAST_COMPILATION
+from tests.two_processes import SECONDS, command, numbers, pair, record_of
 
 Start = Callable[..., list[subprocess.Popen[bytes]]]
-SECONDS = 240  # given to each pair; alone on two cores they take a tenth
-# Compiling takes most of the time of these runs; how fast the program is does not matter.
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 EVALUATIONS = 4
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Callable[..., list[str]]:
-    """BinaryNet on digits, four of an epoch's twenty steps with an evaluation after each."""
-    flags = {
-        "dataset": "digits",
-        "validation": 64,
-        "width": 1 / 32,
-        "epochs": 0.2,
-        "batch_size": 64,
-        "warmup": 0.0,
-        "eval_every": 0.05,
-        "norm_group": 1,
-        "runs_dir": tmp_path / "runs",
-        "compilation_cache": tmp_path / "cache",
-    }
-    words = [sys.executable, "-m", "experiments.binarynet_cifar10", "--no_flip"]
-    words += [f"--{name}={value}" for name, value in flags.items()]
-
-    def command(name: str, *more: str) -> list[str]:
-        return [*words, f"--name={name}", *more]
-
-    return command
-
-
-def pair(command: list[str], port: int) -> list[list[str]]:
-    flags = [f"--coordinator=127.0.0.1:{port}", "--processes=2"]
-    return [[*command, *flags, f"--process={i}"] for i in range(2)]
-
-
-def record_of(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "record.json").read_text())
-
-
-def numbers(record: dict[str, Any]) -> list[dict[str, float]]:
-    """The metrics but for the speed."""
-    return [
-        {name: value for name, value in line.items() if name != "images_per_second"}
-        for line in record["metrics"]
-    ]
-
-
-def test_two_processes_train_as_one_and_go_on_when_cut_off(
-    command: Callable[..., list[str]],
+def test_two_processes_train_as_one(
     free_port: int,
     start_together: Start,
     wait_for_all: Callable[..., None],
     tmp_path: Path,
 ) -> None:
     runs = tmp_path / "runs"
-    whole = start_together(pair(command("whole"), free_port), devices=1, flags=FAST_COMPILATION)
-    wait_for_all(whole, SECONDS)
+    commands = pair(command(tmp_path, "whole"), free_port)
+    wait_for_all(start_together(commands, devices=1, flags=FAST_COMPILATION), SECONDS)
     record = record_of(runs / "whole")
     assert "2 cpu device(s) in 2 processes" in record["hardware"]
     # Where the processes ran is no part of the run.
@@ -86,22 +39,8 @@ def test_two_processes_train_as_one_and_go_on_when_cut_off(
     assert "step " not in (tmp_path / "process1.log").read_text()
 
     # The same by one process with as many devices.
-    alone = start_together([command("alone")], devices=2, flags=FAST_COMPILATION)
-    # Meanwhile: both processes are killed once there is something to go on from.
-    cut = start_together(pair(command("cut"), free_port), devices=1, flags=FAST_COMPILATION)
-    deadline = time.monotonic() + SECONDS
-    while not any(path.name.isdecimal() for path in (runs / "cut" / "checkpoints").glob("*")):
-        assert time.monotonic() < deadline, (tmp_path / "process0.log").read_text()
-        assert all(process.poll() is None for process in cut), "ended before it was cut off"
-        time.sleep(0.02)
-    for process in cut:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert not (runs / "cut" / "record.json").exists()
-    wait_for_all(alone, SECONDS)
-    resumed = start_together(pair(command("cut"), free_port), devices=1, flags=FAST_COMPILATION)
-    wait_for_all(resumed, SECONDS)
-
+    alone = [command(tmp_path, "alone")]
+    wait_for_all(start_together(alone, devices=2, flags=FAST_COMPILATION), SECONDS)
     for a, b in zip(numbers(record_of(runs / "alone")), numbers(record), strict=True):
         assert a.keys() == b.keys()
         for name, value in a.items():
@@ -109,21 +48,16 @@ def test_two_processes_train_as_one_and_go_on_when_cut_off(
                 assert b[name] == pytest.approx(value, abs=1 / 60)
             elif name != "changed_codes":
                 assert b[name] == pytest.approx(value, rel=1e-3)
-    after = record_of(runs / "cut")
-    assert after["summary"]["resumed_at"] > 0
-    assert numbers(after) == numbers(record), "the same number of processes: the same bits"
-    for part in ("validation", "test"):
-        assert after["summary"][part] == record["summary"][part]
 
 
 def test_a_signal_to_one_process_stops_both_at_the_same_step(
-    command: Callable[..., list[str]],
     free_port: int,
     start_together: Start,
     wait_for_all: Callable[..., None],
     tmp_path: Path,
 ) -> None:
-    words = command("stopped", "--epochs=15", "--eval_every=6.5")  # 300 steps, one reading at 130
+    # 300 steps, and two readings before the last one.
+    words = command(tmp_path, "stopped", "--epochs=15", "--eval_every=6.5")
     run, log = tmp_path / "runs" / "stopped", tmp_path / "process0.log"
     processes = start_together(pair(words, free_port), devices=1, flags=FAST_COMPILATION)
     deadline = time.monotonic() + SECONDS
@@ -165,13 +99,12 @@ def test_the_record_holds_the_flags_of_the_run_alone() -> None:
     ],
 )
 def test_the_command_line_ends_with_one_line(
-    command: Callable[..., list[str]],
     start_together: Start,
     tmp_path: Path,
     flags: list[str],
     message: str,
 ) -> None:
-    words = [word for word in command("refused") if not word.startswith("--norm_group")]
+    words = [word for word in command(tmp_path, "refused") if not word.startswith("--norm_group")]
     (process,) = start_together([[*words, *flags]], devices=4)
     assert process.wait(SECONDS) == 1
     *_, error = (tmp_path / "process0.log").read_text().splitlines()

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 import tyro
 
 from ab_jax.training.retention import newest_whole
+from tests.fast_compilation import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[2]
 # Momentum, accumulation, augmentation, batch statistics, and an evaluation every few steps.
@@ -77,7 +78,7 @@ class Processes:
             raise TimeoutError("out of time: allow more --minutes")
         places = (f"--runs_dir={self.directory}", f"--compilation_cache={self.directory / 'cache'}")
         command = [sys.executable, "-m", "experiments.binarynet_cifar10", *FLAGS, *places]
-        environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
+        environment = {**os.environ, "XLA_FLAGS": FAST_COMPILATION, "JAX_PLATFORMS": "cpu"}
         with self.log(name).open("ab") as log:
             process = subprocess.Popen(
                 [*command, f"--name={name}"],
@@ -85,7 +86,7 @@ class Processes:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**environment, "JAX_PLATFORMS": "cpu"},
+                env=environment,
             )
         try:
             yield process

@@ -17,9 +17,9 @@ from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.state import create_state
+from tests.fast_compilation import FAST_COMPILATION
 from tests.training import one_of_several
 
-FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SECONDS = 240  # given to both processes; alone on two cores they take a tenth
 
 

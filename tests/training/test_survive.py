@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_a_killed_run_ends_as_one_that_nothing_interrupted(rng: np.random.Generator) -> None:
-    sizes = ("--kills=2", "--stops=0", "--damages=40", "--damaged_runs=1", "--minutes=8")
+    sizes = ("--kills=1", "--stops=0", "--damages=20", "--damaged_runs=1", "--minutes=8")
     command = [sys.executable, "-m", "tests.stress.survive", *sizes]
     process = subprocess.Popen(
         [*command, f"--seed={rng.integers(2**31)}"],
@@ -31,11 +31,11 @@ def test_a_killed_run_ends_as_one_that_nothing_interrupted(rng: np.random.Genera
         process.wait(30)
     assert process.returncode == 0, output
     rows = dict(re.findall(r"^\| (.+) \| (\d.*) \|$", output, flags=re.MULTILINE))
-    assert int(rows["kills (SIGKILL)"]) >= 2
+    assert int(rows["kills (SIGKILL)"]) >= 1
     assert int(rows["mismatches"]) == 0
     damages = [row.split(", caught ") for row in rows.values() if "caught" in row]
     assert len(damages) == 4
-    assert sum(int(done) for done, _ in damages) >= 40
+    assert sum(int(done) for done, _ in damages) >= 20
     assert all(done == caught for done, caught in damages)
 
 

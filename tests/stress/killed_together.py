@@ -1,0 +1,63 @@
+"""Two processes that train as one are killed again and again, and end as two that were not.
+
+python -m pytest tests/stress/killed_together.py        (a part of `make stress`)
+"""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from tests.fast_compilation import FAST_COMPILATION
+from tests.two_processes import SECONDS, command, numbers, pair, record_of
+
+KILLS = 5
+
+
+def test_two_processes_that_are_killed_end_as_two_that_are_not(
+    rng: np.random.Generator,
+    free_port: int,
+    start_together: Callable[..., list[subprocess.Popen[bytes]]],
+    wait_for_all: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    more = ("--epochs=2", "--eval_every=0.1")  # 40 steps, 20 evaluations
+
+    def start(name: str) -> list[subprocess.Popen[bytes]]:
+        commands = pair(command(tmp_path, name, *more), free_port)
+        return start_together(commands, devices=1, flags=FAST_COMPILATION)
+
+    wait_for_all(start("whole"), SECONDS)
+    checkpoints = tmp_path / "runs" / "cut" / "checkpoints"
+    for _ in range(KILLS):
+        processes, deadline = start("cut"), time.monotonic() + SECONDS
+        before = newest(checkpoints)
+        while newest(checkpoints) == before:
+            assert time.monotonic() < deadline, (tmp_path / "process0.log").read_text()
+            assert all(process.poll() is None for process in processes), "ended by itself"
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.2))  # a checkpoint takes about half as long
+        for process in rng.permutation(np.array(processes, object)):
+            os.killpg(process.pid, signal.SIGKILL)
+        for process in processes:
+            process.wait()
+        if (checkpoints.parent / "record.json").exists():
+            break
+    else:
+        wait_for_all(start("cut"), SECONDS)
+    cut, whole = (record_of(tmp_path / "runs" / name) for name in ("cut", "whole"))
+    assert cut["summary"]["resumed_at"] > 0
+    assert numbers(cut) == numbers(whole), "the same number of processes: the same bits"
+    for part in ("validation", "test"):
+        assert cut["summary"][part] == whole["summary"][part]
+
+
+def newest(checkpoints: Path) -> int:
+    """The step of the newest checkpoint, -1 if there is none."""
+    return max(
+        (int(path.name) for path in checkpoints.glob("*") if path.name.isdecimal()), default=-1
+    )
