@@ -25,7 +25,7 @@ quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (
 test: lint ## check the style and the types, then run all tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
-stress: $(TEST) ## kill training runs and damage their checkpoints, resume, compare (6 minutes)
+stress: $(TEST) ## kill training runs and damage their checkpoints, resume, compare (10 minutes)
 	$(PY) -m tests.stress.survive
 	$(PY) -m pytest tests/stress/killed_together.py
 
