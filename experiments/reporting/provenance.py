@@ -8,11 +8,12 @@ from typing import Any
 from experiments.reporting.readings import Record, distinct
 
 # What a study is cut to, as found in a record's summary or config.
-CUT = ("dataset", "image_size", "width", "epochs", "batch_size", "train_images")
+CUT = ("dataset", "classes", "image_size", "width", "epochs", "batch_size", "train_images")
 DATASETS = {
     "cifar10": "CIFAR-10",
     "cifar10_jpeg": "CIFAR-10 (JPEG copy)",
     "digits": "scikit-learn's digits",
+    "tiny_imagenet": "Tiny ImageNet",
 }
 # Flags that say where things lie on a machine: whoever repeats a run chooses their own.
 PLACES = ("runs_dir", "data_dir", "compilation_cache")

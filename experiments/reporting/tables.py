@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.reporting.paired_statistics import NOT_RUN, difference_cell, mean_cell
 from experiments.reporting.provenance import commands, provenance
 from experiments.reporting.readings import (
@@ -41,10 +42,7 @@ class TableOptions:
 
     group_by: tuple[str, ...] = ("method",)
     baseline: str = "ste"
-    ignore: tuple[str, ...] = (
-        *("seed", "name", "runs_dir", "data_dir", "compilation_cache"),
-        *("parallel", "profile", "watch"),
-    )
+    ignore: tuple[str, ...] = ("seed", "watch", *sorted(FREE_FLAGS))
 
     def __post_init__(self) -> None:
         if "method" not in self.group_by:

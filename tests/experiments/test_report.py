@@ -346,7 +346,7 @@ def test_a_missing_baseline_is_not_run_and_an_unknown_one_refused() -> None:
 
 def test_the_caption_lists_the_cut_and_every_origin() -> None:
     sha = "0123456789abcdef" * 2 + "01234567"
-    cut = {"dataset": "cifar10_jpeg", "image_size": 16, "width": 0.25}
+    cut = {"dataset": "tiny_imagenet", "classes": 100, "image_size": 16, "width": 0.25}
     records = [
         run("ab", 0, 70.0, revision=sha, summary={"train_images": 45000}, **cut),
         run("ab", 1, 70.0, revision=f"{sha}-dirty", summary={"train_images": 45000}, **cut),
@@ -354,8 +354,8 @@ def test_the_caption_lists_the_cut_and_every_origin() -> None:
     ]
     caption = study_tables(records).accuracy.caption
     assert (
-        "Cut: CIFAR-10 (JPEG copy), image size 16, width 0.25, epochs 4 or 8, train images 45,000. "
-        "Made by `experiments.fake` at revision `0123456789` (2 runs), `0123456789-dirty` (1 runs) "
+        "Cut: Tiny ImageNet, classes 100, image size 16, width 0.25, epochs 4 or 8, "
+        "train images 45,000. Made by `experiments.fake` at revision `0123456789` (2 runs), `0123456789-dirty` (1 runs) "
         "with jax 0.10.2 on a loom and one abacus."
     ) in caption
 
