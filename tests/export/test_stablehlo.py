@@ -1,0 +1,122 @@
+"""A network as a StableHLO program: our integers inside, and the same numbers elsewhere."""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ab_jax as ab
+from ab_jax.activations import ActivationQuantizer
+from ab_jax.export.stablehlo import to_stablehlo
+from ab_jax.models.mobilenet import MobileNet
+from ab_jax.quantized_inputs import RANGES, ActivationRules, QuantizedInputs
+
+RULES = ab.Rules(
+    [
+        (r"(stem|head)/kernel", ab.Uniform(bits=8)),
+        (r"(.*/)?depthwise/kernel", ab.Ternary()),
+        (r"(.*/)?kernel", ab.Uniform(bits=4)),
+        (r".*", None),
+    ]
+)
+INPUTS = ActivationRules(
+    [("stem", ActivationQuantizer(bits=8, signed=True)), (".*", ActivationQuantizer(bits=8))]
+)
+SHAPE = (16, 16, 3)
+
+# Another process, which has JAX alone.
+ELSEWHERE = """
+import sys
+import jax
+import numpy as np
+inputs = np.load(sys.argv[2])
+program = jax.export.deserialize(bytearray(open(sys.argv[1], "rb").read()))
+np.savez(sys.argv[3], **{name: program.call(images) for name, images in inputs.items()})
+loaded = {name.partition(".")[0] for name in sys.modules}
+assert not loaded & {"ab_jax", "flax", "optax", "orbax"}, loaded
+"""
+
+
+@pytest.fixture
+def network(rng: np.random.Generator) -> tuple[MobileNet, dict[str, Any]]:
+    """A small MobileNet with 8-bit activations, of random parameters, statistics and ranges."""
+    model = MobileNet(
+        num_classes=5,
+        width=1 / 16,
+        stem=32,
+        quantize_input=QuantizedInputs(INPUTS, None),
+        cpu_convolutions=False,
+    )
+    images = jnp.asarray(rng.normal(size=(2, *SHAPE)), jnp.float32)
+    variables = model.init(jax.random.key(int(rng.integers(2**31))), images, train=True)
+    _, measured = model.apply(variables, images, train=True, mutable=["batch_stats", RANGES])
+    return model, {"params": ab.quantize(variables["params"], RULES), **measured}
+
+
+def apply_to(model: MobileNet) -> Any:
+    """From uint8 images, which are normalized inside."""
+    return lambda variables, images: model.apply(
+        variables, images.astype(jnp.float32) / 127.5 - 1, train=False
+    )
+
+
+def integers_in(module: str) -> Iterator[bytes]:
+    """The int8 constants of a module's text, by their bytes."""
+    for value in re.findall(r"stablehlo\.constant dense<(.*?)> : tensor<[\dx]+xi8>", module):
+        if value.startswith('"0x'):
+            yield bytes.fromhex(value.strip('"')[2:])
+        else:
+            yield np.array(re.findall(r"-?\d+", value), np.int8).tobytes()
+
+
+def test_the_integers_inside_are_ours(network: tuple[MobileNet, dict[str, Any]]) -> None:
+    model, variables = network
+    data = to_stablehlo(apply_to(model), variables, SHAPE, dtype=jnp.uint8)
+    module = str(jax.export.deserialize(bytearray(data)).mlir_module())
+    found = list(integers_in(module))
+    leaves = jax.tree.leaves(variables, is_leaf=lambda leaf: isinstance(leaf, ab.Quantized))
+    codes = [np.asarray(leaf.codes) for leaf in leaves if isinstance(leaf, ab.Quantized)]
+    assert len(codes) == 28
+    assert sorted(found) == sorted(one.tobytes() for one in codes)
+    # Beside them a scale a channel, norms and ranges, and the program itself.
+    rest = sum(4 * leaf.size for leaf in jax.tree.leaves(variables) if leaf.dtype != jnp.int8)
+    assert len(data) < sum(one.size for one in codes) + rest + 100_000
+
+
+def test_another_process_gets_the_same_logits_of_any_number_of_images(
+    network: tuple[MobileNet, dict[str, Any]], rng: np.random.Generator, tmp_path: Path
+) -> None:
+    model, variables = network
+    apply = apply_to(model)
+    data = to_stablehlo(apply, variables, SHAPE, dtype=jnp.uint8, platforms=["cpu", "tpu"])
+    (tmp_path / "network").write_bytes(data)
+    inputs = {
+        name: rng.integers(0, 256, (count, *SHAPE)).astype(np.uint8)
+        for name, count in {"one": 1, "seven": 7}.items()
+    }
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    paths = [str(tmp_path / name) for name in ("network", "inputs.npz", "outputs.npz")]
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *paths], check=True, cwd=tmp_path)
+    outputs = np.load(tmp_path / "outputs.npz")
+    for name, images in inputs.items():
+        expected = np.asarray(apply(ab.dequantize(variables), images))
+        assert outputs[name].shape == expected.shape == (len(images), 5)
+        # A float in its last bit, and so, seldom, an activation in its last step.
+        apart = np.abs(outputs[name] - expected) / np.max(np.abs(expected))
+        assert np.max(apart) < 0.05
+        assert np.median(apart) < 1e-5
+
+
+def test_what_cannot_be_exported_is_refused(network: tuple[MobileNet, dict[str, Any]]) -> None:
+    model, variables = network
+    with pytest.raises(ValueError, match=r"no quantized leaf.*ab\.quantize"):
+        to_stablehlo(apply_to(model), ab.dequantize(variables), SHAPE)
+    with pytest.raises(ValueError, match="'gpu' is no platform. Choose of cpu, cuda, rocm, tpu"):
+        to_stablehlo(apply_to(model), variables, SHAPE, platforms=["cpu", "gpu"])
