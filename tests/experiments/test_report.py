@@ -355,8 +355,8 @@ def test_the_caption_lists_the_cut_and_every_origin() -> None:
     caption = study_tables(records).accuracy.caption
     assert (
         "Cut: Tiny ImageNet, classes 100, image size 16, width 0.25, epochs 4 or 8, "
-        "train images 45,000. Made by `experiments.fake` at revision `0123456789` (2 runs), `0123456789-dirty` (1 runs) "
-        "with jax 0.10.2 on a loom and one abacus."
+        "train images 45,000. Made by `experiments.fake` at revision `0123456789` (2 runs), "
+        "`0123456789-dirty` (1 runs) with jax 0.10.2 on a loom and one abacus."
     ) in caption
 
 

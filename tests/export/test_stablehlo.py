@@ -118,5 +118,5 @@ def test_what_cannot_be_exported_is_refused(network: tuple[MobileNet, dict[str, 
     model, variables = network
     with pytest.raises(ValueError, match=r"no quantized leaf.*ab\.quantize"):
         to_stablehlo(apply_to(model), ab.dequantize(variables), SHAPE)
-    with pytest.raises(ValueError, match="'gpu' is no platform. Choose of cpu, cuda, rocm, tpu"):
+    with pytest.raises(ValueError, match=r"'gpu' is no platform\. Choose of cpu, cuda, rocm, tpu"):
         to_stablehlo(apply_to(model), variables, SHAPE, platforms=["cpu", "gpu"])
