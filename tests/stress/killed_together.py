@@ -1,4 +1,4 @@
-"""Two processes that train as one are killed again and again, and end as two that were not.
+"""Two processes that train as one are cut off again and again, and end as two that were not.
 
 python -m pytest tests/stress/killed_together.py        (a part of `make stress`)
 """
@@ -15,17 +15,18 @@ import numpy as np
 from tests.fast_compilation import FAST_COMPILATION
 from tests.two_processes import SECONDS, command, numbers, pair, record_of
 
-KILLS = 5
+CUTS = 5
 
 
-def test_two_processes_that_are_killed_end_as_two_that_are_not(
+def test_two_processes_that_are_cut_off_end_as_two_that_are_not(
     rng: np.random.Generator,
     free_port: int,
     start_together: Callable[..., list[subprocess.Popen[bytes]]],
     wait_for_all: Callable[..., None],
     tmp_path: Path,
 ) -> None:
-    more = ("--epochs=2", "--eval_every=0.1")  # 40 steps, 20 evaluations
+    # 40 steps, an evaluation after each third one; a signal stops at step 20, between two of them.
+    more = ("--epochs=2", "--eval_every=0.15")
 
     def start(name: str) -> list[subprocess.Popen[bytes]]:
         commands = pair(command(tmp_path, name, *more), free_port)
@@ -33,13 +34,18 @@ def test_two_processes_that_are_killed_end_as_two_that_are_not(
 
     wait_for_all(start("whole"), SECONDS)
     checkpoints = tmp_path / "runs" / "cut" / "checkpoints"
-    for _ in range(KILLS):
+    for number in range(CUTS):
         processes, deadline = start("cut"), time.monotonic() + SECONDS
         before = newest(checkpoints)
         while newest(checkpoints) == before:
             assert time.monotonic() < deadline, (tmp_path / "process0.log").read_text()
             assert all(process.poll() is None for process in processes), "ended by itself"
             time.sleep(0.002)
+        if number == 0:  # while there are 20 steps to come
+            processes[rng.integers(2)].send_signal(signal.SIGTERM)
+            assert [process.wait(SECONDS) for process in processes] == [75, 75]
+            assert (checkpoints / "20" / "interval").is_dir()
+            continue
         time.sleep(rng.uniform(0, 0.2))  # a checkpoint takes about half as long
         for process in rng.permutation(np.array(processes, object)):
             os.killpg(process.pid, signal.SIGKILL)
