@@ -261,7 +261,7 @@ def test_a_read_only_directory_is_named(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="Read-only file system") as error:
                 open_run(path)
             assert str(error.value).startswith(f"{path} cannot be written")
-            assert "choose another --runs_dir" in str(error.value)
+            assert "choose another directory" in str(error.value)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 
