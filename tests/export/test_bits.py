@@ -120,5 +120,5 @@ def test_bytes_that_are_no_codes_are_refused(
 
 @pytest.mark.parametrize(("bits", "affine"), [(0, False), (9, False), (True, False), (1, True)])
 def test_widths_that_there_are_not(bits: int, affine: bool) -> None:
-    with pytest.raises(ValueError, match="1 to 8 bits|no zero points"):
+    with pytest.raises(ValueError, match=r"1 to 8 bits|no zero points"):
         Packing(bits, affine)
