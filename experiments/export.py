@@ -1,4 +1,4 @@
-r"""A finished run's network as a file that is deployed: its codes at alpha 1, and all that they need.
+r"""A finished run's network as the file that is deployed: its codes at alpha 1, and all they need.
 
     python -m experiments.export runs/small/ab --out=net.safetensors
 
