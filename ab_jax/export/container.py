@@ -23,7 +23,7 @@ import numpy as np
 import safetensors.numpy
 
 KEY = "ab_jax"
-MAX_HEADER = 4 * 2**20  # bytes; ResNet-50's has 60 thousand
+MAX_HEADER = 4 * 2**20  # bytes; ResNet-50's has 40 thousand
 _MAX_AXES = 32
 _MAX_SIZE = 2**31 - 1  # of an axis, as XLA has it
 _UNSEALED = "0" * 64

@@ -285,6 +285,7 @@ def test_a_stopped_run_exits_with_75_and_goes_on_with_its_own_flags_or_those_it_
     change = {"of": "config", "name": "learning_rate", "was": 0.1, "is": 0.05}
     assert record["changed"] == [{"after_step": 3, **change}]
     assert record["data"]["version"] == "1.0.0"
+    assert (record["data"]["classes"], record["data"]["image_shape"]) == (10, [8, 8, 1])
     assert record["data"]["images"] == {"train": 128, "validation": 1269, "test": 400}
 
 
