@@ -319,6 +319,7 @@ def renamed(old: str, new: str) -> Callable[..., None]:
         (change_array("d", dtype="I32", shape=[3, 5, 2]), "'params/d' is I32 of shape"),
         (change_array("a/scale", dtype="I32"), "'params/a': its scale is int32, not float32"),
         (change_array("d", shape=[2**40, 2**40]), "'params/d' is of shape"),
+        (change_array("d", shape=[2**20] * 3 + [0], data_offsets=[0, 0]), "'params/d' is of shape"),
         (change_array("d", shape=[1] * 33), "'params/d' is of shape"),
         (change_array("d", data_offsets=[1, 61]), "begins at byte"),
         (change_array("d", data_offsets=[0.0, 60.0]), "the place of 'params/d'"),
