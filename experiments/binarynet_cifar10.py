@@ -113,13 +113,30 @@ class Config:
     compilation_cache: str = "~/.cache/ab_jax"  # where compiled steps are kept; empty: nowhere
 
 
+def weight_rules(config: Config) -> ab.Rules:
+    """Kernels by the flag."""
+    quantizer = named("quantizer", config.quantizer, QUANTIZERS)
+    return ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
+
+
+def make_model(config: Config, *, num_classes: int, image_size: int, **fields: Any) -> BinaryNet:
+    """The network that the flags ask for, for images of any size; `fields` are further ones."""
+    activation = named("activation", config.activation, ACTIVATIONS)
+    return BinaryNet(
+        num_classes=num_classes,
+        width=config.width,
+        activation=activation,
+        dtype=config.dtype,
+        **fields,
+    )
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
     c = config
     join(c)
-    quantizer = named("quantizer", c.quantizer, QUANTIZERS)
-    activation = named("activation", c.activation, ACTIVATIONS)
-    rules = ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
+    rules = weight_rules(c)
+    named("activation", c.activation, ACTIVATIONS)  # refused before the data are loaded
     dataset = load(c.dataset, data_dir=c.data_dir, validation=c.validation, image_size=c.image_size)
     per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
     steps = max(1, round(c.epochs * per_epoch))
@@ -131,11 +148,10 @@ def run(config: Config) -> dict[str, Any]:
     image_size = dataset.image_shape[0]
     parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     training = Training(
-        model=BinaryNet(
+        model=make_model(
+            c,
             num_classes=dataset.num_classes,
-            width=c.width,
-            activation=activation,
-            dtype=c.dtype,
+            image_size=image_size,
             axis_name=AXIS,
             axis_index_groups=parallel.norm_groups,
         ),

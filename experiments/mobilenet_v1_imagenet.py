@@ -13,6 +13,7 @@ Small, on two cores, about a quarter of an hour for both phases:
 
 from typing import Any
 
+import flax.linen as nn
 import tyro
 
 from ab_jax.models.mobilenet import MobileNet
@@ -21,9 +22,14 @@ from experiments.recipes.command_line import end_with_a_line
 from experiments.recipes.imagenet import Config
 
 
+def make_model(config: Config, **fields: Any) -> nn.Module:
+    """The network that the flags ask for; `fields` are those of `imagenet.make_model`."""
+    return imagenet.make_model(MobileNet, config, **fields)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
-    return imagenet.run(config, MobileNet, "experiments.mobilenet_v1_imagenet")
+    return imagenet.run(config, make_model, "experiments.mobilenet_v1_imagenet")
 
 
 def main() -> None:

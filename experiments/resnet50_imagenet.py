@@ -16,6 +16,7 @@ import dataclasses
 import functools
 from typing import Any, Literal
 
+import flax.linen as nn
 import tyro
 
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet50
@@ -31,10 +32,14 @@ class Config(imagenet.Config):
     name: str = "resnet50"  # the run's directory below runs_dir; the same name resumes
 
 
+def make_model(config: Config, **fields: Any) -> nn.Module:
+    """The network that the flags ask for; `fields` are those of `imagenet.make_model`."""
+    variant = TORCHVISION if config.version == 1 else TIMM_V2
+    return imagenet.make_model(functools.partial(resnet50, variant=variant), config, **fields)
+
+
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
-    variant = TORCHVISION if config.version == 1 else TIMM_V2
-    make_model = functools.partial(resnet50, variant=variant)
     return imagenet.run(config, make_model, "experiments.resnet50_imagenet")
 
 

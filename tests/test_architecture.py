@@ -28,12 +28,13 @@ ROOMS: dict[str, set[str]] = {
     "activations": {"jax", "numpy", "flax"},
     "quantized_inputs": {"jax", "numpy", "flax"},
     "models": {"jax", "numpy", "flax", "h5py", "safetensors"},
+    "files": set(),
     "data": {
         *("jax", "numpy", "tensorflow_datasets", "grain", "absl", "array_record"),
         *("PIL", "cv2", "sklearn", "tyro", "rich"),
     },
     "training": {"jax", "numpy", "optax", "flax", "orbax", "rich", "tensorboardX"},
-    "export": {"jax", "numpy", "flax", "onnx", "onnxruntime", "qwix"},
+    "export": {"jax", "numpy", "flax", "safetensors", "onnx", "onnxruntime", "qwix"},
 }
 ORDER = list(ROOMS)
 MAX_LINES = 320

@@ -192,6 +192,16 @@ class Checkpoints:
                 restored["model_state"][RANGES] = ranges
         return dataclasses.replace(like, **restored)
 
+    def network(self) -> dict[str, Any]:
+        """`params` and `model_state` of the newest whole checkpoint as they are, in NumPy arrays.
+
+        Raises:
+          FileNotFoundError: there is no checkpoint. ValueError: none is whole.
+        """
+        path = self._existing()
+        stored = self._orbax.metadata(path).item_metadata["network"].tree
+        return self._restore(path, network=_host_arrays(stored))["network"]
+
     def _find_newest(self) -> int | None:
         """The first process looks, and tells the others."""
         none, damaged = -1, -2

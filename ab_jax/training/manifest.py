@@ -11,7 +11,7 @@ import hashlib
 import sys
 from pathlib import Path
 
-from ab_jax.training.files import write_whole
+from ab_jax.files import write_whole
 
 NAME = "MANIFEST"
 

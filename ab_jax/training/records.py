@@ -26,7 +26,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from ab_jax.training.files import append_line, read_lines, write_whole, writing
+from ab_jax.files import append_line, read_lines, write_whole, writing
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -225,12 +225,16 @@ def _has_checkpoints(path: Path) -> bool:
 def _changes(
     before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Each flag, and each fact of the data, in which a run differs from what it was begun with."""
+    """Each flag, and each fact of the data, in which a run differs from what it was begun with.
+
+    A fact that the code did not note yet when the run was begun tells nothing.
+    """
     changes = []
-    for of, ignored in (("config", free), ("data", ())):
+    for of in ("config", "data"):
         if of in before and of in now:
             was, is_ = before[of], now[of]
-            for name in sorted({*was, *is_}.difference(ignored)):
+            names = {*was, *is_}.difference(free) if of == "config" else was
+            for name in sorted(names):
                 if was.get(name) != is_.get(name):
                     change = {"of": of, "name": name, "was": was.get(name), "is": is_.get(name)}
                     changes.append(change)

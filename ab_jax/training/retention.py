@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-from ab_jax.training.files import write_whole
+from ab_jax.files import write_whole
 from ab_jax.training.manifest import NAME as MANIFEST
 from ab_jax.training.manifest import find_damage, write_manifest
 

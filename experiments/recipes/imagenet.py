@@ -124,7 +124,7 @@ class Config:
     compilation_cache: str = "~/.cache/ab_jax"  # where compiled steps are kept; empty: nowhere
 
 
-# From the fields that all our networks share to the network.
+# From the flags, the number of classes, the image size and further fields to the network.
 MakeModel = Callable[..., nn.Module]
 
 
@@ -220,6 +220,28 @@ def stem_for(image_size: int) -> int:
     return 224 if image_size > 96 else 64 if image_size > 48 else 32
 
 
+def make_model(
+    network: Callable[..., nn.Module],
+    config: Config,
+    *,
+    num_classes: int,
+    image_size: int,
+    axis_name: str | None = None,
+    **fields: Any,
+) -> nn.Module:
+    """What the flags make of a network; `fields` are further ones that all our networks share."""
+    inputs = activation_rules(config)
+    return network(
+        num_classes=num_classes,
+        width=config.width,
+        stem=stem_for(image_size),
+        quantize_input=keep_input if inputs is None else QuantizedInputs(inputs, axis_name),
+        dtype=config.dtype,
+        axis_name=axis_name,
+        **fields,
+    )
+
+
 def _path(config: Config) -> Path:
     return Path(config.runs_dir) / config.name
 
@@ -233,11 +255,9 @@ def _train_phase(
     inputs = activation_rules(c)
     parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     model = make_model(
+        c,
         num_classes=dataset.num_classes,
-        width=c.width,
-        stem=stem_for(size),
-        quantize_input=keep_input if inputs is None else QuantizedInputs(inputs, AXIS),
-        dtype=c.dtype,
+        image_size=size,
         axis_name=AXIS,
         axis_index_groups=parallel.norm_groups,
     )

@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+from ab_jax.data import load
 from ab_jax.training.feeds import InMemory
-from experiments import binarynet_cifar10
+from experiments import binarynet_cifar10, export
 from experiments.binarynet_cifar10 import Config
+from experiments.exporting.networks import load_packed
 from experiments.recipes import imagenet
 from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import alpha_schedule
@@ -114,6 +116,21 @@ def test_each_method_runs_to_its_record(
     for other, loss in first_losses.items():
         alike = other == method or "ste" not in (other, method)
         assert (loss == pytest.approx(lines[0]["train_loss"], rel=1e-5)) == alike
+    if method == "ab":
+        check_export(directory, summary["test"]["quantized"])
+
+
+def check_export(directory: Path, accuracy: float) -> None:
+    """What is exported of a run has the accuracy that its record tells of."""
+    export.run(export.Config(run=directory, out=directory / "net.safetensors"))
+    model, variables = load_packed(directory / "net.safetensors")
+    dataset = load("digits", validation=1397 - 128)
+    images = (dataset.test.images / np.float32(255) - dataset.mean) / dataset.std
+    images = images.astype(np.float32)
+    logits = jax.jit(lambda v, x: model.apply(v, x, train=False))(variables, images)
+    right = np.sum(np.argmax(np.asarray(logits), axis=1) == dataset.test.labels)
+    # Another program rounds otherwise: an image on the border may fall to the other side.
+    assert abs(right - accuracy * len(dataset.test)) < 2.5
 
 
 def test_alpha_follows_the_flags() -> None:
@@ -268,6 +285,7 @@ def test_a_stopped_run_exits_with_75_and_goes_on_with_its_own_flags_or_those_it_
     change = {"of": "config", "name": "learning_rate", "was": 0.1, "is": 0.05}
     assert record["changed"] == [{"after_step": 3, **change}]
     assert record["data"]["version"] == "1.0.0"
+    assert (record["data"]["classes"], record["data"]["image_shape"]) == (10, [8, 8, 1])
     assert record["data"]["images"] == {"train": 128, "validation": 1269, "test": 400}
 
 

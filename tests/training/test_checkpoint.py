@@ -62,6 +62,8 @@ def test_a_state_comes_back_bit_for_bit(
     with Checkpoints(tmp_path / "new" / "checkpoints") as checkpoints:
         assert checkpoints.latest_step == 12
         assert bits(checkpoints.restore(fresh(model, seed=1))) == bits(state)
+        network = {"params": state.params, "model_state": state.model_state}
+        assert bits(checkpoints.network()) == bits(network)
 
 
 def test_the_last_ones_and_the_best_are_kept_and_one_step_is_written_once(

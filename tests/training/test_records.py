@@ -203,6 +203,9 @@ def test_other_data_are_an_error_that_names_them(tmp_path: Path) -> None:
         open_on(name="large")
     with pytest.raises(ValueError, match=r"Give the --data_dir of that data to resume it"):
         open_on(images={"train": 91, "test": 10})
+    with open_on(classes=10):  # of which older code took no note
+        pass
+    assert json.loads((tmp_path / "config.json").read_text())["data"] == data
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
@@ -261,7 +264,7 @@ def test_a_read_only_directory_is_named(tmp_path: Path) -> None:
             with pytest.raises(OSError, match="Read-only file system") as error:
                 open_run(path)
             assert str(error.value).startswith(f"{path} cannot be written")
-            assert "choose another --runs_dir" in str(error.value)
+            assert "choose another directory" in str(error.value)
     finally:
         subprocess.run(["umount", str(tmp_path)], check=True)
 

@@ -9,9 +9,9 @@ from pathlib import Path
 _FIXES = {
     errno.ENOSPC: "Free space on that disk",
     errno.EDQUOT: "Free space within your quota",
-    errno.EROFS: "Make it writable, or choose another --runs_dir",
-    errno.EACCES: "Make it writable, or choose another --runs_dir",
-    errno.EPERM: "Make it writable, or choose another --runs_dir",
+    errno.EROFS: "Make it writable, or choose another directory",
+    errno.EACCES: "Make it writable, or choose another directory",
+    errno.EPERM: "Make it writable, or choose another directory",
 }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ab_jax.training import files
-from ab_jax.training.files import append_line, read_lines, write_whole, writing
+from ab_jax import files
+from ab_jax.files import append_line, read_lines, write_whole, writing
 
 FULL = Path("/dev/full")
 
@@ -67,8 +67,8 @@ def test_lines_are_read_as_written_but_for_one_that_was_cut_off(tmp_path: Path) 
     ("number", "fix"),
     [
         (errno.ENOSPC, "Free space on that disk"),
-        (errno.EROFS, "choose another --runs_dir"),
-        (errno.EACCES, "choose another --runs_dir"),
+        (errno.EROFS, "choose another directory"),
+        (errno.EACCES, "choose another directory"),
         (errno.EIO, "Mend that"),
     ],
 )

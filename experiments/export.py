@@ -1,0 +1,72 @@
+r"""A finished run's network as the file that is deployed: its codes at alpha 1, and all they need.
+
+    python -m experiments.export runs/small/ab --out=net.safetensors
+
+The weights are quantized by the run's own rules, as its evaluation does it, and the batch
+statistics are the running ones. Formats:
+
+packed: codes at their true width, scales and the rest in safetensors (`ab_jax.export.packed`);
+`experiments.exporting.networks.load_packed` makes a model of it again.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import tyro
+
+import ab_jax as ab
+from ab_jax.export.packed import write_packed
+from experiments.exporting.networks import Network, read_run
+from experiments.recipes.command_line import end_with_a_line
+from experiments.recipes.methods import named
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What to export, and where to."""
+
+    run: tyro.conf.Positional[Path]  # directory of the finished run, such as runs/NAME
+    out: Path  # the file to write; one that is there is replaced
+    format: str = "packed"  # packed
+    image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
+
+
+def packed(network: Network, path: Path) -> int:
+    """Write the packed file; returns its bytes."""
+    return write_packed(path, network.variables, rules=network.rules, network=network.description)
+
+
+#: What writes each format: a function of the network and the path that returns the bytes written.
+FORMATS: dict[str, Callable[[Network, Path], int]] = {"packed": packed}
+
+
+def run(config: Config) -> int:
+    """Export as the flags say, say what came out, and return the bytes written."""
+    write = named("format", config.format, FORMATS)
+    network = read_run(config.run, config.image_size)
+    written = write(network, config.out)
+    in_float = float32_bytes(network.variables)
+    print(
+        f"{config.out}: {written:,} bytes, {written / in_float:.4f} of the {in_float:,} bytes in "
+        f"float32"
+    )
+    return written
+
+
+def float32_bytes(variables: Any) -> int:
+    """Bytes of all variables of a network, were none quantized and each a float32."""
+    values = jax.eval_shape(ab.dequantize, variables)
+    return sum(4 * leaf.size for leaf in jax.tree.leaves(values))
+
+
+def main() -> None:
+    """The command line; what the user can mend ends it with one line on stderr."""
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    end_with_a_line(lambda: run(config))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What `experiments.export` is made of: networks as finished runs and exported files have them."""

@@ -1,0 +1,237 @@
+"""Trained networks, rebuilt from what a finished run left behind or from a packed file.
+
+No images are needed: the record says which experiment it was, with which flags and on images of
+which shape, and the checkpoint has the rest. The batch statistics are the running ones.
+"""
+
+import dataclasses
+import functools
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import ab_jax as ab
+from ab_jax.export.packed import read_packed, readable
+from ab_jax.quantized_inputs import ActivationRules
+from ab_jax.training.checkpoint import Checkpoints
+from experiments import binarynet_cifar10, mobilenet_v1_imagenet, resnet50_imagenet
+from experiments.recipes import imagenet
+
+_MOST = 2**24  # classes, or pixels of a side: far more than any, and no number to hang over
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """How an experiment makes its network of its flags."""
+
+    config: type[Any]
+    make_model: Callable[..., nn.Module]
+    weight_rules: Callable[[Any], ab.Rules]
+    activation_rules: Callable[[Any], ActivationRules | None] = lambda config: None
+
+
+# By the name in the record. A table, since a file must not name modules to be imported.
+EXPERIMENTS: dict[str, Experiment] = {
+    "experiments.binarynet_cifar10": Experiment(
+        binarynet_cifar10.Config, binarynet_cifar10.make_model, binarynet_cifar10.weight_rules
+    ),
+    **{
+        f"experiments.{name}": Experiment(
+            config, make_model, imagenet.weight_rules, imagenet.activation_rules
+        )
+        for name, config, make_model in (
+            ("mobilenet_v1_imagenet", imagenet.Config, mobilenet_v1_imagenet.make_model),
+            ("resnet50_imagenet", resnet50_imagenet.Config, resnet50_imagenet.make_model),
+        )
+    },
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A trained network at alpha 1.
+
+    Attributes:
+      model: `model.apply(ab.dequantize(variables), images, train=False)` gives its logits, of
+        normalized images [batch, *image_shape].
+      variables: `params`, with a `Quantized` in place of each leaf that the rules quantize, and the
+        model's other collections.
+      rules: of the weights.
+      description: JSON values, of which `rebuilt` makes the model and the rules again: experiment,
+        config, classes and image_shape; and what else is known: the data (with the mean by which
+        images are normalized), the revision, the step, the rules of activations as text.
+    """
+
+    model: nn.Module
+    variables: dict[str, Any]
+    rules: ab.Rules
+    description: dict[str, Any]
+
+    @property
+    def image_shape(self) -> tuple[int, ...]:
+        """Height, width and channels."""
+        return tuple(self.description["image_shape"])
+
+
+def read_run(path: Path, image_size: int | None = None) -> Network:
+    """The network of a finished run, from its record and its last checkpoint.
+
+    It is quantized as the run's own evaluation does it at alpha 1, whatever its method: of a float
+    run this is the float network, rounded after training.
+
+    Args:
+      path: the run's directory.
+      image_size: in pixels, for runs of older code whose record does not tell.
+
+    Raises:
+      FileNotFoundError: the run is not complete. ValueError: its record or checkpoints are damaged,
+        or do not go together; names the fix.
+    """
+    record = _read_record(path / "record.json")
+    with Checkpoints(path / "checkpoints") as checkpoints:
+        step, steps = checkpoints.latest_step, record["summary"].get("steps")
+        stored = checkpoints.network()
+    if step != steps:
+        raise ValueError(
+            f"The newest whole checkpoint of {path} is that of step {step}, but its record is of "
+            f"step {steps}: it is not the network that the record tells of. Put the right one back."
+        )
+    params = stored["params"]
+    data = record.get("data", {})
+    image_shape = data.get("image_shape")
+    if image_shape is None:
+        size = record["config"].get("image_size") or image_size
+        if size is None:
+            raise ValueError(
+                f"The record of {path} does not tell the size of its images. Give --image_size."
+            )
+        first = params["stem" if "stem" in params else "conv0"]["kernel"]
+        image_shape = [size, size, int(first.shape[-2])]
+    elif image_size not in (None, image_shape[0]):
+        raise ValueError(
+            f"--image_size={image_size}, but the images of {path} have {image_shape[0]} pixels a "
+            f"side. Omit it."
+        )
+    description = {
+        "experiment": record["experiment"],
+        "config": record["config"],
+        "classes": int(params["head"]["kernel"].shape[-1]),
+        "image_shape": image_shape,
+        "data": data,
+        "revision": record.get("revision"),
+        "step": step,
+    }
+    model, rules, of_activations = rebuilt(description)
+    variables = {"params": ab.quantize(params, rules), **stored["model_state"]}
+    _check_fits(model, image_shape, variables)
+    if of_activations is not None:
+        description["activation_rules"] = readable(of_activations)
+    return Network(model, jax.tree.map(jnp.asarray, variables), rules, description)
+
+
+def load_packed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The model and the variables of a packed file that `experiments.export` wrote.
+
+    `model.apply(variables, images, train=False)` gives the logits of the network at alpha 1, bit
+    for bit.
+
+    Raises:
+      ValueError: it is no such file, as `read_packed` has it, or its network is none of ours.
+      OSError: it cannot be read.
+    """
+    packed = read_packed(path)
+    try:
+        model, _, _ = rebuilt(packed.network)
+        _check_fits(model, packed.network["image_shape"], packed.variables)
+    # Flags that make no sense fail in Flax and JAX in as many ways as there are.
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{path} holds none of the experiments' networks: {reason}") from error
+    return model, ab.dequantize(packed.variables)
+
+
+def rebuilt(
+    description: Mapping[str, Any],
+) -> tuple[nn.Module, ab.Rules, ActivationRules | None]:
+    """The model, and the rules of its weights and of its activations, from a description.
+
+    Raises:
+      ValueError: an experiment, a flag or a number that there is not.
+    """
+    name = description.get("experiment")
+    if not isinstance(name, str) or name not in EXPERIMENTS:
+        raise ValueError(
+            f"The experiment is {name!r}. Networks are rebuilt of {', '.join(EXPERIMENTS)}."
+        )
+    experiment = EXPERIMENTS[name]
+    config = _config(experiment.config, description.get("config"))
+    classes, shape = description.get("classes"), description.get("image_shape")
+    sizes = [classes, *shape] if isinstance(shape, list) else []
+    if len(sizes) != 4 or not all(type(x) is int and 1 <= x <= _MOST for x in sizes):
+        raise ValueError(f"{classes!r} classes of images of shape {shape!r} make no network.")
+    assert isinstance(shape, list)
+    model = experiment.make_model(config, num_classes=classes, image_size=shape[0])
+    return model, experiment.weight_rules(config), experiment.activation_rules(config)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"There is no {path}: the run is not complete. Give its command again, and it goes on."
+        )
+    try:
+        record = json.loads(path.read_text())
+        if all(isinstance(record[key], dict) for key in ("config", "summary")):
+            return {"experiment": None, **record}
+    except (ValueError, KeyError, TypeError):
+        pass
+    raise ValueError(f"{path} is no record of a run.")
+
+
+def _config(kind: type[Any], flags: Any) -> Any:
+    """The flags of a record as the experiment's own; what an older record lacks has its default."""
+    if not isinstance(flags, dict):
+        raise ValueError(f"The flags are {flags!r}.")
+    hints = typing.get_type_hints(kind)
+    for name, value in flags.items():
+        if name not in hints:
+            raise ValueError(f"There is no flag --{name} any more. Use the code of the run.")
+        if not _is(value, hints[name]):
+            raise ValueError(f"--{name}={value!r} is no value of that flag.")
+    return kind(**flags)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of the type of a flag."""
+    if typing.get_origin(hint) is typing.Literal:
+        return value in typing.get_args(hint)
+    if isinstance(hint, types.UnionType):
+        return any(_is(value, choice) for choice in typing.get_args(hint))
+    return type(value) is hint or (hint is float and type(value) is int)
+
+
+def _check_fits(model: nn.Module, image_shape: list[int], variables: Mapping[str, Any]) -> None:
+    spec = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    wanted = _shapes(jax.eval_shape(init, jax.random.key(0), spec))
+    found = _shapes(jax.eval_shape(ab.dequantize, variables))
+    for path in sorted({*wanted, *found}):
+        if wanted.get(path) != found.get(path):
+            raise ValueError(
+                f"{path} is {found.get(path, 'absent')}, and {wanted.get(path, 'absent')} in the "
+                f"network of these flags."
+            )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree.leaves_with_path(tree)
+    }

@@ -1,0 +1,322 @@
+"""Exporting finished runs: what is loaded again computes the logits that the run was read by."""
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ab_jax as ab
+from ab_jax.activations import relu6
+from ab_jax.data import load
+from ab_jax.export.packed import read_packed, write_packed
+from ab_jax.models.binarynet import BinaryNet
+from ab_jax.models.mobilenet import MobileNet
+from ab_jax.quantized_inputs import RANGES, QuantizedInputs
+from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.records import RunDirectory
+from ab_jax.training.state import TrainState
+from experiments import binarynet_cifar10, export
+from experiments.exporting.networks import EXPERIMENTS, load_packed, read_run, rebuilt
+from experiments.recipes import imagenet
+from experiments.recipes.processes import recorded
+from tests.fast_compilation import FAST_COMPILATION
+
+ROOT = Path(__file__).parents[2]
+
+
+STEP = 4
+
+
+class Run(NamedTuple):
+    path: Path
+    config: Any
+    variables: dict[str, Any]
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    a, b = np.asarray(a), np.asarray(b)
+    return (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model: Any, variables: Any, images: Any) -> jax.Array:
+    """Logits; of equal models by one and the same program."""
+    return model.apply(variables, images, train=False)
+
+
+def finished(path: Path, experiment: str, config: Any, variables: dict[str, Any], data: Any) -> Run:
+    """The directory of a run that ended with this network, without the training."""
+    state = {name: tree for name, tree in variables.items() if name != "params"}
+    with RunDirectory(path, experiment=experiment, config=recorded(config), data=data) as run:
+        with Checkpoints(path / "checkpoints") as checkpoints:
+            step, key = jnp.int32(STEP), jnp.zeros(2, jnp.uint32)
+            checkpoints.save(TrainState(step, variables["params"], state, {}, key))
+        run.complete({"steps": STEP})
+    return Run(path, config, variables)
+
+
+def random_variables(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+    """Of both signs where there are two, positive elsewhere: variances and ranges are."""
+    rng = np.random.default_rng()
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    positive = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), x.dtype), shapes)
+    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+    return {**positive, "params": params["params"]}
+
+
+@pytest.fixture(scope="module")
+def binarynet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """BinaryNet for digits, with ternary weights in all but name."""
+    config = binarynet_cifar10.Config(dataset="digits", width=1 / 32, quantizer="int2_absmax")
+    variables = random_variables(BinaryNet(num_classes=10, width=1 / 32), (8, 8, 1))
+    data = {"name": "digits", "image_shape": [8, 8, 1], "mean": [0.3], "classes": 10}
+    path = tmp_path_factory.mktemp("runs") / "digits"
+    return finished(path, "experiments.binarynet_cifar10", config, variables, data)
+
+
+def test_a_binarynet_comes_back_bit_for_bit(
+    binarynet_run: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    rng: np.random.Generator,
+) -> None:
+    out = tmp_path / "net.safetensors"
+    written = export.run(export.Config(run=binarynet_run.path, out=out))
+    model, variables = load_packed(out)
+
+    # By hand: the weights, quantized.
+    rules = ab.Rules([(r"(.*/)?kernel", ab.Uniform(bits=2, scale="absmax")), (r".*", None)])
+    params = ab.dequantize(ab.quantize(binarynet_run.variables["params"], rules))
+    expected = {**binarynet_run.variables, "params": params}
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, variables, expected)))
+    by_hand = BinaryNet(num_classes=10, width=1 / 32, dtype="float32")
+    assert model == by_hand
+    images = load("digits").test.images[:50].astype(np.float32) / 128 - 1
+    logits = apply(model, variables, images)
+    assert same_bits(logits, apply(by_hand, expected, images))
+    assert np.ptp(logits, axis=0).min() > 0, "the images count"
+
+    # What is said of it.
+    record = json.loads((binarynet_run.path / "record.json").read_text())
+    network = read_packed(out).network
+    assert network["experiment"] == "experiments.binarynet_cifar10"
+    assert network["config"] == record["config"]
+    assert (network["classes"], network["image_shape"]) == (10, [8, 8, 1])
+    assert network["data"] == record["data"]
+    assert network["step"] == record["summary"]["steps"] == STEP
+    floats = 4 * sum(x.size for x in jax.tree.leaves(variables))
+    assert written == out.stat().st_size
+    line = f"{written:,} bytes, {written / floats:.4f} of the {floats:,} bytes in float32"
+    assert capsys.readouterr().out == f"{out}: {line}\n"
+
+
+@pytest.fixture(scope="module")
+def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    config = imagenet.Config(width=1 / 16, weight_bits=4, act_bits=4, weight_scales="tensor_absmax")
+    rules = imagenet.activation_rules(config)
+    assert rules is not None
+    model = MobileNet(num_classes=5, width=1 / 16, stem=32, quantize_input=QuantizedInputs(rules))
+    data = {"name": "colours", "image_shape": [8, 8, 3], "mean": [0.5, 0.4, 0.3], "classes": 5}
+    path = tmp_path_factory.mktemp("runs") / "mobilenet"
+    variables = random_variables(model, (8, 8, 3))
+    return finished(path, "experiments.mobilenet_v1_imagenet", config, variables, data)
+
+
+def test_a_mobilenet_comes_back_with_its_ranges(
+    mobilenet_run: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path, config, variables = mobilenet_run
+    export.run(export.Config(run=path, out=tmp_path / "net"))
+    model, found = load_packed(tmp_path / "net")
+    values = ab.blend(variables["params"], imagenet.weight_rules(config), 1.0)
+    expected = {**variables, "params": values}
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    assert all(jax.tree.leaves(jax.tree.map(same_bits, found, expected)))
+    assert len(jax.tree.leaves(found[RANGES])) == 28
+
+    images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
+    activations = imagenet.activation_rules(config)
+    assert activations is not None
+    by_hand = MobileNet(
+        num_classes=5,
+        width=1 / 16,
+        stem=32,
+        activation=relu6,
+        quantize_input=QuantizedInputs(activations),
+        dtype="float32",
+    )
+    assert model == by_hand
+    logits = apply(model, found, images)
+    assert same_bits(logits, apply(by_hand, expected, images))
+    # The ranges count.
+    wider = {**found, RANGES: jax.tree.map(lambda x: 2 * x, found[RANGES])}
+    assert not np.array_equal(logits, apply(model, wider, images))
+
+    described = read_packed(tmp_path / "net").network
+    assert [pattern for pattern, _ in described["activation_rules"]] == ["stem", "head", ".*"]
+    assert "bits=4" in described["activation_rules"][2][1]
+
+
+# Rebuilding
+
+
+def test_every_training_experiment_is_rebuilt_from_its_own_flags() -> None:
+    for name, experiment in EXPERIMENTS.items():
+        flags = recorded(experiment.config())
+        description = {"experiment": name, "config": flags, "classes": 7}
+        model, rules, inputs = rebuilt({**description, "image_shape": [64, 64, 3]})
+        assert model.num_classes == 7
+        assert rules == experiment.weight_rules(experiment.config())
+        assert (inputs is None) == (name == "experiments.binarynet_cifar10")
+        assert getattr(model, "stem", 64) == 64
+        assert model.axis_name is None
+    trained = {
+        f"experiments.{path.stem}"
+        for path in (ROOT / "experiments").glob("*.py")
+        if "def make_model" in path.read_text()
+    }
+    assert trained == EXPERIMENTS.keys()
+
+
+def test_an_older_record_needs_the_image_size_alone(mobilenet_run: Run, tmp_path: Path) -> None:
+    path, config, variables = mobilenet_run
+    flags = {k: v for k, v in recorded(config).items() if k not in ("stream", "act_backward")}
+    name = "experiments.mobilenet_v1_imagenet"
+    old = finished(tmp_path / "old", name, config, variables, {}).path
+    record = json.loads((old / "record.json").read_text())
+    del record["data"]
+    (old / "record.json").write_text(json.dumps({**record, "config": flags}))
+    with pytest.raises(ValueError, match=r"does not tell the size of its images\. Give --image"):
+        read_run(old)
+    assert read_run(old, 8).description["image_shape"] == [8, 8, 3]
+    assert read_run(old, 8).description["classes"] == 5
+    assert read_run(old, 8).model == read_run(path).model
+    with pytest.raises(ValueError, match=r"--image_size=32, but the images of .* have 8 pixels"):
+        read_run(path, 32)
+
+
+# Refusals, in a line
+
+
+@pytest.fixture
+def copied(binarynet_run: Run, tmp_path: Path) -> Path:
+    target = tmp_path / "run"
+    target.mkdir()
+    (target / "record.json").write_bytes((binarynet_run.path / "record.json").read_bytes())
+    (target / "checkpoints").symlink_to(binarynet_run.path / "checkpoints")
+    return target
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: {}, "record.json is no record of a run"),
+        (lambda r: [], "record.json is no record of a run"),
+        (lambda r: {**r, "experiment": "os"}, "The experiment is 'os'. Networks are rebuilt of"),
+        (
+            lambda r: {**r, "summary": {"steps": 9}},
+            "of step 4, but its record is of step 9",
+        ),
+        (lambda r: with_flags(r, gamma=1), "There is no flag --gamma any more"),
+        (lambda r: with_flags(r, method="x"), "--method='x' is no value of that flag"),
+        (lambda r: with_flags(r, width="1"), "--width='1' is no value of that flag"),
+        (lambda r: with_flags(r, quantizer="int9"), "--quantizer=int9 is not known"),
+        (
+            lambda r: with_flags(r, width=1 / 16),
+            "conv0_norm/mean is float32[4], and float32[8] in the",
+        ),
+    ],
+)
+def test_a_run_that_cannot_be_exported_is_refused_by_name(
+    copied: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[..., Any],
+    message: str,
+) -> None:
+    record = json.loads((copied / "record.json").read_text())
+    (copied / "record.json").write_text(json.dumps(change(record)))
+    assert message in error_of(monkeypatch, str(copied), f"--out={tmp_path / 'net'}")
+    assert not (tmp_path / "net").exists()
+
+
+def with_flags(record: dict[str, Any], **flags: Any) -> dict[str, Any]:
+    return {**record, "config": {**record["config"], **flags}}
+
+
+def error_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
+    monkeypatch.setattr(sys, "argv", ["export", *words])
+    with pytest.raises(SystemExit) as exit_:
+        export.main()
+    message = str(exit_.value.code)
+    assert message.startswith("error: ")
+    assert len(message.splitlines()) == 1
+    return message
+
+
+def test_the_command_line_exports_or_says_in_a_line_why_not(
+    binarynet_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"--out={tmp_path / 'net'}"
+    assert "There is no nowhere/record.json" in error_of(monkeypatch, "nowhere", out)
+    unknown = error_of(monkeypatch, str(binarynet_run.path), out, "--format=zip")
+    assert "--format=zip is not known. Choose one of packed" in unknown
+    below_a_file = f"--out={binarynet_run.path / 'record.json' / 'net'}"
+    assert "cannot be written" in error_of(monkeypatch, str(binarynet_run.path), below_a_file)
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.export", str(binarynet_run.path), out],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "XLA_FLAGS": FAST_COMPILATION},
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 1
+    assert " bytes in float32" in done.stdout
+    assert read_packed(tmp_path / "net").network["step"] == STEP
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"experiment": "antigravity"}, "The experiment is 'antigravity'"),
+        ({"config": None}, "The flags are None"),
+        ({"classes": 11}, "batch_stats/head_norm/mean is float32[10]"),
+        ({"classes": 2**40}, "make no network"),
+        ({"classes": True}, "make no network"),
+        ({"image_shape": [8, 8]}, "make no network"),
+        ({"image_shape": [9, 9, 1]}, "BinaryNet takes square images"),
+        ({"image_shape": [16, 16, 1]}, "params/dense0/kernel is float32"),
+    ],
+)
+def test_a_file_of_another_network_is_refused(
+    binarynet_run: Run, tmp_path: Path, fields: dict[str, Any], message: str
+) -> None:
+    network = read_run(binarynet_run.path)
+    changed = dataclasses.replace(network, description={**network.description, **fields})
+    write_packed(tmp_path / "net", changed.variables, network=changed.description)
+    with pytest.raises(ValueError, match="holds none of the experiments' networks: ") as error:
+        load_packed(tmp_path / "net")
+    assert str(error.value).startswith(str(tmp_path / "net"))
+    assert message in str(error.value)
+
+
+def test_giant_flags_are_refused_at_once(binarynet_run: Run, tmp_path: Path) -> None:
+    network = read_run(binarynet_run.path)
+    for width in (1e9, 1e300, -1.0):
+        flags = {**network.description["config"], "width": width}
+        described = {**network.description, "config": flags}
+        write_packed(tmp_path / "net", network.variables, network=described)
+        with pytest.raises(ValueError, match="holds none of the experiments' networks"):
+            load_packed(tmp_path / "net")
