@@ -7,9 +7,13 @@ statistics are the running ones. Formats:
 
 packed: codes at their true width, scales and the rest in safetensors (`ab_jax.export.packed`);
 `experiments.exporting.networks.load_packed` makes a model of it again.
+
+stablehlo: a program from normalized images to logits, codes inside (`ab_jax.export.stablehlo`);
+`jax.export.deserialize(data).call(images)` runs it, on CPUs, GPUs and TPUs, without this library.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ import tyro
 
 import ab_jax as ab
 from ab_jax.export.packed import write_packed
+from ab_jax.export.stablehlo import to_stablehlo
+from ab_jax.files import write_whole
 from experiments.exporting.networks import Network, read_run
 from experiments.recipes.command_line import end_with_a_line
 from experiments.recipes.methods import named
@@ -30,7 +36,7 @@ class Config:
 
     run: tyro.conf.Positional[Path]  # directory of the finished run, such as runs/NAME
     out: Path  # the file to write; one that is there is replaced
-    format: str = "packed"  # packed
+    format: str = "packed"  # packed or stablehlo
     image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
 
 
@@ -39,8 +45,22 @@ def packed(network: Network, path: Path) -> int:
     return write_packed(path, network.variables, rules=network.rules, network=network.description)
 
 
+def stablehlo(network: Network, path: Path) -> int:
+    """Write the program; returns its bytes."""
+    model = network.model
+    if hasattr(model, "cpu_convolutions"):  # which are for CPUs, and for a given number of images
+        model = model.clone(cpu_convolutions=False)
+    apply = functools.partial(model.apply, train=False)
+    data = to_stablehlo(apply, network.variables, network.image_shape)
+    write_whole(path, data)
+    return len(data)
+
+
 #: What writes each format: a function of the network and the path that returns the bytes written.
-FORMATS: dict[str, Callable[[Network, Path], int]] = {"packed": packed}
+FORMATS: dict[str, Callable[[Network, Path], int]] = {
+    "packed": packed,
+    "stablehlo": stablehlo,
+}
 
 
 def run(config: Config) -> int:

@@ -75,9 +75,10 @@ class Network:
     description: dict[str, Any]
 
     @property
-    def image_shape(self) -> tuple[int, ...]:
+    def image_shape(self) -> tuple[int, int, int]:
         """Height, width and channels."""
-        return tuple(self.description["image_shape"])
+        height, width, channels = self.description["image_shape"]
+        return height, width, channels
 
 
 def read_run(path: Path, image_size: int | None = None) -> Network:

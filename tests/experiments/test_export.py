@@ -168,6 +168,23 @@ def test_a_mobilenet_comes_back_with_its_ranges(
     assert "bits=4" in described["activation_rules"][2][1]
 
 
+@pytest.mark.parametrize("name", ["binarynet_run", "mobilenet_run"])
+def test_a_program_gives_the_logits_of_the_packed_network(
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = request.getfixturevalue(name).path
+    for kind in ("packed", "stablehlo"):
+        export.run(export.Config(run=path, out=tmp_path / kind, format=kind))
+    program = jax.export.deserialize(bytearray((tmp_path / "stablehlo").read_bytes()))
+    images = rng.normal(size=(3, *read_run(path).image_shape)).astype(np.float32)
+    logits = np.asarray(program.call(images))
+    expected = np.asarray(apply(*load_packed(tmp_path / "packed"), images))
+    # Another order of sums, and so, seldom, an activation in its next step.
+    apart = np.abs(logits - expected) / np.ptp(expected)
+    assert np.median(apart) < 1e-4
+    assert np.max(apart) < 0.2
+
+
 # Rebuilding
 
 
