@@ -1,5 +1,6 @@
 """How a command ends: with one line for what the user can mend, with 75 when asked to stop."""
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -25,6 +26,9 @@ def end_with_a_line(run: Callable[[], Any]) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_CODE)
     except (ValueError, OSError, NonFiniteLossError) as error:
+        # A full disk fails in hundreds of Orbax's tasks, each of which asyncio would tell of as it
+        # goes, after the line.
+        logging.disable()
         sys.exit(f"error: {error}")
     finally:
         signal.signal(signal.SIGTERM, before)

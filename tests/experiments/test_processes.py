@@ -1,9 +1,6 @@
 """A whole experiment by two processes, from the command line: one record, the same numbers."""
 
-import re
-import signal
 import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,36 +45,6 @@ def test_two_processes_train_as_one(
                 assert b[name] == pytest.approx(value, abs=1 / 60)
             elif name != "changed_codes":
                 assert b[name] == pytest.approx(value, rel=1e-3)
-
-
-def test_a_signal_to_one_process_stops_both_at_the_same_step(
-    free_port: int,
-    start_together: Start,
-    wait_for_all: Callable[..., None],
-    tmp_path: Path,
-) -> None:
-    # 300 steps, and two readings before the last one.
-    words = command(tmp_path, "stopped", "--epochs=15", "--eval_every=6.5")
-    run, log = tmp_path / "runs" / "stopped", tmp_path / "process0.log"
-    processes = start_together(pair(words, free_port), devices=1, flags=FAST_COMPILATION)
-    deadline = time.monotonic() + SECONDS
-    while "step 20/300" not in log.read_text():
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.02)
-    processes[1].send_signal(signal.SIGTERM)
-    assert [process.wait(SECONDS) for process in processes] == [75, 75], log.read_text()
-    logs = [(tmp_path / f"process{i}.log").read_text() for i in range(2)]
-    at = [re.findall(r"stopped at step (\d+), asked by SIGTERM", text) for text in logs]
-    assert at[0] == at[1]
-    (step,) = map(int, at[0])
-    assert 20 < step < 300
-    assert (run / "checkpoints" / str(step) / "MANIFEST").exists()
-
-    resumed = start_together(pair(words, free_port), devices=1, flags=FAST_COMPILATION)
-    wait_for_all(resumed, SECONDS)
-    record = record_of(run)
-    assert record["summary"]["resumed_at"] == step
-    assert [line["step"] for line in record["metrics"]] == [130, 260, 300]
 
 
 def test_the_record_holds_the_flags_of_the_run_alone() -> None:

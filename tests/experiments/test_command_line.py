@@ -1,0 +1,34 @@
+"""How a command ends: the line that names the error is the last one, whatever is left behind."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+# A task that failed and that nobody asked: asyncio logs that when the process ends and drops it.
+LEFT_BEHIND = """
+import asyncio, atexit
+from experiments.recipes.command_line import end_with_a_line
+
+async def fail():
+    raise ValueError("in the background")
+
+def run():
+    global task
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(fail())
+    loop.run_until_complete(asyncio.sleep(0))
+    raise OSError("the disk is full")
+
+atexit.register(lambda: globals().pop("task"))
+end_with_a_line(run)
+"""
+
+
+def test_nothing_is_said_after_the_line() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT_BEHIND], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: the disk is full\n"
