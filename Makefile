@@ -27,7 +27,7 @@ test: lint ## check the style and the types, then run all tests
 
 stress: $(TEST) ## kill training runs and damage their checkpoints, resume, compare (10 minutes)
 	$(PY) -m tests.stress.survive
-	$(PY) -m pytest tests/stress/killed_together.py
+	$(PY) -m pytest tests/stress/full_disk.py tests/stress/killed_together.py
 
 lint: $(TEST) ## check the style and the types
 	$(PY) -m ruff check .

@@ -19,6 +19,7 @@ def run():
     loop = asyncio.new_event_loop()
     task = loop.create_task(fail())
     loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
     raise OSError("the disk is full")
 
 atexit.register(lambda: globals().pop("task"))

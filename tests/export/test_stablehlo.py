@@ -54,10 +54,14 @@ def network(rng: np.random.Generator) -> tuple[MobileNet, dict[str, Any]]:
         quantize_input=QuantizedInputs(INPUTS, None),
         cpu_convolutions=False,
     )
-    images = jnp.asarray(rng.normal(size=(2, *SHAPE)), jnp.float32)
-    variables = model.init(jax.random.key(int(rng.integers(2**31))), images, train=True)
-    _, measured = model.apply(variables, images, train=True, mutable=["batch_stats", RANGES])
-    return model, {"params": ab.quantize(variables["params"], RULES), **measured}
+    images = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    params = jax.tree.map(
+        lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes.pop("params")
+    )
+    rest = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), x.dtype), shapes)
+    assert set(rest) == {"batch_stats", RANGES}
+    return model, {"params": ab.quantize(params, RULES), **rest}
 
 
 def apply_to(model: MobileNet) -> Any:
@@ -106,7 +110,7 @@ def test_another_process_gets_the_same_logits_of_any_number_of_images(
     subprocess.run([sys.executable, "-c", ELSEWHERE, *paths], check=True, cwd=tmp_path)
     outputs = np.load(tmp_path / "outputs.npz")
     for name, images in inputs.items():
-        expected = np.asarray(apply(ab.dequantize(variables), images))
+        expected = np.asarray(jax.jit(apply)(ab.dequantize(variables), images))
         assert outputs[name].shape == expected.shape == (len(images), 5)
         # A float in its last bit, and so, seldom, an activation in its last step.
         apart = np.abs(outputs[name] - expected) / np.max(np.abs(expected))

@@ -1,4 +1,4 @@
-"""Two processes that train as one are cut off again and again, and end as two that were not.
+"""Whole experiments by two processes: they train as one, and when cut off go on as one.
 
 python -m pytest tests/stress/killed_together.py        (a part of `make stress`)
 """
@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.fast_compilation import FAST_COMPILATION
 from tests.two_processes import SECONDS, command, numbers, pair, record_of
 
 CUTS = 5
+EVALUATIONS = 4
 
 
 def test_two_processes_that_are_cut_off_end_as_two_that_are_not(
@@ -60,6 +62,38 @@ def test_two_processes_that_are_cut_off_end_as_two_that_are_not(
     assert numbers(cut) == numbers(whole), "the same number of processes: the same bits"
     for part in ("validation", "test"):
         assert cut["summary"][part] == whole["summary"][part]
+
+
+def test_two_processes_train_as_one(
+    free_port: int,
+    start_together: Callable[..., list[subprocess.Popen[bytes]]],
+    wait_for_all: Callable[..., None],
+    tmp_path: Path,
+) -> None:
+    runs = tmp_path / "runs"
+    commands = pair(command(tmp_path, "whole"), free_port)
+    wait_for_all(start_together(commands, devices=1, flags=FAST_COMPILATION), SECONDS)
+    record = record_of(runs / "whole")
+    assert "2 cpu device(s) in 2 processes" in record["hardware"]
+    # Where the processes ran is no part of the run.
+    assert not {"coordinator", "processes", "process", "distributed"} & set(record["config"])
+    # One of them wrote: every line once, one file of events, and progress from the first alone.
+    assert [line["step"] for line in record["metrics"]] == [1, 2, 3, 4]
+    assert len((runs / "whole" / "metrics.jsonl").read_text().splitlines()) == EVALUATIONS
+    assert len(list((runs / "whole").glob("events.out.tfevents.*"))) == 1
+    assert "step 4/4" in (tmp_path / "process0.log").read_text()
+    assert "step " not in (tmp_path / "process1.log").read_text()
+
+    # The same by one process with as many devices.
+    alone = [command(tmp_path, "alone")]
+    wait_for_all(start_together(alone, devices=2, flags=FAST_COMPILATION), SECONDS)
+    for a, b in zip(numbers(record_of(runs / "alone")), numbers(record), strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            if name.endswith("accuracy"):  # one of 64 images may stand on an edge
+                assert b[name] == pytest.approx(value, abs=1 / 60)
+            elif name != "changed_codes":
+                assert b[name] == pytest.approx(value, rel=1e-3)
 
 
 def newest(checkpoints: Path) -> int:

@@ -1,4 +1,4 @@
-"""A real process on a full disk. Those that are killed and damaged are in `make stress`."""
+"""A real process on a full disk; a part of `make stress`."""
 
 import json
 import os
