@@ -3,6 +3,7 @@
 import logging
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -26,9 +27,10 @@ def end_with_a_line(run: Callable[[], Any]) -> None:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_CODE)
     except (ValueError, OSError, NonFiniteLossError) as error:
-        # A full disk fails in hundreds of Orbax's tasks, each of which asyncio would tell of as it
-        # goes, after the line.
+        # A full disk fails in hundreds of Orbax's tasks. As they go, after the line, asyncio would
+        # log that nobody asked for their errors, and Python warn that they were never awaited.
         logging.disable()
+        warnings.simplefilter("ignore")
         sys.exit(f"error: {error}")
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -6,7 +6,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-# A task that failed and that nobody asked: asyncio logs that when the process ends and drops it.
+# When the process ends and drops them: asyncio logs that a task failed and nobody asked, and Python
+# warns of one that was never begun.
 LEFT_BEHIND = """
 import asyncio, atexit
 from experiments.recipes.command_line import end_with_a_line
@@ -15,14 +16,15 @@ async def fail():
     raise ValueError("in the background")
 
 def run():
-    global task
+    global task, unawaited
     loop = asyncio.new_event_loop()
     task = loop.create_task(fail())
     loop.run_until_complete(asyncio.sleep(0))
     loop.close()
+    unawaited = fail()
     raise OSError("the disk is full")
 
-atexit.register(lambda: globals().pop("task"))
+atexit.register(lambda: [globals().pop(name) for name in ("task", "unawaited")])
 end_with_a_line(run)
 """
 
