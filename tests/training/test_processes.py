@@ -116,7 +116,9 @@ def test_two_processes_compute_what_one_does(
     within, whole = (
         expected[f"shard_map/{case}/statistics/norm/var"] for case in ("groups", "relu")
     )
-    assert np.all(within < whole)
+    # Means of groups may agree in a channel, and then the two are equal but for rounding.
+    assert np.all(within < whole + 1e-6)
+    assert np.any(within < whole - 1e-6)
     # Both wrote parts of the checkpoint, in a directory that is whole.
     written = {path.name for path in (tmp_path / "checkpoints").rglob("ocdbt.process_*")}
     assert written == {"ocdbt.process_0", "ocdbt.process_1"}
