@@ -87,8 +87,7 @@ class MobileNet(nn.Module):
             raise ValueError(
                 f"MobileNet takes images [batch, height, width, channels], not {images.shape}"
             )
-        if self.stem not in (224, 64, 32):
-            raise ValueError(f"stem is the image size 224, 64 or 32, not {self.stem}")
+        stem_stride, *strides = self.strides
         conv = partial(
             self.conv,
             use_bias=False,
@@ -110,15 +109,15 @@ class MobileNet(nn.Module):
         x = conv(
             self._scaled(_STEM_FEATURES),
             (3, 3),
-            2 if self.stem == 224 else 1,
+            stem_stride,
             padding=lax_padding(self.padding, 3),
             name="stem",
         )(x)
         x = self.activation(norm(name="stem_norm")(x), alpha)
-        for i, (features, stride) in enumerate(_BLOCKS):
+        for i, ((features, _), stride) in enumerate(zip(_BLOCKS, strides, strict=True)):
             x = _Block(
                 features=self._scaled(features),
-                stride=1 if self.stem == 32 and i == _FIRST_STRIDED else stride,
+                stride=stride,
                 padding=self.padding,
                 conv=conv,
                 norm=norm,
@@ -129,6 +128,20 @@ class MobileNet(nn.Module):
         x = self.quantize_input(self, "head", x.mean((1, 2)), alpha)
         logits = nn.Dense(self.num_classes, dtype=self.dtype, name="head")(x)
         return logits.astype(jnp.float32)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of the stem, then of each block.
+
+        Raises:
+          ValueError: a `stem` that there is not.
+        """
+        if self.stem not in (224, 64, 32):
+            raise ValueError(f"stem is the image size 224, 64 or 32, not {self.stem}")
+        strides = [stride for _, stride in _BLOCKS]
+        if self.stem == 32:
+            strides[_FIRST_STRIDED] = 1
+        return (2 if self.stem == 224 else 1, *strides)
 
     def _scaled(self, features: int) -> int:
         return max(1, round(features * self.width))

@@ -169,27 +169,22 @@ class ResNet(nn.Module):
             axis_index_groups=self.axis_index_groups,
         )
         x = self._stem(images.astype(self.dtype), alpha, conv, norm)
-        for stage, size in enumerate(self.stage_sizes):
-            for block in range(size):
-                if variant.strided_block == "first":
-                    strides = block == 0 and stage > 0
-                else:
-                    strides = block == size - 1 and stage < len(self.stage_sizes) - 1
-                x = Block(
-                    features=self._scaled(self.features * 2**stage),
-                    stride=2 if strides else 1,
-                    bottleneck=self.bottleneck,
-                    version=variant.version,
-                    strided_conv=variant.strided_conv,
-                    shortcut=variant.shortcut,
-                    conv_bias=variant.conv_bias,
-                    padding=variant.padding,
-                    conv=conv,
-                    norm=norm,
-                    activation=self.activation,
-                    quantize_input=self.quantize_input,
-                    name=f"stage{stage}_block{block}",
-                )(x, alpha)
+        for name, stage, stride in self.blocks():
+            x = Block(
+                features=self._scaled(self.features * 2**stage),
+                stride=stride,
+                bottleneck=self.bottleneck,
+                version=variant.version,
+                strided_conv=variant.strided_conv,
+                shortcut=variant.shortcut,
+                conv_bias=variant.conv_bias,
+                padding=variant.padding,
+                conv=conv,
+                norm=norm,
+                activation=self.activation,
+                quantize_input=self.quantize_input,
+                name=name,
+            )(x, alpha)
         if variant.version == 2:
             x = self.activation(norm(name="output_norm")(x), alpha)
         x = self.quantize_input(self, "head", x.mean((1, 2)), alpha)
@@ -220,6 +215,18 @@ class ResNet(nn.Module):
         if self.stem == 224:
             x = _max_pool(x, lax_padding(variant.padding, 3), variant.pool_padding)
         return x
+
+    def blocks(self) -> list[tuple[str, int, int]]:
+        """Name, stage and stride of each block."""
+        blocks = []
+        for stage, size in enumerate(self.stage_sizes):
+            for block in range(size):
+                if self.variant.strided_block == "first":
+                    strides = block == 0 and stage > 0
+                else:
+                    strides = block == size - 1 and stage < len(self.stage_sizes) - 1
+                blocks.append((f"stage{stage}_block{block}", stage, 2 if strides else 1))
+        return blocks
 
     def _scaled(self, features: int) -> int:
         return max(1, round(features * self.width))
