@@ -230,32 +230,38 @@ def _bind(cores: Sequence[int]) -> None:
                 os.sched_setaffinity(int(task.name), cores)
 
 
-def table(record: dict[str, Any]) -> str:
-    """The Markdown table of a record: ratios to float32 in ONNX Runtime."""
-    seconds = record["seconds"]
-    conditions = list(next(iter(seconds.values())))
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """The Markdown table of records of the same conditions: ratios to float32 in ONNX Runtime."""
+    first = records[0]
+    conditions = list(next(iter(first["seconds"].values())))
     lines = [
         f"| network | runtime | file | {' | '.join(conditions)} |",
         f"| --- | --- | ---: |{' ---: |' * len(conditions)}",
     ]
-    for name, by_conditions in seconds.items():
-        sizes = record["bytes"][name]
-        for case in by_conditions[conditions[0]]:
-            runtime, _, form = case.partition(", ")
-            size = "" if runtime == "JAX" else f"{sizes[form] / sizes['float32']:.3f}"
-            if form == "float32" and size:
-                size = f"1 ({sizes[form] / 1e6:.1f} MB)"
-            cells = [_ratio(by_conditions[one], case) for one in conditions]
-            lines.append(f"| {_TITLES[name]} | {case} | {size} | {' | '.join(cells)} |")
-    config = record["config"]
+    for record in records:
+        for name, by_conditions in record["seconds"].items():
+            for case in by_conditions[conditions[0]]:
+                size = _size(record["bytes"][name], case)
+                cells = [_ratio(by_conditions[one], case) for one in conditions]
+                lines.append(f"| {_TITLES[name]} | {case} | {size} | {' | '.join(cells)} |")
+    rounds = ", ".join(str(record["config"]["rounds"]) for record in records)
+    pixels = first["config"]["image_size"]
     lines += [
         "",
-        f"Time of a batch / ONNX Runtime in float32: median [95 % interval] over n = "
-        f"{config['rounds']} rounds, {config['image_size']} x {config['image_size']} images; "
-        f"{record['hardware']}; onnxruntime {record['onnxruntime']}, jax "
-        f"{record['packages']['jax']}.",
+        f"Time of a batch / ONNX Runtime in float32: median [95 % interval] over n = {rounds} "
+        f"rounds, {pixels} x {pixels} images; {first['hardware']}; onnxruntime "
+        f"{first['onnxruntime']}, jax {first['packages']['jax']}.",
     ]
     return "\n".join(lines)
+
+
+def _size(sizes: dict[str, int], case: str) -> str:
+    runtime, _, form = case.partition(", ")
+    if runtime == "JAX":
+        return ""
+    if form == "float32":
+        return f"1 ({sizes[form] / 1e6:.1f} MB)"
+    return f"{sizes[form] / sizes['float32']:.3f}"
 
 
 def _ratio(seconds: dict[str, list[float]], case: str) -> str:
@@ -271,7 +277,7 @@ def main() -> None:
     """The command line; prints the table."""
     config = tyro.cli(Config, description=__doc__, use_underscores=True)
     try:
-        print(table(run(config)))
+        print(table([run(config)]))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 

@@ -18,6 +18,7 @@ from experiments import plan
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 POD = (DOCS / "pod.md").read_text(encoding="utf-8")
+DEPLOY = (DOCS / "deploy.md").read_text(encoding="utf-8")
 JOBSET = (DOCS / "jobset.yaml").read_text(encoding="utf-8")
 SLURM = (DOCS / "slurm.sh").read_text(encoding="utf-8")
 
@@ -48,7 +49,7 @@ def jobset_command() -> tuple[str, list[str]]:
     return module.removeprefix("experiments."), words
 
 
-COMMANDS = [*commands_in(POD), *commands_in(SLURM), jobset_command()]
+COMMANDS = [*commands_in(POD), *commands_in(SLURM), *commands_in(DEPLOY), jobset_command()]
 
 
 @pytest.mark.parametrize(

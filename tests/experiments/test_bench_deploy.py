@@ -9,23 +9,23 @@ import flax.linen as nn
 import numpy as np
 import pytest
 
-from ab_jax.models.mobilenet import MobileNet
+from ab_jax.models.resnet import ResNet
 from experiments import bench_deploy
 from experiments.bench_deploy import CASES, Config, run, table
 
 
 def tiny(**fields: Any) -> nn.Module:
-    return MobileNet(width=1 / 16, num_classes=3, **fields)
+    return ResNet(stage_sizes=(1,), width=1 / 16, num_classes=3, **fields)
 
 
 def test_every_case_is_timed_in_every_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench_deploy.MODELS, "mobilenet_v1_050", tiny)
+    monkeypatch.setitem(bench_deploy.MODELS, "resnet50_v1", tiny)
     allowed = os.sched_getaffinity(0)
     out = tmp_path / "new" / "record.json"
     small = Config(
-        networks=("mobilenet_v1_050",),
+        networks=("resnet50_v1",),
         image_size=32,
         batch_size=2,
         single=2,
@@ -41,9 +41,9 @@ def test_every_case_is_timed_in_every_round(
     for by_case in by_conditions.values():
         assert list(by_case) == list(CASES)
         assert all(len(times) == 3 and min(times) > 0 for times in by_case.values())
-    sizes = record["bytes"]["mobilenet_v1_050"]
-    assert sizes["int8"] < sizes["float32"]
-    assert "MobileNet v1, width 0.5" in table(record)
+    sizes = record["bytes"]["resnet50_v1"]
+    share = f"{sizes['int8'] / sizes['float32']:.3f}"
+    assert f"| ResNet-50 v1 | ONNX Runtime, int8 | {share} |" in table([record])
 
 
 def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
@@ -56,7 +56,7 @@ def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
         "bytes": {"resnet50_v1": {"float32": 10_000_000, "int8": 2_500_000}},
         "seconds": {"resnet50_v1": {"1 image, 2 cores": seconds}},
     }
-    head, _, *lines = table(record).splitlines()
+    head, _, *lines = table([record]).splitlines()
     assert head == "| network | runtime | file | 1 image, 2 cores |"
     base = np.array(seconds["ONNX Runtime, float32"])
     expected = [["ResNet-50 v1", "ONNX Runtime, float32", "1 (10.0 MB)"]]

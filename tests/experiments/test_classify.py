@@ -52,10 +52,16 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     assert isinstance(model, BinaryNet)
     spec = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), spec)
-    positive = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), x.dtype), shapes)
-    params = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(leaf.shape) == 1:
+            return jnp.asarray(rng.uniform(0.5, 2, leaf.shape), leaf.dtype)
+        kernel = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+        return jnp.asarray(kernel, leaf.dtype)
+
+    variables = jax.tree.map(draw, shapes)
     rules = binarynet_cifar10.weight_rules(config)
-    variables = {**positive, "params": ab.quantize(params["params"], rules)}
+    variables["params"] = ab.quantize(variables["params"], rules)
     description = {
         "experiment": "experiments.binarynet_cifar10",
         "config": recorded(config),
@@ -100,8 +106,8 @@ def test_image_files_are_classified_with_jax_and_without(
     # Each pixel as 3 x 3 of them, in color: the boxes' means are the pixels again.
     large = np.repeat(np.repeat(digits[1], 3, axis=0), 3, axis=1)
     Image.fromarray(np.repeat(large, 3, axis=2)).save(paths[1])
-    logits = logits_of(exported.network, digits).astype(np.float64)
-    shares = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    shares = np.exp(logits_of(exported.network, digits).astype(np.float64))
+    shares /= shares.sum(axis=1, keepdims=True)
 
     words = [str(exported.files["onnx"]), *map(str, paths), "--top=3"]
     done = subprocess.run(
