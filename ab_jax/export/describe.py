@@ -220,7 +220,7 @@ class _Builder:
 
     def _quantized(self, path: str, x: int) -> int:
         """The value as the layer sees it."""
-        quantize = getattr(self._model, "quantize_input", keep_input)
+        quantize = self._model.quantize_input
         if quantize is keep_input:
             return x
         if not isinstance(quantize, QuantizedInputs):

@@ -40,13 +40,13 @@ def uniform_rules(bits: int, **fields: Any) -> ab.Rules:
     )
 
 
-def inputs(bits: int, limit: float | None = None) -> QuantizedInputs:
+def inputs(bits: int, limit: float | None = None, first: str = "stem") -> QuantizedInputs:
     """Images signed at 8 bits, the rest as bits say, with measured ranges or a fixed one."""
     images = ActivationQuantizer(bits=8, signed=True)
     return QuantizedInputs(
         ActivationRules(
             [
-                ("stem", images),
+                (first, images),
                 ("head", ActivationQuantizer(bits=8, limit=limit)),
                 (r".*", ActivationQuantizer(bits=bits, limit=limit)),
             ]
@@ -65,7 +65,7 @@ def _resnet(**fields: Any) -> ResNet:
 
 #: Model, rules of its weights, size of its images. Between them they have every operation.
 NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
-    "binarynet": (BinaryNet(**SMALL), BINARY, 8),
+    "binarynet": (BinaryNet(**SMALL, quantize_input=inputs(8, first="conv0")), BINARY, 8),
     "binarynet, sign": (BinaryNet(**SMALL, activation=ACTIVATIONS["sign"]), ONE_SCALE, 8),
     "mobilenet": (
         MobileNet(**SMALL, stem=32, quantize_input=inputs(8, 6.0)),
