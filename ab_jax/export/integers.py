@@ -39,7 +39,7 @@ _MOST_PRODUCTS = 2**31 // 2**14  # of two int8, in an int32
 
 @dataclasses.dataclass(frozen=True)
 class _Codes:
-    """Values `(codes + offset) * scale`; codes are int8, and `offset` is what unsigned ones lack."""
+    """Values `(codes + offset) * scale`, of int8 codes; the offset is for unsigned ones."""
 
     codes: Array
     offset: int

@@ -34,13 +34,16 @@ class Experiment:
     config: type[Any]
     make_model: Callable[..., nn.Module]
     weight_rules: Callable[[Any], ab.Rules]
-    activation_rules: Callable[[Any], ActivationRules | None] = lambda config: None
+    activation_rules: Callable[[Any], ActivationRules | None]
 
 
 # By the name in the record. A table, since a file must not name modules to be imported.
 EXPERIMENTS: dict[str, Experiment] = {
     "experiments.binarynet_cifar10": Experiment(
-        binarynet_cifar10.Config, binarynet_cifar10.make_model, binarynet_cifar10.weight_rules
+        binarynet_cifar10.Config,
+        binarynet_cifar10.make_model,
+        binarynet_cifar10.weight_rules,
+        binarynet_cifar10.activation_rules,
     ),
     **{
         f"experiments.{name}": Experiment(
