@@ -19,6 +19,7 @@ import qwix
 import ab_jax as ab
 from ab_jax.activations import relu6
 from ab_jax.data import load
+from ab_jax.data.facts import facts
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.export.qwix import InputCodes, read_qwix, to_qwix
 from ab_jax.export.qwix_serving import serve
@@ -89,7 +90,7 @@ def binarynet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """BinaryNet for digits, with ternary weights in all but name."""
     config = binarynet_cifar10.Config(dataset="digits", width=1 / 32, quantizer="int2_absmax")
     variables = random_variables(BinaryNet(num_classes=10, width=1 / 32), (8, 8, 1))
-    data = {"name": "digits", "image_shape": [8, 8, 1], "mean": [0.3], "classes": 10}
+    data = facts(load("digits"))
     path = tmp_path_factory.mktemp("runs") / "digits"
     return finished(path, "experiments.binarynet_cifar10", config, variables, data)
 
@@ -123,6 +124,8 @@ def test_a_binarynet_comes_back_bit_for_bit(
     assert network["config"] == record["config"]
     assert (network["classes"], network["image_shape"]) == (10, [8, 8, 1])
     assert network["data"] == record["data"]
+    assert network["data"]["class_names"] == list("0123456789")
+    assert len(network["data"]["mean"]) == len(network["data"]["std"]) == 1
     assert network["step"] == record["summary"]["steps"] == STEP
     floats = 4 * sum(x.size for x in jax.tree.leaves(variables))
     assert written == out.stat().st_size
