@@ -13,6 +13,11 @@ stablehlo: a program from normalized images to logits, codes inside (`ab_jax.exp
 
 qwix: an Orbax checkpoint (a directory) of Qwix's arrays, with the ranges of quantized inputs
 (`ab_jax.export.qwix`); `ab_jax.export.qwix_serving` computes with it by Qwix's kernels.
+
+onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kernels
+(`ab_jax.export.onnx`), from uint8 images where the record tells their mean and std, else from
+normalized ones; `experiments.classify` runs it without JAX. onnx_int4: the same with codes of at
+most 4 bits stored in 4 bits, for readers of opset 21.
 """
 
 import dataclasses
@@ -26,6 +31,7 @@ import jax.numpy as jnp
 import tyro
 
 import ab_jax as ab
+from ab_jax.export.describe import describe
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
@@ -41,7 +47,7 @@ class Config:
 
     run: tyro.conf.Positional[Path]  # directory of the finished run, such as runs/NAME
     out: Path  # the file (of qwix: the checkpoint) to write; one that is there is replaced
-    format: str = "packed"  # packed, stablehlo or qwix
+    format: str = "packed"  # packed, stablehlo, qwix, onnx or onnx_int4
     image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
 
 
@@ -76,11 +82,36 @@ def qwix(network: Network, path: Path) -> int:
     return write_qwix(path, variables, inputs=inputs, network=network.description)
 
 
+def onnx(network: Network, path: Path, *, int4: bool = False) -> int:
+    """Write the ONNX file; returns its bytes."""
+    try:
+        from ab_jax.export.onnx import to_onnx
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--format=onnx needs {error.name}, which is not installed: pip install '.[onnx]'"
+        ) from error
+    data = network.description.get("data") or {}
+    normalized = "mean" in data and "std" in data
+    model = to_onnx(
+        describe(network.model, network.variables, network.image_shape),
+        mean=data["mean"] if normalized else None,
+        std=data["std"] if normalized else None,
+        class_names=data.get("class_names"),
+        description=network.description,
+        int4=int4,
+    )
+    written = model.SerializeToString(deterministic=True)
+    write_whole(path, written)
+    return len(written)
+
+
 #: What writes each format: a function of the network and the path that returns the bytes written.
 FORMATS: dict[str, Callable[[Network, Path], int]] = {
     "packed": packed,
     "stablehlo": stablehlo,
     "qwix": qwix,
+    "onnx": onnx,
+    "onnx_int4": functools.partial(onnx, int4=True),
 }
 
 
