@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = {
     "train": "requirements.txt",
     "test": "requirements-test.txt",
+    "qwix": "requirements-qwix.txt",
     "onnx": "requirements-onnx.txt",
 }
 INPUTS = ("pyproject.toml", *EXTRAS.values(), "README.md", "LICENSE")
@@ -95,7 +96,7 @@ def test_extra_is_its_requirements_file(
     assert marked == {n: r.specifier for n, r in requirements(name).items()}
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-onnx.txt"])
+@pytest.mark.parametrize("file", [file for extra, file in EXTRAS.items() if extra != "test"])
 def test_every_requirement_is_a_range(file: str) -> None:
     """A lower bound that was tested, an upper bound against the next break."""
     for name, requirement in requirements(file).items():
@@ -103,10 +104,11 @@ def test_every_requirement_is_a_range(file: str) -> None:
         assert operators == ["<", ">="], name
 
 
-def test_the_tests_install_what_onnx_files_need() -> None:
-    test = requirements("requirements-test.txt")
-    for name, requirement in requirements("requirements-onnx.txt").items():
-        assert requirement == test[name]
+@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"train", "test"}))
+def test_the_tests_install_what_exports_need(extra: str) -> None:
+    installed = {**requirements(EXTRAS["train"]), **requirements(EXTRAS["test"])}
+    for name, requirement in requirements(EXTRAS[extra]).items():
+        assert requirement == installed[name]
 
 
 def test_version_and_python_come_from_one_place(metadata: email.message.Message) -> None:
