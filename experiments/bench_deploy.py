@@ -30,6 +30,9 @@ import tyro
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.describe import describe
+from ab_jax.export.fold import fold_batch_norm
+from ab_jax.export.graph import Graph
+from ab_jax.export.integers import evaluate_in_integers
 from ab_jax.export.onnx import IMAGES, to_onnx
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import ResNet
@@ -79,11 +82,13 @@ class Subject:
     Attributes:
       model: in float32.
       variables: of the model.
+      graph: of the quantized network, with batch norm folded.
       files: ONNX files by what they compute in: float32 and int8.
     """
 
     model: nn.Module
     variables: Any
+    graph: Graph
     files: dict[str, bytes]
 
 
@@ -108,13 +113,18 @@ def _jax_float(subject: Subject, cores: int) -> Run:
     return lambda images: jax.block_until_ready(apply(images))
 
 
+def _jax_integers(subject: Subject, cores: int) -> Run:
+    apply = jax.jit(lambda images: evaluate_in_integers(subject.graph, images))
+    return lambda images: jax.block_until_ready(apply(images))
+
+
 #: What is timed, by runtime and form: a function of the subject and the number of cores. The first
-#: is what the others are compared with. Integer inference in JAX belongs here, too, once there is
-#: some.
+#: is what the others are compared with.
 CASES: dict[str, Callable[[Subject, int], Run]] = {
     "ONNX Runtime, float32": _onnx_runtime("float32"),
     "ONNX Runtime, int8": _onnx_runtime("int8"),
     "JAX, float32": _jax_float,
+    "JAX, int8": _jax_integers,
 }
 
 
@@ -176,7 +186,7 @@ def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subje
         "int8": describe(quantized, whole, shape),
     }
     files = {form: to_onnx(graph).SerializeToString() for form, graph in graphs.items()}
-    return Subject(plain, variables, files)
+    return Subject(plain, variables, fold_batch_norm(graphs["int8"]), files)
 
 
 def _time(

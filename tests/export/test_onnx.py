@@ -35,10 +35,10 @@ from ab_jax.export.onnx import to_onnx
 from ab_jax.quantizers import Quantized
 from tests.export.networks import NETWORKS, make
 
-#: The layers of each network, as ONNX Runtime fuses them. In float32 are those of BinaryNet, whose
-#: inputs are no codes, and larger kernels that give out floats or have zero points.
+#: The layers of each network, as ONNX Runtime fuses them. In float32 are those whose inputs are no
+#: codes (signs), and larger kernels that give out floats or have zero points.
 FUSED = {
-    "binarynet": {"Conv": 6, "Gemm": 3},
+    "binarynet": {"QLinearConv": 3, "QGemm": 3, "Conv": 3},
     "binarynet, sign": {"Conv": 6, "Gemm": 3},
     "mobilenet": {"QLinearConv": 26, "QGemm": 1, "MatMulIntegerToFloat": 1},
     "resnet v1": {"QLinearConv": 6, "QGemm": 1, "MatMulIntegerToFloat": 5, "Conv": 1},
@@ -91,7 +91,6 @@ def arrays_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
 def check_integers(graph: Graph, arrays: dict[str, np.ndarray]) -> int:
     """Compare each code, scale and zero point of the folded graph with those in a file."""
     compared = 0
-    flattened = None
     for node in graph.nodes:
         layer = node.operation
         if node.name == "flatten":
