@@ -10,7 +10,7 @@ layer, which ONNX Runtime fuses into its integer kernels. A layer takes one of t
 
 - integers with a bias of int32 in units of the products, as the integer kernels have it, which
   rounds it by at most half a unit: convolutions that give out codes, which ONNX Runtime makes
-  QLinearConv, and dense layers, QGemm;
+  QLinearConv, and dense layers, QGemm. Some codes change by it: `float_biases` does without;
 - a product of codes with a float32 bias: 1 x 1 convolutions that give out floats, before a sum or
   a mean; ONNX Runtime makes it MatMulIntegerToFloat;
 - in float32, with codes times scales for weights, computed once when the file is loaded, where
@@ -64,6 +64,7 @@ def to_onnx(
     class_names: Sequence[str] | None = None,
     description: Mapping[str, Any] | None = None,
     int4: bool = False,
+    float_biases: bool = False,
 ) -> onnx.ModelProto:
     """The network as an ONNX model from `images` to `logits`, float32 [batch, classes], any batch.
 
@@ -76,6 +77,8 @@ def to_onnx(
       description: JSON values that say what network this is.
       int4: store codes of at most 4 bits as int4. The file is smaller and needs opset 21, else 13;
         what ONNX Runtime makes of it is the same.
+      float_biases: leave biases as they are. The logits are then `evaluate`'s to float tolerance,
+        but for codes on the border of two; convolutions of larger kernels run in float32.
 
     Returns:
       A model with the metadata `class_names`, `mean`, `std` and `network`, each as JSON, as far as
@@ -98,8 +101,16 @@ def to_onnx(
         operation = node.operation
         if isinstance(operation, Convolution | Dense):
             to_codes = len(users) == 1 and isinstance(users[0], Quantize)
-            flags = {"to_codes": to_codes, "int4": int4}
-            given = add_layer(file, node.name, operation, inputs[0], node.shape, **flags)
+            given = add_layer(
+                file,
+                node.name,
+                operation,
+                inputs[0],
+                node.shape,
+                to_codes=to_codes,
+                int4=int4,
+                float_bias=float_biases,
+            )
         elif isinstance(operation, Quantize):
             given = _quantize(file, node.name, operation, inputs[0])
         elif isinstance(operation, MaxPool):

@@ -74,6 +74,7 @@ def add_layer(
     *,
     to_codes: bool,
     int4: bool,
+    float_bias: bool,
 ) -> Value:
     """Add a layer to the file; returns what it gives out.
 
@@ -85,19 +86,20 @@ def add_layer(
       shape: of what it gives out.
       to_codes: whether codes are all that is wanted of it.
       int4: whether codes of at most 4 bits are stored as int4.
+      float_bias: whether the bias must not be rounded.
     """
     weights = layer.kernel
     if isinstance(weights, Quantized):
         int4 = int4 and weights.bits <= 4
         if x.codes is not None and _is_by_channel(weights):
+            bias = None if float_bias else _whole_bias(layer, x.codes)
             if isinstance(layer, Dense):
-                return Value(shape, _dense(file, name, layer, weights, x, int4))
-            if to_codes and weights.zero_point is None:
-                bias = _whole_bias(layer, x.codes)
                 if bias is not None:
-                    y = _between_codes(file, name, layer, weights, x.codes, bias, int4)
-                    return Value(shape, y)
-            if _is_pointwise(layer):
+                    return Value(shape, _dense(file, name, layer, weights, x, bias, int4))
+            elif bias is not None and to_codes and weights.zero_point is None:
+                y = _between_codes(file, name, layer, weights, x.codes, bias, int4)
+                return Value(shape, y)
+            elif _is_pointwise(layer):
                 return Value(shape, _pointwise(file, name, layer, weights, x.codes, int4))
     return Value(shape, _in_floats(file, name, layer, x, int4))
 
@@ -129,7 +131,13 @@ def _between_codes(
 
 
 def _dense(
-    file: OnnxFile, name: str, layer: Dense, weights: Quantized, x: Value, int4: bool
+    file: OnnxFile,
+    name: str,
+    layer: Dense,
+    weights: Quantized,
+    x: Value,
+    bias: np.ndarray,
+    int4: bool,
 ) -> str:
     assert x.codes is not None
     kernel = np.asarray(weights.codes)
@@ -137,9 +145,6 @@ def _dense(
         kernel = kernel[x.order]
     stored, scale = _weights(file, name, weights, kernel, axis=1, int4=int4)
     inputs = [_values(file, x.codes), stored]
-    bias = _whole_bias(layer, x.codes)
-    if bias is None:
-        return _plus_bias(file, name, file.node("MatMul", inputs, f"{name}/product"), layer)
     if bias.size:
         inputs.append(_bias_values(file, name, bias, x.codes.scale * scale))
     return file.node("Gemm", inputs, name, alpha=1.0, beta=1.0)

@@ -250,6 +250,20 @@ def test_low_bits_are_clipped_as_integers(
     assert fused(file, tmp_path) == {"QLinearConv": 2, "QGemm": 1, "MatMulIntegerToFloat": 2}
 
 
+def test_biases_may_stay_in_floats(rng: np.random.Generator, tmp_path: Path) -> None:
+    graph = block(rng)
+    file = to_onnx(graph, float_biases=True)
+    arrays = arrays_of(file)
+    assert check_integers(graph, arrays) == 5
+    assert not any(array.dtype == np.int32 for array in arrays.values())
+    images = rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
+    expected = run(graph, images)
+    (found,) = session(file).run(None, {"images": images})
+    apart = np.max(np.abs(found - expected), axis=1) / np.ptp(expected)
+    assert np.mean(apart < 1e-5) > 0.6
+    assert fused(file, tmp_path) == {"MatMulIntegerToFloat": 2, "Conv": 2, "Gemm": 1}
+
+
 def test_what_has_no_integer_kernel_keeps_its_numbers(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
