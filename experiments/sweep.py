@@ -48,7 +48,10 @@ from experiments.sweeping.processes import (
 )
 
 # Beside the experiments, and not to be swept: they make no runs.
-TOOLS = {"bench_data", "bench_step", "export", "plan", "report", "sharded_blend", "sweep"}
+TOOLS = {
+    *("bench_data", "bench_deploy", "bench_step", "classify", "compare_exports", "export", "plan"),
+    *("report", "sharded_blend", "sweep"),
+}
 POLL_SECONDS = 0.1
 EXIT_STOPPED = os.EX_TEMPFAIL  # 75: a run was asked to stop, and has saved its state
 

@@ -17,7 +17,7 @@ import pytest
 import qwix
 
 import ab_jax as ab
-from ab_jax.activations import relu6
+from ab_jax.activations import ActivationQuantizer, relu6
 from ab_jax.data import load
 from ab_jax.data.facts import facts
 from ab_jax.export.packed import read_packed, write_packed
@@ -200,9 +200,9 @@ def test_a_program_gives_the_logits_of_the_packed_network(
 
 def test_qwix_gets_codes_and_ranges(mobilenet_run: Run, tmp_path: Path) -> None:
     path, _, variables = mobilenet_run
-    written = export.run(export.Config(run=path, out=tmp_path / "net", format="qwix"))
-    assert written == sum(x.stat().st_size for x in (tmp_path / "net").rglob("*") if x.is_file())
-    network, found = read_run(path), read_qwix(tmp_path / "net")
+    network = read_run(path)
+    export.FORMATS["qwix"](network, tmp_path / "net")
+    found = read_qwix(tmp_path / "net")
     assert found.network == network.description
     handed = to_qwix(network.variables)
     assert jax.tree.structure(found.variables) == jax.tree.structure(handed)
@@ -220,15 +220,17 @@ def test_qwix_gets_codes_and_ranges(mobilenet_run: Run, tmp_path: Path) -> None:
     # Each of them is of a layer that Qwix serves.
     model = plain_convolutions(rebuilt(found.network)[0])
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
-    served, params = serve(model, found.variables, images, inputs=found.inputs, train=False)
-    logits = jax.eval_shape(functools.partial(served.apply, train=False), params, images)
-    assert logits.shape == (2, 5)
+    _, served = serve(model, found.variables, images, inputs=found.inputs, train=False)
+    expected = ActivationQuantizer(bits=4).scale(ranges["block3"]["pointwise_input"])
+    scale = served["params"]["block3"]["pointwise"]["conv_general_dilated0_lhs_scale"].array
+    assert same_bits(scale.reshape(()), expected)
 
 
 def test_qwix_computes_the_logits_of_a_run(
     binarynet_run: Run, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    export.run(export.Config(run=binarynet_run.path, out=tmp_path / "net", format="qwix"))
+    written = export.run(export.Config(run=binarynet_run.path, out=tmp_path / "net", format="qwix"))
+    assert written == sum(x.stat().st_size for x in (tmp_path / "net").rglob("*") if x.is_file())
     network, found = read_run(binarynet_run.path), read_qwix(tmp_path / "net")
     assert found.inputs == {}
     images = rng.normal(size=(5, 8, 8, 1)).astype(np.float32)

@@ -1,0 +1,252 @@
+"""Whether exported networks answer as their runs do: counted over the whole test set.
+
+    python -m experiments.compare_exports runs/small/ab
+
+The network of each run at alpha 1, as the run evaluates it, is compared with what is made of it:
+its graph with batch norm folded, in integers, and each format of `experiments.export`, written to
+a file and read back. Told are the images whose most likely class differs, and by how much logits
+do, in steps of the last layer: what its largest weight makes of one step of its input.
+
+The last line of each table says what to expect of rounding alone: the same network, computed in
+float64. A value that falls on the border of two codes goes to the one or the other, and what an
+early layer sees so differently is many steps in the logits of that image.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import ab_jax as ab
+from ab_jax.data import Dataset, load
+from ab_jax.data.augment import normalize
+from ab_jax.export.describe import describe
+from ab_jax.export.fold import fold_batch_norm
+from ab_jax.export.graph import Affine, Convolution, Dense, Graph, Quantize, evaluate, values_of
+from ab_jax.export.integers import evaluate_in_integers
+from ab_jax.training.records import describe_run, write_json
+from experiments import export
+from experiments.exporting.networks import Network, load_packed, read_run
+from experiments.recipes.command_line import end_with_a_line
+from experiments.recipes.methods import named
+
+_BATCH = 250  # images at a time
+
+Logits = Callable[[np.ndarray], Any]  # of normalized float32 images
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which runs, and what is compared with them."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # directories of finished runs
+    forms: tuple[str, ...] = ()  # what to compare; none: whatever can be run here
+    out: Path | None = None  # where to write the counts, as JSON
+
+
+def folded(network: Network, directory: Path) -> Logits:
+    """The graph in float32, batch norm folded."""
+    graph = fold_batch_norm(graph_of(network))
+    return jax.jit(lambda images: evaluate(graph, images))
+
+
+def integers(network: Network, directory: Path) -> Logits:
+    """The same in integers."""
+    graph = fold_batch_norm(graph_of(network))
+    return jax.jit(lambda images: evaluate_in_integers(graph, images))
+
+
+def float64(network: Network, directory: Path) -> Logits:
+    """The graph as it is, in float64; codes of inputs are still those nearest in float32."""
+    graph = graph_of(network)
+    with jax.enable_x64(True):
+        graph = dataclasses.replace(
+            graph,
+            nodes=tuple(
+                dataclasses.replace(node, operation=_widened(node.operation))
+                for node in graph.nodes
+            ),
+        )
+        compiled = jax.jit(lambda images: evaluate(graph, images))
+
+    def logits(images: np.ndarray) -> Any:
+        with jax.enable_x64(True):
+            return compiled(images.astype(np.float64))
+
+    return logits
+
+
+def packed(network: Network, directory: Path) -> Logits:
+    """A packed file."""
+    path = directory / "net.safetensors"
+    export.packed(network, path)
+    model, variables = load_packed(path)
+    return jax.jit(lambda images: model.apply(variables, images, train=False))
+
+
+def stablehlo(network: Network, directory: Path) -> Logits:
+    """A StableHLO program."""
+    path = directory / "net.stablehlo"
+    export.stablehlo(network, path)
+    return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
+
+
+def onnx(network: Network, directory: Path) -> Logits:
+    """An ONNX file in ONNX Runtime."""
+    import onnxruntime
+
+    path = directory / "net.onnx"
+    unknown = {**network.description, "data": {}}  # images are normalized here
+    export.onnx(dataclasses.replace(network, description=unknown), path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    session = onnxruntime.InferenceSession(
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
+    (images,) = session.get_inputs()
+    return lambda pixels: session.run(None, {images.name: pixels})[0]
+
+
+#: What a network is compared with, in the order of the table.
+FORMS: dict[str, Callable[[Network, Path], Logits]] = {
+    "folded": folded,
+    "integers": integers,
+    "packed": packed,
+    "stablehlo": stablehlo,
+    "onnx": onnx,
+    "float64": float64,
+}
+
+
+def graph_of(network: Network) -> Graph:
+    """The network as a graph."""
+    return describe(network.model, network.variables, network.image_shape)
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Compare, print a table for each run, and return the record."""
+    forms = {name: named("forms", name, FORMS) for name in config.forms or FORMS}
+    if not config.runs:
+        raise ValueError("There are no runs to compare. Name some directories.")
+    counts = {}
+    for path in config.runs:
+        network = read_run(path)
+        counts[str(path)] = compare(network, images_of(network), forms)
+        print(f"{path}\n{table(counts[str(path)])}", flush=True)
+    flags = {"runs": [str(path) for path in config.runs], "forms": list(forms)}
+    record = {**describe_run("experiments.compare_exports", flags), "counts": counts}
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.out, record)
+    return record
+
+
+def images_of(network: Network) -> np.ndarray:
+    """The test images of the run's data, normalized."""
+    flags = network.description["config"]
+    if flags.get("stream") or flags["dataset"] == "imagenet2012":
+        raise ValueError(
+            f"The run's data are a stream of {flags['dataset']}. Only images that fit in memory "
+            f"are compared."
+        )
+    chosen = {"classes": flags["classes"]} if flags.get("classes") is not None else {}
+    dataset: Dataset = load(
+        flags["dataset"],
+        data_dir=flags["data_dir"],
+        validation=flags["validation"],
+        image_size=flags["image_size"],
+        **chosen,
+    )
+    return np.asarray(normalize(jnp.asarray(dataset.test.images), dataset.mean, dataset.std))
+
+
+def compare(
+    network: Network, images: np.ndarray, forms: dict[str, Callable[[Network, Path], Logits]]
+) -> dict[str, Any]:
+    """Counts by form, over all images."""
+    variables = ab.dequantize(network.variables)
+    model = jax.jit(lambda images: network.model.apply(variables, images, train=False))
+    expected = _in_batches(model, images)
+    step = last_step(graph_of(network))
+    found: dict[str, Any] = {"images": len(images), "step": step, "forms": {}}
+    with tempfile.TemporaryDirectory() as directory:
+        for name, make in forms.items():
+            logits = _in_batches(make(network, Path(directory)), images)
+            largest = np.abs(logits - expected).max(axis=1)
+            found["forms"][name] = {
+                "other_class": int(np.sum(logits.argmax(1) != expected.argmax(1))),
+                "above_one_step": None if step is None else int(np.sum(largest > step)),
+                "largest": float(largest.max()),
+            }
+    return found
+
+
+def last_step(graph: Graph) -> float | None:
+    """The most that a logit changes with one step of the last layer's input; None: it is float."""
+    steps = [
+        (float(source.quantizer.scale(source.limit)), np.abs(values_of(layer.kernel)).max())
+        for node in graph.nodes
+        if isinstance(layer := node.operation, Dense)
+        and node.inputs[0] > 0
+        and isinstance(source := graph.nodes[node.inputs[0] - 1].operation, Quantize)
+    ]
+    return float(steps[-1][0] * steps[-1][1]) if steps else None
+
+
+def table(counts: dict[str, Any]) -> str:
+    """The counts of a run as a Markdown table."""
+    images, step = counts["images"], counts["step"]
+    lines = [
+        f"| of {images:,} images | another class | a logit off by more than a step | at most |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for name, found in counts["forms"].items():
+        share = f"{found['other_class']} ({100 * found['other_class'] / images:.2f} %)"
+        most = f"{found['largest']:.2g}"
+        if step is not None:
+            most = f"{found['largest'] / step:.2g} steps"
+        above = "" if step is None else f"{found['above_one_step']}"
+        lines.append(f"| {name} | {share} | {above} | {most} |")
+    return "\n".join(lines)
+
+
+def _in_batches(logits: Logits, images: np.ndarray) -> np.ndarray:
+    """All logits, float64; batches are of one size, for one compilation."""
+    missing = -len(images) % _BATCH
+    padded = np.concatenate([images, np.zeros((missing, *images.shape[1:]), images.dtype)])
+    batches = padded.reshape(-1, _BATCH, *images.shape[1:])
+    found = np.concatenate([np.asarray(logits(batch), np.float64) for batch in batches])
+    return found[: len(images)]
+
+
+def _widened(operation: Any) -> Any:
+    """An operation with float64 for its arrays, of which codes times scales are exact."""
+    match operation:
+        case Convolution(kernel=kernel, bias=bias) | Dense(kernel=kernel, bias=bias):
+            if isinstance(kernel, ab.Quantized):
+                kernel = dataclasses.replace(
+                    kernel, scale=kernel.scale.astype(jnp.float64), dtype="float64"
+                )
+            kernel = jnp.asarray(values_of(kernel), jnp.float64)
+            bias = None if bias is None else bias.astype(jnp.float64)
+            return dataclasses.replace(operation, kernel=kernel, bias=bias)
+        case Affine(scale, shift):
+            return Affine(scale.astype(jnp.float64), shift.astype(jnp.float64))
+    return operation
+
+
+def main() -> None:
+    """The command line; what the user can mend ends it with one line on stderr."""
+    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    end_with_a_line(lambda: run(config))
+
+
+if __name__ == "__main__":
+    main()
