@@ -20,7 +20,12 @@ from packaging.requirements import Requirement
 import ab_jax
 
 ROOT = Path(__file__).parents[1]
-INPUTS = ("pyproject.toml", "requirements.txt", "requirements-test.txt", "README.md", "LICENSE")
+EXTRAS = {
+    "train": "requirements.txt",
+    "test": "requirements-test.txt",
+    "litert": "requirements-litert.txt",
+}
+INPUTS = ("pyproject.toml", *EXTRAS.values(), "README.md", "LICENSE")
 
 
 def requirements(name: str) -> dict[str, Requirement]:
@@ -79,9 +84,7 @@ def test_core_needs_jax_and_optax_alone(metadata: email.message.Message) -> None
     assert core == {name: listed[name].specifier for name in ("jax", "optax")}
 
 
-@pytest.mark.parametrize(
-    ("extra", "name"), [("train", "requirements.txt"), ("test", "requirements-test.txt")]
-)
+@pytest.mark.parametrize(("extra", "name"), EXTRAS.items())
 def test_extra_is_its_requirements_file(
     metadata: email.message.Message, extra: str, name: str
 ) -> None:
@@ -92,11 +95,19 @@ def test_extra_is_its_requirements_file(
     assert marked == {n: r.specifier for n, r in requirements(name).items()}
 
 
-def test_every_requirement_is_a_range() -> None:
+@pytest.mark.parametrize("file", ["requirements.txt", "requirements-litert.txt"])
+def test_every_requirement_is_a_range(file: str) -> None:
     """A lower bound that was tested, an upper bound against the next break."""
-    for name, requirement in requirements("requirements.txt").items():
+    for name, requirement in requirements(file).items():
         operators = sorted(specifier.operator for specifier in requirement.specifier)
         assert operators == ["<", ">="], name
+
+
+def test_what_two_files_require_is_the_same() -> None:
+    train, test, litert = (requirements(name) for name in EXTRAS.values())
+    assert litert.keys() <= train.keys() | test.keys(), "the tests install it"
+    for name, requirement in litert.items():
+        assert requirement == {**train, **test}[name]
 
 
 def test_version_and_python_come_from_one_place(metadata: email.message.Message) -> None:

@@ -1,0 +1,141 @@
+"""What LiteRT's operators are given of our layers: codes in their layout, scales, integer biases.
+
+An integer layer of LiteRT sums `codes * (input codes - zero point)` and an int32 bias, and rounds
+`sum * (input scale * weight scale / output scale)` to int8, which saturates. Its unit of a bias is
+that of the sum, so that codes of few bits would round the bias coarsely: they are multiplied by a
+power of two, and their scales divided by it, which changes no weight.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from ab_jax.export.flatbuffer import Scales
+from ab_jax.export.graph import Convolution, Dense, Quantize, Weights
+from ab_jax.quantizers import Quantized
+
+_HIGHEST = 127  # of int8; weights do not use -128, which fast kernels cannot take
+_SMALLEST = np.finfo(np.float32).tiny
+_LARGEST_MULTIPLIER = 256.0  # XNNPACK refuses those that are not below it
+_BIAS_BITS = 20  # of a bias in a channel without weights, which has no scale of its own
+
+
+class Integers(NamedTuple):
+    """A layer in integers.
+
+    Attributes:
+      codes: int8, the shape of the kernel, zero point 0.
+      scale: float32 [channels out], positive.
+      bias: int32 [channels out], of scale `input scale * scale`.
+      bias_scale: float32 [channels out].
+    """
+
+    codes: np.ndarray
+    scale: np.ndarray
+    bias: np.ndarray
+    bias_scale: np.ndarray
+
+
+def activation_scales(quantize: Quantize) -> Scales:
+    """Of int8 codes, whose highest, 127, is our highest one: they saturate where ours do.
+
+    Unsigned codes of 8 bits have zero point -128, those of 4 bits 112. Below, whatever is
+    negative must have been clipped, unless the lowest code is -128.
+    """
+    scale = np.asarray(quantize.quantizer.scale(quantize.limit)).reshape(1)
+    return Scales(scale, np.array([_HIGHEST - quantize.quantizer.levels[1]]))
+
+
+def weight_scales(name: str, weights: Quantized) -> Scales:
+    """Scales and zero points of a kernel: one each, or one a channel out (the last axis).
+
+    A scale of 0, of a channel that batch norm multiplies by 0, becomes the smallest one, 1.2e-38,
+    since LiteRT's must be positive.
+
+    Raises:
+      ValueError: other blocks of weights have scales of their own; names the layer.
+    """
+    shape = weights.scale.shape
+    if any(size != 1 for size in shape[:-1]) or shape[-1] not in (1, weights.codes.shape[-1]):
+        raise ValueError(
+            f"{name} has scales of shape {list(shape)}, and LiteRT has one a tensor or one an "
+            f"output channel. Quantize with axis=-1 or None, and without group_size."
+        )
+    scale = np.maximum(np.asarray(weights.scale, np.float32).reshape(-1), _SMALLEST)
+    zero_point = np.zeros(scale.shape, np.int64)
+    if weights.zero_point is not None:
+        zero_point += np.asarray(weights.zero_point).reshape(-1)
+    return Scales(scale, zero_point, axis=len(shape) - 1)
+
+
+def integers(name: str, layer: Convolution | Dense, x: Quantize, y: Quantize) -> Integers | None:
+    """The layer from codes of `x` to codes of `y`, or None where int8 kernels cannot compute it.
+
+    They cannot where weights have no codes, or zero points that leave int8 once they are
+    subtracted (affine ones of 8 bits), or where a sum might leave int32.
+    """
+    if not isinstance(layer.kernel, Quantized):
+        return None
+    scales = weight_scales(name, layer.kernel)
+    codes = np.asarray(layer.kernel.codes).astype(np.int64) - scales.zero_point
+    largest = int(np.abs(codes).max())
+    if largest > _HIGHEST:
+        return None
+    shift = int(np.log2(_HIGHEST // max(largest, 1)))
+    channels = codes.shape[-1]
+    # float64 throughout: scales are products of float32, and the quotient must round but once.
+    scale = np.broadcast_to(scales.scale.astype(np.float64) / 2**shift, channels).copy()
+    bias = np.zeros(channels) if layer.bias is None else np.asarray(layer.bias, np.float64)
+    of_x, of_y = (float(activation_scales(of).scale[0]) for of in (x, y))
+    codes <<= shift
+
+    idle = scale < 2 * _SMALLEST
+    codes[..., idle] = 0
+    scale[idle] = np.where(bias == 0, 1.0, np.abs(bias) / of_x / 2**_BIAS_BITS)[idle]
+    scale = np.maximum(scale, _SMALLEST).astype(np.float32).astype(np.float64)
+
+    units = np.rint(bias / (of_x * scale))
+    multiplier = of_x * scale / of_y
+    most = np.abs(units) + np.abs(codes).sum(tuple(range(codes.ndim - 1))) * x.quantizer.levels[1]
+    # A multiplier above 1 shifts the sum to the left before anything else.
+    if (most * 2 * np.maximum(multiplier, 1)).max() >= 2**31:
+        return None
+    if multiplier.max() >= _LARGEST_MULTIPLIER:
+        return None
+    return Integers(
+        codes.astype(np.int8),
+        scale.astype(np.float32),
+        units.astype(np.int32),
+        np.maximum(of_x * scale, _SMALLEST).astype(np.float32),
+    )
+
+
+def is_depthwise(layer: Convolution | Dense) -> bool:
+    """Whether each channel is convolved by itself, for which LiteRT has an operator of its own."""
+    return isinstance(layer, Convolution) and layer.groups > 1 and _channels(layer.kernel) == 1
+
+
+def in_layout(layer: Convolution | Dense, kernel: np.ndarray) -> np.ndarray:
+    """A kernel in LiteRT's layout.
+
+    [channels out, height, width, channels in], [1, height, width, channels out] of depthwise
+    convolutions, [features out, features in] of dense layers.
+    """
+    if isinstance(layer, Dense):
+        return kernel.T
+    return kernel.transpose((2, 0, 1, 3) if is_depthwise(layer) else (3, 0, 1, 2))
+
+
+def channel_axis(layer: Convolution | Dense) -> int:
+    """Where the channels out are in that layout."""
+    return 3 if is_depthwise(layer) else 0
+
+
+def _channels(kernel: Weights) -> int:
+    return (kernel.codes if isinstance(kernel, Quantized) else kernel).shape[-2]
+
+
+def width(codes: np.ndarray) -> int:
+    """The bits, 2, 4 or 8, in which these codes can be stored."""
+    lowest, highest = int(codes.min()), int(codes.max())
+    return next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= lowest and highest < 2 ** (b - 1))
