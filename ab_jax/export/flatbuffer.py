@@ -63,7 +63,7 @@ class Flatbuffer:
         return len(self._tensors) - 1
 
     def constant(
-        self, name: str, array: np.ndarray, scales: Scales | None = None, *, bits: int | None = None
+        self, name: str, array: np.ndarray, scales: Scales | None = None, *, bits: int = 8
     ) -> int:
         """A tensor that the file holds, of the array's shape and dtype.
 
@@ -71,10 +71,10 @@ class Flatbuffer:
           name: for people to read.
           array: float32, int32 or int8.
           scales: of int8 or int32 codes.
-          bits: 2 or 4, to store int8 codes that fit at that width.
+          bits: 2 or 4, to store int8 codes that fit at that width; else 8.
         """
         kind, data = array.dtype.name.upper(), np.ascontiguousarray(array)
-        if bits is not None:
+        if bits < 8:
             kind, data = f"INT{bits}", pack(array, bits)
         tensor = self._add(name, array.shape, kind, scales)
         self._buffers.append(_Buffer(data.reshape(-1).view(np.uint8)))

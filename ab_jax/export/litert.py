@@ -42,7 +42,7 @@ METADATA = "ab_jax"  # the name under which a file has its description
 
 
 def to_litert(
-    graph: Graph, *, description: Mapping[str, Any] | None = None, narrowest: int = 2
+    graph: Graph, *, description: Mapping[str, Any] | None = None, narrowest: int = 8
 ) -> bytes:
     """The bytes of a .tflite file.
 
@@ -50,9 +50,9 @@ def to_litert(
       graph: with batch norm folded, so that layers can be integer operators.
       description: JSON values that travel with the file, as the entry `ab_jax` of its metadata:
         class names, say, and the mean and deviation by which images are normalized.
-      narrowest: width in bits, 2, 4 or 8, below which no codes are stored. Weights of float
-        operators take 2 or 4 bits where that is enough, which older runtimes cannot read. Weights
-        of integer operators take 8 in any case.
+      narrowest: width in bits, 8, 4 or 2, below which no codes are stored: the weights of float
+        operators may take 4 or 2 bits where that is enough, but XNNPACK, the interpreter's fast
+        kernels, reads none but those of 8. Weights of integer operators always take 8.
 
     Raises:
       ValueError: scales that LiteRT's tensors do not have, or another width; names the layer.

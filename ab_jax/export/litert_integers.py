@@ -1,9 +1,9 @@
 """What LiteRT's operators are given of our layers: codes in their layout, scales, integer biases.
 
 An integer layer of LiteRT sums `codes * (input codes - zero point)` and an int32 bias, and rounds
-`sum * (input scale * weight scale / output scale)` to int8, which saturates. Its unit of a bias is
-that of the sum, so that codes of few bits would round the bias coarsely: they are multiplied by a
-power of two, and their scales divided by it, which changes no weight.
+`sum * (input scale * weight scale / output scale)` to int8, which saturates. A bias is a whole
+number of the sum's units, which codes of few bits make coarse: their channels are multiplied by a
+power of two, and the scales divided by it, which changes no weight and leaves smaller units.
 """
 
 from typing import NamedTuple
@@ -16,15 +16,17 @@ from ab_jax.quantizers import Quantized
 
 _HIGHEST = 127  # of int8; weights do not use -128, which fast kernels cannot take
 _SMALLEST = np.finfo(np.float32).tiny
-_LARGEST_MULTIPLIER = 256.0  # XNNPACK refuses those that are not below it
-_BIAS_BITS = 20  # of a bias in a channel without weights, which has no scale of its own
+_ROOM = 2**30  # for a sum, half of int32
+_LARGEST_MULTIPLIER = 256  # of a sum; XNNPACK refuses what is not below it
+_UNNOTICED = 2**-10  # of a code: what a channel's weights may do in all, and be left out
+_BIAS_UNITS = 2**20  # of the bias of a channel without weights, whose scale is free
 
 
 class Integers(NamedTuple):
     """A layer in integers.
 
     Attributes:
-      codes: int8, the shape of the kernel, zero point 0.
+      codes: int8, the shape of the kernel, zero point 0: ours times a power of two by channel.
       scale: float32 [channels out], positive.
       bias: int32 [channels out], of scale `input scale * scale`.
       bias_scale: float32 [channels out].
@@ -47,7 +49,7 @@ def activation_scales(quantize: Quantize) -> Scales:
 
 
 def weight_scales(name: str, weights: Quantized) -> Scales:
-    """Scales and zero points of a kernel: one each, or one a channel out (the last axis).
+    """Scales and zero points of a kernel: one each, or one a channel out.
 
     A scale of 0, of a channel that batch norm multiplies by 0, becomes the smallest one, 1.2e-38,
     since LiteRT's must be positive.
@@ -65,47 +67,56 @@ def weight_scales(name: str, weights: Quantized) -> Scales:
     zero_point = np.zeros(scale.shape, np.int64)
     if weights.zero_point is not None:
         zero_point += np.asarray(weights.zero_point).reshape(-1)
-    return Scales(scale, zero_point, axis=len(shape) - 1)
+    return Scales(scale, zero_point)
 
 
 def integers(name: str, layer: Convolution | Dense, x: Quantize, y: Quantize) -> Integers | None:
     """The layer from codes of `x` to codes of `y`, or None where int8 kernels cannot compute it.
 
     They cannot where weights have no codes, or zero points that leave int8 once they are
-    subtracted (affine ones of 8 bits), or where a sum might leave int32.
+    subtracted (affine ones of 8 bits), or where a sum might leave int32. A channel without a scale,
+    or whose bias leaves its weights no room while they could not change a code, has codes 0.
+
+    Args:
+      name: of the layer.
+      layer: with or without codes.
+      x: what made the codes it takes.
+      y: what makes codes of what it gives.
     """
     if not isinstance(layer.kernel, Quantized):
         return None
     scales = weight_scales(name, layer.kernel)
     codes = np.asarray(layer.kernel.codes).astype(np.int64) - scales.zero_point
-    largest = int(np.abs(codes).max())
-    if largest > _HIGHEST:
+    if np.abs(codes).max() > _HIGHEST:
         return None
-    shift = int(np.log2(_HIGHEST // max(largest, 1)))
-    channels = codes.shape[-1]
-    # float64 throughout: scales are products of float32, and the quotient must round but once.
-    scale = np.broadcast_to(scales.scale.astype(np.float64) / 2**shift, channels).copy()
+    channels, others = codes.shape[-1], tuple(range(codes.ndim - 1))
+    # float64 from here on: products and quotients of float32 that are rounded but once.
+    scale = np.broadcast_to(scales.scale.astype(np.float64), channels)
     bias = np.zeros(channels) if layer.bias is None else np.asarray(layer.bias, np.float64)
     of_x, of_y = (float(activation_scales(of).scale[0]) for of in (x, y))
-    codes <<= shift
 
-    idle = scale < 2 * _SMALLEST
+    sums = np.abs(codes).sum(others) * x.quantizer.levels[1]
+    most = sums + np.abs(bias) / (of_x * scale)
+    idle = (most >= _ROOM) & (sums * of_x * scale / of_y < _UNNOTICED)
     codes[..., idle] = 0
-    scale[idle] = np.where(bias == 0, 1.0, np.abs(bias) / of_x / 2**_BIAS_BITS)[idle]
-    scale = np.maximum(scale, _SMALLEST).astype(np.float32).astype(np.float64)
+    free = np.where(bias == 0, 1.0, np.abs(bias) / of_x / _BIAS_UNITS)
+    scale = np.where(idle, np.maximum(free, _SMALLEST), scale)
+    most = np.maximum(np.where(idle, _BIAS_UNITS, most), 1)
 
-    units = np.rint(bias / (of_x * scale))
-    multiplier = of_x * scale / of_y
-    most = np.abs(units) + np.abs(codes).sum(tuple(range(codes.ndim - 1))) * x.quantizer.levels[1]
-    # A multiplier above 1 shifts the sum to the left before anything else.
-    if (most * 2 * np.maximum(multiplier, 1)).max() >= 2**31:
-        return None
-    if multiplier.max() >= _LARGEST_MULTIPLIER:
+    room = np.minimum(_HIGHEST / np.maximum(np.abs(codes).max(others), 1), _ROOM / most)
+    finer = 2 ** np.floor(np.log2(np.maximum(room, 1)))
+    codes = codes * finer.astype(np.int64)
+    scale, most = scale / finer, most * finer
+    # A scale below the normal numbers would be refused; a sum of that scale is no sum at all.
+    scale = np.maximum(scale, _SMALLEST).astype(np.float32)
+    multiplier = of_x * scale.astype(np.float64) / of_y
+    # Kernels shift a sum to the left first where the multiplier is above 1.
+    if (most * np.maximum(multiplier, 1)).max() > _ROOM or multiplier.max() >= _LARGEST_MULTIPLIER:
         return None
     return Integers(
         codes.astype(np.int8),
-        scale.astype(np.float32),
-        units.astype(np.int32),
+        scale,
+        np.rint(bias / (of_x * scale.astype(np.float64))).astype(np.int32),
         np.maximum(of_x * scale, _SMALLEST).astype(np.float32),
     )
 

@@ -96,7 +96,7 @@ def _float_weights(
     codes = in_layout(layer, np.asarray(layer.kernel.codes))
     scales = weight_scales(node.name, layer.kernel)._replace(axis=channel_axis(layer))
     bits = max(narrowest, width(codes))
-    stored = file.constant(name, codes, scales, bits=None if bits == 8 else bits)
+    stored = file.constant(name, codes, scales, bits=bits)
     kernel = file.value(f"{name}/values", codes.shape)
     version = {2: 7, 4: 6, 8: 5 if len(scales.scale) > 1 else 2}[bits]
     file.operator("DEQUANTIZE", [stored], [kernel], schema.DequantizeOptionsT(), version)
