@@ -23,9 +23,10 @@ from typing import Any, Literal
 import tyro
 
 import ab_jax as ab
-from ab_jax.activations import ACTIVATIONS
+from ab_jax.activations import ACTIVATIONS, ActivationQuantizer
 from ab_jax.data import load, steps_per_epoch
 from ab_jax.models.binarynet import BinaryNet
+from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs, keep_input
 from ab_jax.training.distributed import all_devices
 from ab_jax.training.loop import Training, train
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
@@ -64,6 +65,9 @@ class Config:
     # relu: 1-bit weights only. sign: 1-bit activations too, with the hard tanh's derivative
     # backward. sign_blend: the same, its gradient scaled by 1 - alpha as the weights' is.
     activation: str = "relu"
+    # 2 to 8 bits for the inputs of layers after a ReLU, up to the running mean of batches' 99.9th
+    # percentiles (images: 8, signed); None: they stay in float. Alpha is that of the weights.
+    act_bits: int | None = None
     # How alpha rises from 0 to 1: cubic, linear, cosine, or jump (at the ramp's start).
     ramp: Ramp = "cubic"
     ramp_start: float = 0.0  # where the ramp starts, in parts of the run
@@ -119,14 +123,39 @@ def weight_rules(config: Config) -> ab.Rules:
     return ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
 
 
-def make_model(config: Config, *, num_classes: int, image_size: int, **fields: Any) -> BinaryNet:
+def activation_rules(config: Config) -> ActivationRules | None:
+    """Inputs of layers by the flag."""
+    bits = config.act_bits
+    if bits is None:
+        return None
+    if config.activation != "relu":
+        raise ValueError(
+            f"--act_bits={bits} is for --activation=relu: what --activation={config.activation} "
+            f"gives out has one bit. Omit one of the two."
+        )
+    images = ActivationQuantizer(bits=8, signed=True)
+    return ActivationRules(
+        [("conv0", images), (r".*", ActivationQuantizer(bits=bits, percentile=99.9))]
+    )
+
+
+def make_model(
+    config: Config,
+    *,
+    num_classes: int,
+    image_size: int,
+    axis_name: str | None = None,
+    **fields: Any,
+) -> BinaryNet:
     """The network that the flags ask for, for images of any size; `fields` are further ones."""
-    activation = named("activation", config.activation, ACTIVATIONS)
+    inputs = activation_rules(config)
     return BinaryNet(
         num_classes=num_classes,
         width=config.width,
-        activation=activation,
+        activation=named("activation", config.activation, ACTIVATIONS),
+        quantize_input=keep_input if inputs is None else QuantizedInputs(inputs, axis_name),
         dtype=config.dtype,
+        axis_name=axis_name,
         **fields,
     )
 
@@ -136,7 +165,9 @@ def run(config: Config) -> dict[str, Any]:
     c = config
     join(c)
     rules = weight_rules(c)
-    named("activation", c.activation, ACTIVATIONS)  # refused before the data are loaded
+    # Refused before the data are loaded.
+    named("activation", c.activation, ACTIVATIONS)
+    activation_rules(c)
     dataset = load(c.dataset, data_dir=c.data_dir, validation=c.validation, image_size=c.image_size)
     per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
     steps = max(1, round(c.epochs * per_epoch))

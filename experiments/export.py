@@ -10,6 +10,17 @@ packed: codes at their true width, scales and the rest in safetensors (`ab_jax.e
 
 stablehlo: a program from normalized images to logits, codes inside (`ab_jax.export.stablehlo`);
 `jax.export.deserialize(data).call(images)` runs it, on CPUs, GPUs and TPUs, without this library.
+
+qwix: an Orbax checkpoint (a directory) of Qwix's arrays, with the ranges of quantized inputs
+(`ab_jax.export.qwix`); `ab_jax.export.qwix_serving` computes with it by Qwix's kernels.
+
+onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kernels
+(`ab_jax.export.onnx`), from uint8 images where the record tells their mean and std, else from
+normalized ones; `experiments.classify` runs it without JAX. onnx_int4: the same with codes of at
+most 4 bits stored in 4 bits, for readers of opset 21.
+
+litert: a .tflite file for LiteRT, the runtime of phones and small machines, with 8-bit codes in its
+integer operators (`ab_jax.export.litert`), from normalized images to logits.
 """
 
 import dataclasses
@@ -19,13 +30,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import tyro
 
 import ab_jax as ab
+from ab_jax.export.describe import describe
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
-from experiments.exporting.networks import Network, read_run
+from ab_jax.quantized_inputs import layer_paths
+from experiments.exporting.networks import Network, plain_convolutions, read_run
 from experiments.recipes.command_line import end_with_a_line
 from experiments.recipes.methods import named
 
@@ -35,8 +49,8 @@ class Config:
     """What to export, and where to."""
 
     run: tyro.conf.Positional[Path]  # directory of the finished run, such as runs/NAME
-    out: Path  # the file to write; one that is there is replaced
-    format: str = "packed"  # packed or stablehlo
+    out: Path  # the file (of qwix: the checkpoint) to write; one that is there is replaced
+    format: str = "packed"  # packed, stablehlo, qwix, onnx, onnx_int4 or litert
     image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
 
 
@@ -47,11 +61,63 @@ def packed(network: Network, path: Path) -> int:
 
 def stablehlo(network: Network, path: Path) -> int:
     """Write the program; returns its bytes."""
-    model = network.model
-    if hasattr(model, "cpu_convolutions"):  # which are for CPUs, and for a given number of images
-        model = model.clone(cpu_convolutions=False)
-    apply = functools.partial(model.apply, train=False)
+    # Convolutions made for CPUs are for a given number of images, too.
+    apply = functools.partial(plain_convolutions(network.model).apply, train=False)
     data = to_stablehlo(apply, network.variables, network.image_shape)
+    write_whole(path, data)
+    return len(data)
+
+
+def qwix(network: Network, path: Path) -> int:
+    """Write the checkpoint; returns its bytes."""
+    try:
+        from ab_jax.export.qwix import input_codes, to_qwix, write_qwix
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--format=qwix needs {error.name}, which is not installed: pip install '.[qwix]'"
+        ) from error
+    inputs = {}
+    if network.activation_rules is not None:
+        images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+        layers = layer_paths(network.model, images, train=False)
+        inputs = input_codes(network.variables, network.activation_rules, layers)
+    variables = to_qwix(network.variables)
+    return write_qwix(path, variables, inputs=inputs, network=network.description)
+
+
+def onnx(network: Network, path: Path, *, int4: bool = False) -> int:
+    """Write the ONNX file; returns its bytes."""
+    try:
+        from ab_jax.export.onnx import to_onnx
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--format=onnx needs {error.name}, which is not installed: pip install '.[onnx]'"
+        ) from error
+    data = network.description.get("data") or {}
+    normalized = "mean" in data and "std" in data
+    model = to_onnx(
+        describe(network.model, network.variables, network.image_shape),
+        mean=data["mean"] if normalized else None,
+        std=data["std"] if normalized else None,
+        class_names=data.get("class_names"),
+        description=network.description,
+        int4=int4,
+    )
+    written = model.SerializeToString(deterministic=True)
+    write_whole(path, written)
+    return len(written)
+
+
+def litert(network: Network, path: Path) -> int:
+    """Write the .tflite file; returns its bytes."""
+    try:
+        from ab_jax.export.litert import to_litert
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--format=litert needs {error.name}, which is not installed: pip install '.[litert]'"
+        ) from error
+    graph = describe(network.model, network.variables, network.image_shape)
+    data = to_litert(graph, description=network.description)
     write_whole(path, data)
     return len(data)
 
@@ -60,6 +126,10 @@ def stablehlo(network: Network, path: Path) -> int:
 FORMATS: dict[str, Callable[[Network, Path], int]] = {
     "packed": packed,
     "stablehlo": stablehlo,
+    "qwix": qwix,
+    "onnx": onnx,
+    "onnx_int4": functools.partial(onnx, int4=True),
+    "litert": litert,
 }
 
 

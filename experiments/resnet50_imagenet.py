@@ -20,7 +20,7 @@ import flax.linen as nn
 import tyro
 
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet50
-from experiments.recipes import imagenet
+from experiments.recipes import imagenet, imagenet_training
 from experiments.recipes.command_line import end_with_a_line
 
 
@@ -40,7 +40,7 @@ def make_model(config: Config, **fields: Any) -> nn.Module:
 
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
-    return imagenet.run(config, make_model, "experiments.resnet50_imagenet")
+    return imagenet_training.run(config, make_model, "experiments.resnet50_imagenet")
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     },
     "training": {"jax", "numpy", "optax", "flax", "orbax", "rich", "tensorboardX"},
     "export": {
-        *("jax", "numpy", "flax", "safetensors", "onnx", "onnxruntime", "qwix"),
+        *("jax", "numpy", "flax", "safetensors", "onnx", "onnxruntime", "qwix", "orbax"),
         *("ai_edge_litert", "flatbuffers"),
     },
 }

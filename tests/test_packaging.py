@@ -23,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = {
     "train": "requirements.txt",
     "test": "requirements-test.txt",
+    "qwix": "requirements-qwix.txt",
+    "onnx": "requirements-onnx.txt",
     "litert": "requirements-litert.txt",
 }
 INPUTS = ("pyproject.toml", *EXTRAS.values(), "README.md", "LICENSE")
@@ -95,7 +97,7 @@ def test_extra_is_its_requirements_file(
     assert marked == {n: r.specifier for n, r in requirements(name).items()}
 
 
-@pytest.mark.parametrize("file", ["requirements.txt", "requirements-litert.txt"])
+@pytest.mark.parametrize("file", [file for extra, file in EXTRAS.items() if extra != "test"])
 def test_every_requirement_is_a_range(file: str) -> None:
     """A lower bound that was tested, an upper bound against the next break."""
     for name, requirement in requirements(file).items():
@@ -103,11 +105,11 @@ def test_every_requirement_is_a_range(file: str) -> None:
         assert operators == ["<", ">="], name
 
 
-def test_what_two_files_require_is_the_same() -> None:
-    train, test, litert = (requirements(name) for name in EXTRAS.values())
-    assert litert.keys() <= train.keys() | test.keys(), "the tests install it"
-    for name, requirement in litert.items():
-        assert requirement == {**train, **test}[name]
+@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"train", "test"}))
+def test_the_tests_install_what_exports_need(extra: str) -> None:
+    installed = {**requirements(EXTRAS["train"]), **requirements(EXTRAS["test"])}
+    for name, requirement in requirements(EXTRAS[extra]).items():
+        assert requirement == installed[name]
 
 
 def test_version_and_python_come_from_one_place(metadata: email.message.Message) -> None:

@@ -19,6 +19,8 @@ from ab_jax.data.dataset import Images
 from ab_jax.data.pixels import box_downsample, decode
 
 READ_AT_ONCE = 1024  # records
+# Among a builder's metadata: what its classes are called, where their names are ids.
+WORDS = "words"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,12 @@ def open_prepared(name: str, data_dir: Path) -> Any:
     return builder
 
 
+def class_names_of(builder: Any) -> tuple[str, ...]:
+    """One name for each label: words where the data set has them, else what TFDS has."""
+    words = (builder.info.metadata or {}).get(WORDS, {})
+    return tuple(words.get(name, name) for name in builder.info.features["label"].names)
+
+
 @functools.lru_cache(maxsize=8)
 def source_of(directory: Path, split: str) -> Any:
     """A split's records by index, images still encoded; opened once in a process."""
@@ -126,7 +134,7 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
     size = "full" if image_size is None else str(image_size)
     return Prepared(
         version=str(builder.version),
-        class_names=tuple(builder.info.features["label"].names),
+        class_names=class_names_of(builder),
         splits={
             split: cached(
                 directory / f"decoded-{split}-{size}.npz",

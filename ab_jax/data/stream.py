@@ -20,7 +20,7 @@ import numpy as np
 from ab_jax.data.batches import epoch_order, evaluation_batches, steps_per_epoch
 from ab_jax.data.dataset import Images
 from ab_jax.data.jpeg import center_crop, decode_photo, random_resized_crop
-from ab_jax.data.prepared import open_prepared, resolve_data_dir, source_of
+from ab_jax.data.prepared import class_names_of, open_prepared, resolve_data_dir, source_of
 
 # Of ImageNet's training images, as everywhere; pixels in 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -310,5 +310,5 @@ def load_stream(
         train=photos(split="train", start=0, stop=n - validation),
         validation=photos(split="train", start=n - validation, stop=n),
         test=photos(split="validation", start=0, stop=sizes["validation"]),
-        class_names=tuple(builder.info.features["label"].names),
+        class_names=class_names_of(builder),
     )

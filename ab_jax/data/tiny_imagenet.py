@@ -3,6 +3,7 @@
     tiny-imagenet-200/train/n01443537/images/n01443537_0.JPEG    500 of each class
     tiny-imagenet-200/val/images/val_0.JPEG                      10,000, labelled by
     tiny-imagenet-200/val/val_annotations.txt
+    tiny-imagenet-200/words.txt                                  what the classes are called
 
 It may lie unpacked in a directory, in one archive, or in a directory of archives that hold a part
 each. The images of its own test split have no labels and are left out.
@@ -17,24 +18,27 @@ from typing import Any
 
 from ab_jax.data.image_folder import ImageFolder
 from ab_jax.data.pixels import decode
+from ab_jax.data.prepared import WORDS
 from ab_jax.data.sources import ARCHIVE_SUFFIXES, entries
 
 CLASSES = 200
 COUNTS = {"train": 500, "validation": 50}  # images of each class
 _ANNOTATIONS = "val_annotations.txt"
+_WORDS = "words.txt"
 
 
 class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-arg]
     """Tiny ImageNet: 100,000 training and 10,000 validation images, 64 x 64, 200 classes.
 
-    Classes are WordNet ids, sorted. See `ImageFolder` for the features and arguments.
+    Classes are WordNet ids, sorted; what `words.txt` calls them, where it is there, is kept among
+    the metadata. See `ImageFolder` for the features and arguments.
     """
 
     name = "tiny_imagenet"
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
-        self._labels = self._read_annotations()
+        self._labels, words = self._read_texts()
         counts: dict[str, Counter[str]] = {split: Counter() for split in COUNTS}
         seen: set[str] = set()
         for split in COUNTS:
@@ -46,6 +50,7 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
                 counts[split][class_name] += 1
         self._check_counts(counts)
         self.info.features["label"].names = sorted(counts["train"])
+        self.info.metadata[WORDS] = {wnid: words[wnid] for wnid in words if wnid in counts["train"]}
         return {split: self._generate_examples(split) for split in COUNTS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -53,7 +58,7 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
             yield name, {"image": encoded, "label": class_name, "id": name}
 
     def _entries(self) -> Iterator[tuple[PurePosixPath, Callable[[], bytes]]]:
-        """Every file of the source with its path below `tiny-imagenet-200`."""
+        """Every file of the source, its path that below `tiny-imagenet-200` if it is of a split."""
         sources = [self._source]
         if self._source.is_dir():
             archives = [p for p in self._source.iterdir() if p.name.endswith(ARCHIVE_SUFFIXES)]
@@ -64,8 +69,7 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
             for path, read in entries(source):
                 parts = PurePosixPath(path).parts
                 starts = [i for i, part in enumerate(parts) if part in ("train", "val")]
-                if starts:
-                    yield PurePosixPath(*parts[starts[0] :]), read
+                yield PurePosixPath(*parts[starts[0] if starts else 0 :]), read
 
     def _images(self, split: str) -> Iterator[tuple[str, str, bytes]]:
         """Name, class and bytes of each image of a split."""
@@ -78,16 +82,23 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
                         raise ValueError(f"{self._source}: {_ANNOTATIONS} has no line for {name}")
                     yield f"validation/{self._labels[name]}/{name}", self._labels[name], read()
 
-    def _read_annotations(self) -> dict[str, str]:
-        """The class of each validation image."""
+    def _read_texts(self) -> tuple[dict[str, str], dict[str, str]]:
+        """The class of each validation image, and the words for each class, in one pass."""
+        found: dict[str, str] = {}
         for path, read in self._entries():
-            if path.name == _ANNOTATIONS:
-                lines = read().decode().splitlines()
-                return {fields[0]: fields[1] for fields in map(str.split, lines) if fields}
-        raise ValueError(
-            f"{self._source} has no val/{_ANNOTATIONS}. --source is the folder tiny-imagenet-200, "
-            f"an archive of it, or a directory with all of its archives."
-        )
+            if path.name in (_ANNOTATIONS, _WORDS):
+                found[path.name] = read().decode()
+                if len(found) == 2:
+                    break
+        if _ANNOTATIONS not in found:
+            raise ValueError(
+                f"{self._source} has no val/{_ANNOTATIONS}. --source is the folder "
+                f"tiny-imagenet-200, an archive of it, or a directory with all of its archives."
+            )
+        lines = found[_ANNOTATIONS].splitlines()
+        labels = {fields[0]: fields[1] for fields in map(str.split, lines) if fields}
+        pairs = (line.partition("\t") for line in found.get(_WORDS, "").splitlines())
+        return labels, {wnid: words.strip() for wnid, _, words in pairs if words.strip()}
 
     def _check_counts(self, counts: dict[str, Counter[str]]) -> None:
         for split, wanted in COUNTS.items():

@@ -203,10 +203,12 @@ class _Builder:
         return self.add(path, Dense(*self._weights(path)), self._quantized(path, x))
 
     def norm(self, path: str, x: int, epsilon: float) -> int:
-        statistics, learned = (self._at(name, path) for name in ("batch_stats", "params"))
-        scale = learned["scale"] * lax.rsqrt(statistics["var"] + np.float32(epsilon))
+        # In numpy, since JAX would compile each line for each number of channels.
+        learned = jax.tree.map(np.asarray, self._at("params", path))
+        statistics = jax.tree.map(np.asarray, self._at("batch_stats", path))
+        scale = learned["scale"] / np.sqrt(statistics["var"] + np.float32(epsilon))
         shift = learned["bias"] - statistics["mean"] * scale
-        return self.add(path, Affine(scale, shift), x)
+        return self.add(path, Affine(jnp.asarray(scale), jnp.asarray(shift)), x)
 
     def activation(self, name: str, x: int) -> int:
         function = self._model.activation
@@ -220,7 +222,7 @@ class _Builder:
 
     def _quantized(self, path: str, x: int) -> int:
         """The value as the layer sees it."""
-        quantize = getattr(self._model, "quantize_input", keep_input)
+        quantize = self._model.quantize_input
         if quantize is keep_input:
             return x
         if not isinstance(quantize, QuantizedInputs):

@@ -9,7 +9,7 @@ training left them. Elsewhere (after a pooling, after a sum) the `Affine` stays.
 import dataclasses
 
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
 
 from ab_jax.export.graph import (
     Affine,
@@ -18,7 +18,6 @@ from ab_jax.export.graph import (
     Graph,
     Node,
     Weights,
-    by_channel,
 )
 from ab_jax.quantizers import Quantized
 
@@ -48,25 +47,27 @@ def fold_batch_norm(graph: Graph) -> Graph:
 
 
 def _folded(layer: Convolution | Dense, norm: Affine) -> Convolution | Dense:
-    bias = norm.shift if layer.bias is None else layer.bias * norm.scale + norm.shift
-    return dataclasses.replace(layer, kernel=_scaled(layer.kernel, norm.scale), bias=bias)
+    # In numpy, since JAX would compile each line for each shape.
+    scale, shift = np.asarray(norm.scale), np.asarray(norm.shift)
+    bias = shift if layer.bias is None else np.asarray(layer.bias) * scale + shift
+    return dataclasses.replace(layer, kernel=_scaled(layer.kernel, scale), bias=jnp.asarray(bias))
 
 
-def _scaled(weights: Weights, gamma: Array) -> Weights:
+def _scaled(weights: Weights, gamma: np.ndarray) -> Weights:
     """Weights whose output channels, the last axis, are multiplied by gamma [channels]."""
     if not isinstance(weights, Quantized):
-        return weights * by_channel(gamma, weights.ndim)
-    gamma = by_channel(gamma, weights.codes.ndim)
-    negative = gamma < 0
-    codes, zero_point = weights.codes, weights.zero_point
+        return jnp.asarray(np.asarray(weights) * gamma)
+    codes, zero_point = np.asarray(weights.codes), weights.zero_point
     if zero_point is None:
-        codes = jnp.where(negative, -codes, codes)
+        codes = np.where(gamma < 0, -codes, codes)
     else:
         # The complement, -1 - c, negates the difference of the two and stays within their range,
         # which has one negative number more than positive ones.
-        codes = jnp.where(negative, ~codes, codes)
-        zero_point = jnp.where(negative, ~zero_point, zero_point)
-    scale = weights.scale * jnp.abs(gamma).astype(weights.scale.dtype)
-    if zero_point is not None:
-        zero_point = jnp.broadcast_to(zero_point, scale.shape)
-    return dataclasses.replace(weights, codes=codes, scale=scale, zero_point=zero_point)
+        codes = np.where(gamma < 0, ~codes, codes)
+        zero_point = jnp.asarray(np.where(gamma < 0, ~np.asarray(zero_point), zero_point))
+    return dataclasses.replace(
+        weights,
+        codes=jnp.asarray(codes),
+        scale=jnp.asarray(np.asarray(weights.scale) * np.abs(gamma)),
+        zero_point=zero_point,
+    )

@@ -190,12 +190,12 @@ def apply(operation: Operation, inputs: Sequence[Array]) -> Array:
                 dimension_numbers=("NHWC", "HWIO", "NHWC"),
                 feature_group_count=groups,
             )
-            return _plus(y, bias)
+            return plus(y, bias)
         case Dense(kernel, bias):
             y = x @ values_of(kernel)
-            return _plus(y, bias)
+            return plus(y, bias)
         case Affine(scale, shift):
-            return _plus(x * by_channel(scale, x.ndim), shift)
+            return plus(x * by_channel(scale, x.ndim), shift)
         case Quantize(quantizer, limit):
             return quantizer(x, limit, 1.0)
         case Clip(high):
@@ -220,7 +220,8 @@ def by_channel(values: Array, ndim: int) -> Array:
     return values.reshape((1,) * (ndim - 1) + (-1,))
 
 
-def _plus(x: Array, bias: Array | None) -> Array:
+def plus(x: Array, bias: Array | None) -> Array:
+    """x plus a bias by channel, if there is one."""
     return x if bias is None else x + by_channel(bias, x.ndim)
 
 

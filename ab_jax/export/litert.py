@@ -1,6 +1,6 @@
 """LiteRT (TensorFlow Lite): a network as a .tflite file, with our integers in it.
 
-    data = to_litert(fold_batch_norm(describe(model, variables, (224, 224, 3))))
+    data = to_litert(describe(model, variables, (224, 224, 3)))
 
 From normalized float32 images [batch, *image_shape] to float32 logits [batch, classes], under the
 signature `serving_default`; the interpreter can be resized to any batch. The file is written of the
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
+from ab_jax.export.fold import fold_batch_norm
 from ab_jax.export.graph import (
     Add,
     Affine,
@@ -47,7 +48,7 @@ def to_litert(
     """The bytes of a .tflite file.
 
     Args:
-      graph: with batch norm folded, so that layers can be integer operators.
+      graph: of the network; its batch norms are folded where they can be.
       description: JSON values that travel with the file, as the entry `ab_jax` of its metadata:
         class names, say, and the mean and deviation by which images are normalized.
       narrowest: width in bits, 8, 4 or 2, below which no codes are stored: the weights of float
@@ -59,6 +60,7 @@ def to_litert(
     """
     if narrowest not in (2, 4, 8):
         raise ValueError(f"narrowest={narrowest!r}: codes are stored at 2, 4 or 8 bits.")
+    graph = fold_batch_norm(graph)
     values = Values(graph)
     images = values.floats(0)
     for i, node in enumerate(graph.nodes):
@@ -128,19 +130,23 @@ def _add(values: Values, value: int, name: str, inputs: list[int]) -> None:
 
 
 def _quantize(values: Values, value: int, node: Node, quantize: Quantize) -> None:
-    """Codes that saturate at 127, and at our lowest one where that takes an operator."""
-    file, first = values.file, node.inputs[0]
+    """Codes saturate at 127, ours at the top; what is below our lowest is clipped before."""
+    file, first, shape = values.file, node.inputs[0], node.shape
+    x = values.floats(first)
+    lowest = quantize.quantizer.levels[0]
     scales = activation_scales(quantize)
-    lowest = int(scales.zero_point[0]) + quantize.quantizer.levels[0]
-    x, options = values.floats(first), schema.QuantizeOptionsT()
-    if lowest == -128 or (not quantize.quantizer.signed and _is_positive(values, first)):
-        file.operator("QUANTIZE", [x], [values.new_codes(node.name, value, quantize)], options)
-        return
-    codes = file.tensor(f"{node.name}/unbounded", node.shape, "INT8", scales)
-    file.operator("QUANTIZE", [x], [codes], options)
-    inputs = [codes, file.constant(f"{node.name}/lowest", np.array([lowest], np.int8), scales)]
+    if lowest < 0:
+        # The quotient of this number and the scale is off by its last bit at most.
+        end = file.constant(f"{node.name}/lowest", lowest * scales.scale)
+        clipped = file.tensor(f"{node.name}/clipped", shape)
+        file.operator("MAXIMUM", [x, end], [clipped], schema.MaximumMinimumOptionsT())
+        x = clipped
+    elif scales.zero_point[0] > -128 and not _is_positive(values, first):
+        clipped = file.tensor(f"{node.name}/clipped", shape)
+        file.operator("RELU", [x], [clipped])
+        x = clipped
     y = values.new_codes(node.name, value, quantize)
-    file.operator("MAXIMUM", inputs, [y], schema.MaximumMinimumOptionsT(), version=2)
+    file.operator("QUANTIZE", [x], [y], schema.QuantizeOptionsT())
 
 
 def _is_positive(values: Values, value: int) -> bool:

@@ -12,6 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu
+from ab_jax.quantized_inputs import InputQuantizer, keep_input
 
 _CONV_FEATURES = (128, 128, 256, 256, 512, 512)
 _DENSE_FEATURES = (1024, 1024)
@@ -27,6 +28,7 @@ class BinaryNet(nn.Module):
       width: multiplies the number of features of every hidden layer (1: 128 to 512 and 1024).
       activation: a function of the pre-activation and alpha (`ab_jax.activations`): `relu` for
         1-bit weights only, `sign` for 1-bit weights and activations.
+      quantize_input: called on the input of every layer.
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
@@ -38,6 +40,7 @@ class BinaryNet(nn.Module):
     num_classes: int = 10
     width: float = 1.0
     activation: Activation = relu
+    quantize_input: InputQuantizer = keep_input
     dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
@@ -50,7 +53,7 @@ class BinaryNet(nn.Module):
         Args:
           images: normalized floating-point images.
           train: use the statistics of the batch and update the running ones; else use those.
-          alpha: passed on to the activation.
+          alpha: passed on to the activation and to `quantize_input`.
 
         Raises:
           ValueError: images that are not square or whose size is no multiple of 8.
@@ -71,6 +74,7 @@ class BinaryNet(nn.Module):
         )
         x = images.astype(self.dtype)
         for i, features in enumerate(_CONV_FEATURES):
+            x = self.quantize_input(self, f"conv{i}", x, alpha)
             x = nn.Conv(
                 self._scaled(features), (3, 3), use_bias=False, dtype=self.dtype, name=f"conv{i}"
             )(x)
@@ -79,10 +83,12 @@ class BinaryNet(nn.Module):
             x = self.activation(norm(name=f"conv{i}_norm")(x), alpha)
         x = x.reshape(x.shape[0], -1)
         for i, features in enumerate(_DENSE_FEATURES):
+            x = self.quantize_input(self, f"dense{i}", x, alpha)
             x = nn.Dense(
                 self._scaled(features), use_bias=False, dtype=self.dtype, name=f"dense{i}"
             )(x)
             x = self.activation(norm(name=f"dense{i}_norm")(x), alpha)
+        x = self.quantize_input(self, "head", x, alpha)
         x = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, name="head")(x)
         return norm(name="head_norm")(x)
 

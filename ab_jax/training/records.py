@@ -243,7 +243,9 @@ def _changes(
 
 def _refusal(path: Path, changes: list[dict[str, Any]]) -> str:
     prefix = {"config": "--", "data": "data "}
-    told = [f"{prefix[c['of']]}{c['name']} was {c['was']!r}, is {c['is']!r}" for c in changes]
+    told = [  # of a thousand names of classes, the first ones
+        f"{prefix[c['of']]}{c['name']} was {c['was']!r:.200}, is {c['is']!r:.200}" for c in changes
+    ]
     if any(c["of"] == "config" for c in changes):
         what, fix = "with other flags", "Give the same flags"
     else:

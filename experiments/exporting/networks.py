@@ -34,13 +34,16 @@ class Experiment:
     config: type[Any]
     make_model: Callable[..., nn.Module]
     weight_rules: Callable[[Any], ab.Rules]
-    activation_rules: Callable[[Any], ActivationRules | None] = lambda config: None
+    activation_rules: Callable[[Any], ActivationRules | None]
 
 
 # By the name in the record. A table, since a file must not name modules to be imported.
 EXPERIMENTS: dict[str, Experiment] = {
     "experiments.binarynet_cifar10": Experiment(
-        binarynet_cifar10.Config, binarynet_cifar10.make_model, binarynet_cifar10.weight_rules
+        binarynet_cifar10.Config,
+        binarynet_cifar10.make_model,
+        binarynet_cifar10.weight_rules,
+        binarynet_cifar10.activation_rules,
     ),
     **{
         f"experiments.{name}": Experiment(
@@ -64,14 +67,17 @@ class Network:
       variables: `params`, with a `Quantized` in place of each leaf that the rules quantize, and the
         model's other collections.
       rules: of the weights.
+      activation_rules: of the layers' inputs; None: they stay in float.
       description: JSON values, of which `rebuilt` makes the model and the rules again: experiment,
-        config, classes and image_shape; and what else is known: the data (with the mean by which
-        images are normalized), the revision, the step, the rules of activations as text.
+        config, classes and image_shape; and what else is known: the data (with the names of the
+        classes and the mean and std by which images are normalized, where the run's code noted
+        them), the revision, the step, the rules of activations as text.
     """
 
     model: nn.Module
     variables: dict[str, Any]
     rules: ab.Rules
+    activation_rules: ActivationRules | None
     description: dict[str, Any]
 
     @property
@@ -134,7 +140,8 @@ def read_run(path: Path, image_size: int | None = None) -> Network:
     _check_fits(model, image_shape, variables)
     if of_activations is not None:
         description["activation_rules"] = readable(of_activations)
-    return Network(model, jax.tree.map(jnp.asarray, variables), rules, description)
+    variables = jax.tree.map(jnp.asarray, variables)
+    return Network(model, variables, rules, of_activations, description)
 
 
 def load_packed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -180,6 +187,11 @@ def rebuilt(
     assert isinstance(shape, list)
     model = experiment.make_model(config, num_classes=classes, image_size=shape[0])
     return model, experiment.weight_rules(config), experiment.activation_rules(config)
+
+
+def plain_convolutions(model: nn.Module) -> nn.Module:
+    """The model without the convolutions that are made for CPUs (`ab_jax.models.convolution`)."""
+    return model.clone(cpu_convolutions=False) if hasattr(model, "cpu_convolutions") else model
 
 
 def _read_record(path: Path) -> dict[str, Any]:

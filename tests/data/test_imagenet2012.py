@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ab_jax.data.facts import facts
 from ab_jax.data.stream import IMAGENET_MEAN, load_stream
 from experiments.recipes.generated_imagenet import (
     SIZES,
@@ -30,6 +31,9 @@ def test_the_layout_is_read_whole(data_dir: Path) -> None:
     assert data.num_classes == 1000
     assert (data.class_names[0], data.class_names[-1]) == ("n01440764", "n15075141")
     assert data.mean == IMAGENET_MEAN
+    told = facts(data)
+    assert told["class_names"] == synsets()
+    assert (told["classes"], told["std"]) == (1000, [0.229, 0.224, 0.225])
     for parts in ([data.train, data.validation], [data.test]):
         read = [pair for part in parts for pair in part.read(range(len(part)))]
         assert sorted(label for _, label in read) == list(range(len(read)))

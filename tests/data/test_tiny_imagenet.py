@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from ab_jax.data import load, tiny_imagenet
+from ab_jax.data.facts import facts
 from ab_jax.data.pixels import decode
 from ab_jax.data.prepare import prepare_tiny_imagenet
+from ab_jax.data.stream import load_stream
 
 WNIDS = ("n01443537", "n01629819", "n02814860")
 TRAIN, VALIDATION = 4, 2  # images of each class
@@ -116,6 +118,24 @@ def test_the_first_classes_are_kept(files, tmp_path):
     for classes in (0, 4):
         with pytest.raises(ValueError, match=rf"classes={classes} must be 1 to 3"):
             load("tiny_imagenet", data_dir=tmp_path / "data", classes=classes)
+
+
+@pytest.mark.parametrize("form", ["directory", "archive"])
+def test_classes_are_called_by_their_words_where_there_are_some(files, tmp_path, form):
+    # Of more classes than there are, as in the archives, and here of not all of them.
+    words = "n00001740\tentity\nn01443537\tgoldfish, Carassius auratus\nn02814860\tbeacon\n"
+    files["tiny-imagenet-200/words.txt"] = words.encode()
+    if form == "directory":
+        source = unpacked(files, tmp_path / "source")
+    else:
+        source = archive(files, tmp_path / "tiny.tar.xz")
+    prepare_tiny_imagenet(source, tmp_path / "data")
+    names = ["goldfish, Carassius auratus", "n01629819", "beacon"]
+    for classes in (None, 2):
+        told = facts(load("tiny_imagenet", data_dir=tmp_path / "data", classes=classes))
+        assert told["class_names"] == names[:classes]
+    stream = load_stream("tiny_imagenet", image_size=8, data_dir=tmp_path / "data")
+    assert facts(stream)["class_names"] == names
 
 
 def without(files: dict[str, bytes], word: str) -> dict[str, bytes]:

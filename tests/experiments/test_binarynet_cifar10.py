@@ -17,6 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from ab_jax.data import load
+from ab_jax.quantized_inputs import RANGES
 from ab_jax.training.feeds import InMemory
 from experiments import binarynet_cifar10, export
 from experiments.binarynet_cifar10 import Config
@@ -133,6 +134,21 @@ def check_export(directory: Path, accuracy: float) -> None:
     assert abs(right - accuracy * len(dataset.test)) < 2.5
 
 
+def test_act_bits_quantizes_the_input_of_every_layer() -> None:
+    model = binarynet_cifar10.make_model(
+        Config(act_bits=4, width=1 / 32), num_classes=3, image_size=8
+    )
+    images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
+    variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    layers = [name for name, leaf in variables["params"].items() if "kernel" in leaf]
+    assert len(layers) == 9
+    assert sorted(variables[RANGES]) == sorted(f"{layer}_input" for layer in layers)
+    rules = binarynet_cifar10.activation_rules(Config(act_bits=4))
+    assert rules is not None
+    bits = {layer: (rules.of(layer).bits, rules.of(layer).signed) for layer in ("conv0", "head")}
+    assert bits == {"conv0": (8, True), "head": (4, False)}
+
+
 def test_alpha_follows_the_flags() -> None:
     def alphas(**flags: Any) -> list[float]:
         c = Config(**flags)
@@ -184,6 +200,8 @@ def plain(text: str) -> str:
         (["--epochs=many"], ["--epochs", "many"]),
         (["--quantizer=int9"], ["--quantizer=int9 is not known", "binary", "int8_absmax"]),
         (["--activation=tanh"], ["--activation=tanh is not known", "relu, sign, sign_blend"]),
+        (["--act_bits=4", "--activation=sign"], ["--act_bits=4 is for --activation=relu"]),
+        (["--act_bits=9"], ["bits=9", "bits must be 2 to 8"]),
         (["--dataset=mnist"], ["no data set named 'mnist'", "digits", "cifar10_jpeg"]),
     ],
 )

@@ -40,13 +40,13 @@ def uniform_rules(bits: int, **fields: Any) -> ab.Rules:
     )
 
 
-def inputs(bits: int, limit: float | None = None) -> QuantizedInputs:
+def inputs(bits: int, limit: float | None = None, first: str = "stem") -> QuantizedInputs:
     """Images signed at 8 bits, the rest as bits say, with measured ranges or a fixed one."""
     images = ActivationQuantizer(bits=8, signed=True)
     return QuantizedInputs(
         ActivationRules(
             [
-                ("stem", images),
+                (first, images),
                 ("head", ActivationQuantizer(bits=8, limit=limit)),
                 (r".*", ActivationQuantizer(bits=bits, limit=limit)),
             ]
@@ -65,7 +65,7 @@ def _resnet(**fields: Any) -> ResNet:
 
 #: Model, rules of its weights, size of its images. Between them they have every operation.
 NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
-    "binarynet": (BinaryNet(**SMALL), BINARY, 8),
+    "binarynet": (BinaryNet(**SMALL, quantize_input=inputs(8, first="conv0")), BINARY, 8),
     "binarynet, sign": (BinaryNet(**SMALL, activation=ACTIVATIONS["sign"]), ONE_SCALE, 8),
     "mobilenet": (
         MobileNet(**SMALL, stem=32, quantize_input=inputs(8, 6.0)),
@@ -104,17 +104,39 @@ NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
 }
 
 
+def _random_codes(
+    shape: tuple[int, ...], quantizer: ab.Quantizer, rng: np.random.Generator
+) -> ab.Quantized:
+    """As the quantizer could give them, at once: it would be compiled for each shape."""
+    scale_shape = quantizer.scale_shape(shape)
+    affine = isinstance(quantizer, ab.Uniform) and not quantizer.symmetric
+    most = max(1, 2 ** (quantizer.bits - 1) - 1)
+    if quantizer.bits == 1:
+        codes = rng.choice([-1, 1], shape)
+    else:
+        codes = rng.integers(-most - affine, most + 1, shape)
+    scale = rng.uniform(1, 3, scale_shape) / (most * np.sqrt(np.prod(shape[:-1])))
+    return ab.Quantized(
+        codes=jnp.asarray(codes, jnp.int8),
+        scale=jnp.asarray(scale, jnp.float32),
+        zero_point=jnp.asarray(rng.integers(-3, 4, scale_shape), jnp.int8) if affine else None,
+        bits=quantizer.bits,
+        dtype="float32",
+    )
+
+
 def make(name: str, rng: np.random.Generator) -> Network:
-    """The network with kernels of unit gain, and norms of both signs."""
+    """The network with kernels of about unit gain, and norms of both signs."""
     model, rules, size = NETWORKS[name]
     images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array | ab.Quantized:
         name = path[-1].key
         if name == "kernel":
-            value = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        elif name in ("bias", "mean"):
+            where = jax.tree_util.keystr(path[1:], simple=True, separator="/")
+            return _random_codes(leaf.shape, rules.of(where), rng)
+        if name in ("bias", "mean"):
             value = rng.normal(scale=0.3, size=leaf.shape)
         else:
             value = rng.uniform(0.5, 2, leaf.shape)
@@ -124,6 +146,4 @@ def make(name: str, rng: np.random.Generator) -> Network:
                 value = rng.uniform(2, 3, leaf.shape)
         return jnp.asarray(value, leaf.dtype)
 
-    variables = jax.tree.map_with_path(draw, shapes)
-    variables["params"] = ab.quantize(variables["params"], rules)
-    return Network(model, variables, (size, size, 3))
+    return Network(model, jax.tree.map_with_path(draw, shapes), (size, size, 3))

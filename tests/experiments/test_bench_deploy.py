@@ -1,0 +1,83 @@
+"""The benchmark of deployment: a small run of it, and its table."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+import pytest
+
+from ab_jax.models.mobilenet import MobileNet
+from experiments import bench_deploy
+from experiments.bench_deploy import CASES, Config, run, table
+
+
+def tiny(**fields: Any) -> nn.Module:
+    return MobileNet(width=1 / 16, num_classes=3, **fields)
+
+
+def test_every_case_is_timed_in_every_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(bench_deploy.MODELS, "mobilenet_v1_050", tiny)
+    allowed = os.sched_getaffinity(0)
+    out = tmp_path / "new" / "record.json"
+    small = Config(
+        networks=("mobilenet_v1_050",),
+        image_size=32,
+        batch_size=2,
+        single=2,
+        cores=(1,),
+        rounds=3,
+        out=out,
+    )
+    record = run(small)
+    assert os.sched_getaffinity(0) == allowed
+    assert json.loads(out.read_text()) == record
+    (by_conditions,) = record["seconds"].values()
+    assert list(by_conditions) == ["1 image, 1 core", "2 images, 1 core"]
+    for by_case in by_conditions.values():
+        assert list(by_case) == list(CASES)
+        assert all(len(times) == 3 and min(times) > 0 for times in by_case.values())
+    sizes = record["bytes"]["mobilenet_v1_050"]
+    assert sizes["int8"] < sizes["float32"]
+    assert "MobileNet v1, width 0.5" in table(record)
+
+
+def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
+    seconds = {case: rng.uniform(1, 2, 3).tolist() for case in CASES}
+    record = {
+        "config": {"image_size": 224, "rounds": 3},
+        "hardware": "a machine",
+        "packages": {"jax": "1.2.3"},
+        "onnxruntime": "4.5.6",
+        "bytes": {"resnet50_v1": {"float32": 10_000_000, "int8": 2_500_000}},
+        "seconds": {"resnet50_v1": {"1 image, 2 cores": seconds}},
+    }
+    head, _, *lines = table(record).splitlines()
+    assert head == "| network | runtime | file | 1 image, 2 cores |"
+    base = np.array(seconds["ONNX Runtime, float32"])
+    expected = [["ResNet-50 v1", "ONNX Runtime, float32", "1 (10.0 MB)"]]
+    expected[0].append(f"1 ({1e3 * np.median(base):.1f} ms)")
+    for case, size in (("ONNX Runtime, int8", "0.250"), ("JAX, float32", "")):
+        ratios = np.sort(np.array(seconds[case]) / base)  # n = 3: the interval is the range
+        cell = f"{ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}]"
+        expected.append(["ResNet-50 v1", case, size, cell])
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[:3]]
+    assert found == expected
+    assert "n = 3 rounds, 224 x 224 images; a machine; onnxruntime 4.5.6, jax 1.2.3" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rounds": 0}, "--rounds=0"),
+        ({"cores": (0,)}, "must be at least 1"),
+        ({"networks": ("vgg",)}, "--networks=vgg is not known. Choose one of mobilenet_v1_050"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Config(**wrong))
