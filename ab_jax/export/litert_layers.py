@@ -60,7 +60,7 @@ def write_layer(
     scales = Scales(whole.bias_scale, zeros)
     bias = values.file.constant(f"{node.name}/bias", whole.bias, scales)
     values.done.update(range(i + 1, ends.value))
-    y = values.new_codes(node.name, ends.value, ends.y)
+    y = values.new_codes(values.graph.nodes[ends.value - 1].name, ends.value, ends.y)
     x = values.codes[node.inputs[0]]
     _call(values, node, layer, [x, kernel, bias], y, ends.fused, activation_scales(ends.x))
 
