@@ -22,8 +22,11 @@ from ab_jax.export.graph import (
     Clip,
     Convolution,
     Dense,
+    Flatten,
     Graph,
+    MaxPool,
     Node,
+    Operation,
     Quantize,
     apply,
     evaluate,
@@ -300,7 +303,7 @@ def one_layer(layer: Convolution | Dense, shape: Sequence[int], given: Sequence[
 
 
 SAME = ((1, 1), (1, 1))
-BIAS = jnp.linspace(-0.5, 1.5, 6)
+BIAS = jnp.linspace(-0.5, 4, 6)
 KINDS: dict[str, tuple[Any, tuple[int, ...], tuple[int, ...], Any]] = {
     "convolution": ((3, 3, 4, 6), (7, 5, 4), (7, 5, 6), {"padding": SAME, "strides": (1, 1)}),
     "padded": ((3, 3, 4, 6), (8, 6, 4), (4, 3, 6), {"padding": SAME, "strides": (2, 2)}),
@@ -369,6 +372,35 @@ def test_narrow_codes_are_stored_in_their_width(rng: np.random.Generator, tmp_pa
         expected = images.astype(np.float64) @ np.asarray(kernel.dequantize(), np.float64)
         for kernels in ("plain", "fast"):
             np.testing.assert_allclose(outputs[f"{kernels}/all"], expected, atol=1e-5)
+
+
+def test_what_has_no_codes_is_written_in_float(rng: np.random.Generator, tmp_path: Path) -> None:
+    """Weights as they are, an end of clipping that LiteRT does not know, and odd padding."""
+
+    def normal(*shape: int) -> Any:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    shapes: list[tuple[int, ...]] = [(6, 7, 2), (6, 7, 3), (6, 7, 3), (6, 7, 3), (4, 7, 3)]
+    operations: list[Operation] = [
+        Convolution(normal(3, 3, 2, 3), None, (1, 1), SAME),
+        Clip(0.7),
+        Affine(normal(3), normal(3)),
+        MaxPool((3, 1), (2, 1), ((2, 1), (0, 0))),
+        Flatten(),
+        Dense(normal(84, 4), normal(4)),
+    ]
+    nodes = [
+        Node(f"node{i}", operation, (i,), shape)
+        for i, (operation, shape) in enumerate(
+            zip(operations, [*shapes[1:], (84,), (4,)], strict=True)
+        )
+    ]
+    graph = Graph(tuple(nodes), (6, 7, 2))
+    images = rng.normal(size=(BATCH, 6, 7, 2)).astype(np.float32)
+    outputs = run(to_litert(graph), images, tmp_path)
+    expected = compiled(lambda x: evaluate(graph, x), images)
+    for kernels in ("plain", "fast"):
+        np.testing.assert_allclose(outputs[f"{kernels}/all"], expected, rtol=0, atol=1e-4)
 
 
 def test_what_is_known_of_a_network_travels_with_it(rng: np.random.Generator) -> None:
