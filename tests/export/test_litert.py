@@ -192,7 +192,7 @@ def check_integers(graph: Graph, file: File) -> set[str]:
     return whole
 
 
-def tolerances(graph: Graph, file: File) -> dict[str, Any]:
+def tolerances(file: File) -> dict[str, Any]:
     """By how many codes a rounding may miss, for each `Quantize`: nothing but borders may tip.
 
     A standalone one divides in float32. An integer layer has its bias rounded to a unit of its
@@ -252,7 +252,7 @@ def test_litert_computes_what_the_network_does(
         {name: jnp.asarray(x, jnp.float32) for name, x in codes.items()},
     )
     # Every code is the nearest one, or on the border.
-    allowed = tolerances(graph, file)
+    allowed = tolerances(file)
     for quantize, found in codes.items():
         assert (np.abs(found - unrounded[quantize]) <= 0.5 + allowed[quantize]).all(), quantize
     largest = np.abs(expected).max()
