@@ -19,6 +19,9 @@ onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kerne
 normalized ones; `experiments.classify` runs it without JAX. onnx_int4: the same with codes of at
 most 4 bits stored in 4 bits, for readers of opset 21. onnx_float_bias: the same with biases as they
 are, not as the integers of integer kernels: the logits of JAX, at about twice the time.
+
+litert: a .tflite file for LiteRT, the runtime of phones and small machines, with 8-bit codes in its
+integer operators (`ab_jax.export.litert`), from normalized images to logits.
 """
 
 import dataclasses
@@ -48,7 +51,8 @@ class Config:
 
     run: tyro.conf.Positional[Path]  # directory of the finished run, such as runs/NAME
     out: Path  # the file (of qwix: the checkpoint) to write; one that is there is replaced
-    format: str = "packed"  # packed, stablehlo, qwix, onnx, onnx_int4, onnx_float_bias
+    # packed, stablehlo, qwix, onnx, onnx_int4, onnx_float_bias or litert
+    format: str = "packed"
     image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
 
 
@@ -107,6 +111,20 @@ def onnx(network: Network, path: Path, *, int4: bool = False, float_biases: bool
     return len(written)
 
 
+def litert(network: Network, path: Path) -> int:
+    """Write the .tflite file; returns its bytes."""
+    try:
+        from ab_jax.export.litert import to_litert
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"--format=litert needs {error.name}, which is not installed: pip install '.[litert]'"
+        ) from error
+    graph = describe(network.model, network.variables, network.image_shape)
+    data = to_litert(graph, description=network.description)
+    write_whole(path, data)
+    return len(data)
+
+
 #: What writes each format: a function of the network and the path that returns the bytes written.
 FORMATS: dict[str, Callable[[Network, Path], int]] = {
     "packed": packed,
@@ -115,6 +133,7 @@ FORMATS: dict[str, Callable[[Network, Path], int]] = {
     "onnx": onnx,
     "onnx_int4": functools.partial(onnx, int4=True),
     "onnx_float_bias": functools.partial(onnx, float_biases=True),
+    "litert": litert,
 }
 
 

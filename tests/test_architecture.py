@@ -34,7 +34,10 @@ ROOMS: dict[str, set[str]] = {
         *("PIL", "cv2", "sklearn", "tyro", "rich"),
     },
     "training": {"jax", "numpy", "optax", "flax", "orbax", "rich", "tensorboardX"},
-    "export": {"jax", "numpy", "flax", "safetensors", "onnx", "onnxruntime", "qwix", "orbax"},
+    "export": {
+        *("jax", "numpy", "flax", "safetensors", "onnx", "onnxruntime", "qwix", "orbax"),
+        *("ai_edge_litert", "flatbuffers"),
+    },
 }
 ORDER = list(ROOMS)
 MAX_LINES = 320

@@ -25,6 +25,7 @@ EXTRAS = {
     "test": "requirements-test.txt",
     "qwix": "requirements-qwix.txt",
     "onnx": "requirements-onnx.txt",
+    "litert": "requirements-litert.txt",
 }
 INPUTS = ("pyproject.toml", *EXTRAS.values(), "README.md", "LICENSE")
 

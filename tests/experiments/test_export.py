@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import qwix
+from ai_edge_litert.interpreter import Interpreter
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer, relu6
@@ -249,6 +250,24 @@ def test_qwix_that_is_not_installed_is_named(
     assert "needs qwix, which is not installed: pip install '.[qwix]'" in error_of(
         monkeypatch, *words
     )
+
+
+def test_a_litert_file_gives_the_logits_of_the_packed_network(
+    mobilenet_run: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    path = mobilenet_run.path
+    written = export.run(export.Config(run=path, out=tmp_path / "net", format="litert"))
+    data = (tmp_path / "net").read_bytes()
+    assert written == len(data)
+    network = read_run(path)
+    images = rng.normal(size=(3, *network.image_shape)).astype(np.float32)
+    interpreter = Interpreter(model_content=data, num_threads=1)
+    logits = interpreter.get_signature_runner("serving_default")(images=images)["logits"]
+    expected = np.asarray(apply(network.model, ab.dequantize(network.variables), images))
+    # A code that tips moves the rest a little.
+    assert np.max(np.abs(logits - expected) / np.ptp(expected)) < 0.3
+    # What is known of the network is inside.
+    assert json.dumps(network.description["data"], sort_keys=True).encode() in data
 
 
 # Rebuilding
