@@ -13,6 +13,7 @@ early layer sees so differently is many steps in the logits of that image.
 """
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -97,21 +98,30 @@ def stablehlo(network: Network, directory: Path) -> Logits:
     return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def onnx(network: Network, directory: Path) -> Logits:
-    """An ONNX file in ONNX Runtime."""
+def onnx(network: Network, directory: Path, *, float_biases: bool = False) -> Logits:
+    """An ONNX file in ONNX Runtime, from normalized images."""
     import onnxruntime
 
-    path = directory / "net.onnx"
-    unknown = {**network.description, "data": {}}  # images are normalized here
-    export.onnx(dataclasses.replace(network, description=unknown), path)
+    from ab_jax.export.onnx import IMAGES, to_onnx
+
+    model = to_onnx(graph_of(network), float_biases=float_biases)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(
-        path.read_bytes(), options, providers=["CPUExecutionProvider"]
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    (images,) = session.get_inputs()
-    return lambda pixels: session.run(None, {images.name: pixels})[0]
+    return lambda images: session.run(None, {IMAGES: images})[0]
+
+
+def litert(network: Network, directory: Path) -> Logits:
+    """A .tflite file in LiteRT's interpreter."""
+    from ai_edge_litert.interpreter import Interpreter
+
+    path = directory / "net.tflite"
+    export.litert(network, path)
+    runner = Interpreter(str(path)).get_signature_runner("serving_default")
+    return lambda images: runner(images=images)["logits"]
 
 
 #: What a network is compared with, in the order of the table.
@@ -121,6 +131,8 @@ FORMS: dict[str, Callable[[Network, Path], Logits]] = {
     "packed": packed,
     "stablehlo": stablehlo,
     "onnx": onnx,
+    "onnx_float_bias": functools.partial(onnx, float_biases=True),
+    "litert": litert,
     "float64": float64,
 }
 
@@ -174,7 +186,7 @@ def compare(
     variables = ab.dequantize(network.variables)
     model = jax.jit(lambda images: network.model.apply(variables, images, train=False))
     expected = _in_batches(model, images)
-    step = last_step(graph_of(network))
+    step = last_step(fold_batch_norm(graph_of(network)))
     found: dict[str, Any] = {"images": len(images), "step": step, "forms": {}}
     with tempfile.TemporaryDirectory() as directory:
         for name, make in forms.items():
@@ -189,7 +201,10 @@ def compare(
 
 
 def last_step(graph: Graph) -> float | None:
-    """The most that a logit changes with one step of the last layer's input; None: it is float."""
+    """The most that a logit changes with one step of the last layer's input; None: it is float.
+
+    The graph has batch norm folded, which may follow that layer.
+    """
     steps = [
         (float(source.quantizer.scale(source.limit)), np.abs(values_of(layer.kernel)).max())
         for node in graph.nodes

@@ -1,0 +1,76 @@
+"""Counting what differs between an exported network and its run."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import ab_jax as ab
+from ab_jax.export.fold import fold_batch_norm
+from ab_jax.export.graph import Dense, values_of
+from experiments.compare_exports import compare, graph_of, last_step, table
+from experiments.exporting.networks import Network
+from tests.export.networks import make
+
+
+@pytest.fixture
+def network(rng: np.random.Generator) -> Network:
+    model, variables, shape = make("binarynet", rng)
+    return Network(model, variables, ab.Rules([(".*", None)]), None, {"image_shape": shape})
+
+
+def test_images_are_counted_whose_class_or_logits_differ(
+    rng: np.random.Generator, network: Network
+) -> None:
+    images = rng.normal(size=(300, *network.image_shape)).astype(np.float32)
+    variables = ab.dequantize(network.variables)
+    model = jax.jit(lambda x: network.model.apply(variables, x, train=False))
+    wrong = set(rng.choice(300, 7, replace=False).tolist())
+
+    def made(change: Any) -> Any:
+        """Logits by the model, changed for the images of `wrong`."""
+
+        def make(network: Network, directory: Any) -> Any:
+            start = 0
+
+            def logits(batch: np.ndarray) -> np.ndarray:
+                nonlocal start
+                found = np.array(model(batch))
+                for i in range(len(batch)):
+                    if start + i in wrong:
+                        change(found[i])
+                start += len(batch)
+                return found
+
+            return logits
+
+        return make
+
+    def other_class(logits: np.ndarray) -> None:
+        logits[logits.argmin()] = logits.max() + 100 * step
+
+    def a_little(logits: np.ndarray) -> None:
+        logits += 0.5 * step
+
+    step = last_step(fold_batch_norm(graph_of(network)))
+    assert step is not None
+    forms = {"other": made(other_class), "little": made(a_little), "same": made(lambda x: None)}
+    counts = compare(network, images, forms)
+    assert counts["images"] == 300
+    found = counts["forms"]
+    assert (found["other"]["other_class"], found["other"]["above_one_step"]) == (7, 7)
+    assert (found["little"]["other_class"], found["little"]["above_one_step"]) == (0, 0)
+    assert found["little"]["largest"] == pytest.approx(0.5 * step, rel=1e-3)
+    assert found["same"] == {"other_class": 0, "above_one_step": 0, "largest": 0.0}
+    assert "| other | 7 (2.33 %) | 7 |" in table(counts)
+
+
+def test_a_step_of_the_last_layer_is_what_one_code_of_its_input_may_do(network: Network) -> None:
+    graph = fold_batch_norm(graph_of(network))
+    (head,) = [node.operation for node in graph.nodes if node.name == "head"]
+    (source,) = [node.operation for node in graph.nodes if node.name == "head_input"]
+    assert isinstance(head, Dense)
+    unit = np.eye(head.kernel.codes.shape[0]) * float(source.quantizer.scale(source.limit))
+    expected = np.abs(unit @ np.asarray(values_of(head.kernel), np.float64)).max()
+    assert last_step(graph) == pytest.approx(expected, rel=1e-6)
