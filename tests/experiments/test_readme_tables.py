@@ -1,4 +1,4 @@
-"""The README's tables are those of the records in `results/`."""
+"""The tables of the README and of docs/ are those of the records in `results/`."""
 
 import json
 from pathlib import Path
@@ -23,14 +23,18 @@ def stale_studies(text: str, results: Path) -> list[str]:
     ]
 
 
-def test_readme_tables_agree_with_the_records() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    if not readme_blocks(text):
-        pytest.skip("README.md has no block <!-- table: STUDY -->, so there is nothing to compare")
+@pytest.mark.parametrize(
+    ("file", "studies"),
+    [
+        ("README.md", ["binarynet_cifar10"]),
+        ("docs/tiny_imagenet.md", ["tiny_imagenet_mobilenet", "tiny_imagenet_resnet50"]),
+    ],
+)
+def test_tables_agree_with_the_records(file: str, studies: list[str]) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    assert [block.study for block in readme_blocks(text)] == studies
     stale = stale_studies(text, ROOT / "results")
-    assert not stale, (
-        f"renew by: python -m experiments.report results/{stale[0]} --readme=README.md"
-    )
+    assert not stale, f"renew by: python -m experiments.report results/{stale[0]} --readme={file}"
 
 
 @pytest.mark.parametrize(
