@@ -10,8 +10,8 @@ Small, on two cores, about a quarter of an hour for both phases:
     python -m experiments.mobilenet_v1_imagenet --image_size=32 --classes=50 --width=0.25 \
         --float_epochs=12 --epochs=6 --method=ab --weight_bits=4 --name=small/ab
 
-What to expect, at 16 pixels, 100 classes and width 0.25, is in docs/tiny_imagenet.md: float at 23 %,
-every method about one point below it at W8A8 and one and a half at W4A8.
+What to expect, at 16 pixels, 100 classes and width 0.25, is in docs/tiny_imagenet.md: float at
+23 %, every method within a point of it at W8A8 and one or two below it at W4A8.
 """
 
 from typing import Any

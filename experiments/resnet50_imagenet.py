@@ -11,8 +11,8 @@ Small, on two cores, about half an hour for both phases:
     python -m experiments.resnet50_imagenet --image_size=32 --classes=50 --width=0.125 \
         --float_epochs=12 --epochs=6 --method=ab --weight_bits=4 --act_bits=4 --name=small/ab
 
-What to expect, at 16 pixels, 100 classes and width 0.125, is in docs/tiny_imagenet.md: float at 25 %
-(v1) and 28 % (v2), every method one or two points below it at W4A4.
+What to expect, at 16 pixels, 100 classes and width 0.125, is in docs/tiny_imagenet.md: float at
+25 % (v1) and 28 % (v2), every method one or two points below it at W4A4.
 """
 
 import dataclasses

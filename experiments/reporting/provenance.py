@@ -62,7 +62,8 @@ def commands(groups: Sequence[Sequence[Record]]) -> str:
     for group in groups:
         module = group[0].experiment.removeprefix("experiments.")
         words = [f"--method={group[0].method}", f"--seed={_seeds(group)}"]
-        for flag in sorted(own):
+        # Of records of several ages, the older ones lack what was not a flag then.
+        for flag in sorted(flag for flag in own if flag in group[0].config):
             # A path that no template expresses is left to whoever repeats the run.
             if len(distinct(record.template(flag) for record in group)) == 1:
                 words.append(_argument(group[0], flag))

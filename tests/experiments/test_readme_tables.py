@@ -27,7 +27,7 @@ def stale_studies(text: str, results: Path) -> list[str]:
     ("file", "studies"),
     [
         ("README.md", ["binarynet_cifar10"]),
-        ("docs/tiny_imagenet.md", ["tiny_imagenet_mobilenet", "tiny_imagenet_resnet50"]),
+        ("docs/tiny_imagenet.md", ["tiny_imagenet_resnet50", "tiny_imagenet_mobilenet"]),
     ],
 )
 def test_tables_agree_with_the_records(file: str, studies: list[str]) -> None:
@@ -92,3 +92,16 @@ def test_the_comparison_finds_a_changed_record(tmp_path: Path) -> None:
     assert stale_studies(text.replace("60.00", "61.00"), tmp_path) == ["study"]
     path.write_text(json.dumps(record).replace("0.6}", "0.61}"))
     assert stale_studies(text, tmp_path) == ["study"]
+
+
+def test_the_trials_of_the_ramp_are_told_as_they_came_out() -> None:
+    text = " ".join((ROOT / "docs/tiny_imagenet.md").read_text(encoding="utf-8").split())
+
+    def accuracies(record: str) -> str:
+        found = json.loads((ROOT / f"results/{record}.json").read_text())["summary"]["validation"]
+        return f"{100 * found['quantized']:.1f} / {100 * found['quantized_recalibrated']:.1f}"
+
+    table = accuracies("tiny_imagenet_resnet50/final/v1_channel_least_squares_ab_seed0")
+    assert f"0.9 of the run, {table};" in text
+    assert f"settle longer, {accuracies('tiny_imagenet_ramps/ramp_stop0.6')};" in text
+    assert f"are quantized, {accuracies('tiny_imagenet_ramps/act_stop0.3')}." in text

@@ -373,6 +373,7 @@ def test_the_commands_repeat_the_final_runs(rng: np.random.Generator) -> None:
             note="one, two 'three'",
             flip=bool(seed >= 0),
             augment=False,
+            **({"newer": 2} if method == "ab" else {}),  # no flag yet when the other was run
         )
         for method, rate in (("float", 0.1), ("ab", 1e-05))
         for seed in (first, first + 1, first + 2, first + 7)[: 3 if method == "ab" else 4]
