@@ -69,7 +69,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         "image_shape": list(SHAPE),
         "data": {"mean": [0.31], "std": [0.37], "class_names": NAMES},
     }
-    network = Network(model, variables, rules, description)
+    network = Network(model, variables, rules, None, description)
     folder = tmp_path_factory.mktemp("exported")
     files = {"onnx": folder / "net.onnx", "packed": folder / "net.safetensors"}
     for form, path in files.items():
