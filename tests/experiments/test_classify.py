@@ -1,5 +1,6 @@
 """Classifying image files with exported networks: the same classes with JAX and without it."""
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -94,7 +95,8 @@ def test_the_whole_test_set_has_the_same_classes_in_onnx_runtime(exported: Expor
     found = from_onnx(exported.files["onnx"]).logits(images)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.ptp(expected))
     np.testing.assert_array_equal(found.argmax(1), expected.argmax(1))
-    assert len({*found.argmax(1)}) > 1, "the images count"
+    # A random network may find one class everywhere, but its logits tell the images apart.
+    assert np.ptp(found, axis=0).max() > 0.01 * np.ptp(found)
 
 
 def test_image_files_are_classified_with_jax_and_without(
@@ -156,9 +158,7 @@ def test_what_cannot_be_classified_is_said_in_a_line(
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "no.onnx").write_text("no network")
     plain = dict(exported.network.description, data={})
-    bare = Network(
-        exported.network.model, exported.network.variables, exported.network.rules, plain
-    )
+    bare = dataclasses.replace(exported.network, description=plain)
     for form, name in (("onnx", "bare.onnx"), ("packed", "bare.safetensors")):
         export.FORMATS[form](bare, tmp_path / name)
 
