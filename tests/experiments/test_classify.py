@@ -54,13 +54,20 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     spec = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), spec)
 
-    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if len(leaf.shape) == 1:
-            return jnp.asarray(rng.uniform(0.5, 2, leaf.shape), leaf.dtype)
-        kernel = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
-        return jnp.asarray(kernel, leaf.dtype)
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        """Norms that amplify, so that the images still count at the end."""
+        match path[-1].key:
+            case "kernel":
+                value = rng.normal(size=leaf.shape) / np.sqrt(np.prod(leaf.shape[:-1]))
+            case "mean" | "bias":
+                value = rng.normal(scale=0.3, size=leaf.shape)
+            case "var":
+                value = rng.uniform(0.05, 0.2, leaf.shape)
+            case _:
+                value = rng.uniform(0.5, 2, leaf.shape)
+        return jnp.asarray(value, leaf.dtype)
 
-    variables = jax.tree.map(draw, shapes)
+    variables = jax.tree.map_with_path(draw, shapes)
     rules = binarynet_cifar10.weight_rules(config)
     variables["params"] = ab.quantize(variables["params"], rules)
     description = {
