@@ -35,7 +35,7 @@ from ab_jax.export.graph import Graph
 from ab_jax.export.integers import evaluate_in_integers
 from ab_jax.export.onnx import IMAGES, to_onnx
 from ab_jax.models.mobilenet import MobileNet
-from ab_jax.models.resnet import ResNet
+from ab_jax.models.resnet import resnet50
 from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs
 from ab_jax.training.records import describe_run, write_json
 from experiments.recipes.methods import named
@@ -44,7 +44,7 @@ from experiments.reporting.paired_statistics import median_interval
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1_050": lambda **fields: MobileNet(width=0.5, **fields),
     "mobilenet_v1_100": MobileNet,
-    "resnet50_v1": ResNet,
+    "resnet50_v1": resnet50,
 }
 _TITLES = {
     "mobilenet_v1_050": "MobileNet v1, width 0.5",

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 
@@ -83,3 +84,15 @@ def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
 def test_what_cannot_be_timed_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         run(Config(**wrong))
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),  # of the published networks: Keras counts the running statistics too
+    [("mobilenet_v1_050", 1.331592), ("mobilenet_v1_100", 4.231976), ("resnet50_v1", 25.557032)],
+)
+def test_the_networks_are_those_of_their_names(name: str, millions: float) -> None:
+    model = bench_deploy.MODELS[name]()
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
+    shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
+    found = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+    assert found == round(1e6 * millions)

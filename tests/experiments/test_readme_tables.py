@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from experiments import bench_data, bench_step
+from experiments import bench_data, bench_deploy, bench_step
 from experiments.report import readme_blocks, renew_readme
 from experiments.reporting.readings import read_records
 from experiments.reporting.tables import readme_table
@@ -42,6 +42,7 @@ def test_tables_agree_with_the_records(file: str, studies: list[str]) -> None:
     [
         (bench_step, ["batch32", "batch128"]),
         (bench_data, ["imagenet2012", "tiny_imagenet"]),
+        (bench_deploy, ["mobilenet_v1_100"]),
     ],
 )
 def test_the_readme_shows_the_tables_of_the_benchmarks(
