@@ -18,7 +18,7 @@ onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kerne
 (`ab_jax.export.onnx`), from uint8 images where the record tells their mean and std, else from
 normalized ones; `experiments.classify` runs it without JAX. onnx_int4: the same with codes of at
 most 4 bits stored in 4 bits, for readers of opset 21. onnx_float_bias: the same with biases as they
-are, not as the integers of integer kernels: the logits of JAX, at about twice the time.
+are, not as the integers of integer kernels: the logits of JAX, more slowly.
 
 litert: a .tflite file for LiteRT, the runtime of phones and small machines, with 8-bit codes in its
 integer operators (`ab_jax.export.litert`), from normalized images to logits.
