@@ -83,7 +83,7 @@ class Subject:
       model: in float32.
       variables: of the model.
       graph: of the quantized network, with batch norm folded.
-      files: ONNX files by what they compute in: float32 and int8.
+      files: ONNX files by what they compute in: float32, or int8 in the two ways of `to_onnx`.
     """
 
     model: nn.Module
@@ -123,6 +123,7 @@ def _jax_integers(subject: Subject, cores: int) -> Run:
 CASES: dict[str, Callable[[Subject, int], Run]] = {
     "ONNX Runtime, float32": _onnx_runtime("float32"),
     "ONNX Runtime, int8": _onnx_runtime("int8"),
+    "ONNX Runtime, int8, integer biases": _onnx_runtime("int8, integer biases"),
     "JAX, float32": _jax_float,
     "JAX, int8": _jax_integers,
 }
@@ -185,8 +186,13 @@ def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subje
         "float32": describe(plain, variables, shape),
         "int8": describe(quantized, whole, shape),
     }
-    files = {form: to_onnx(graph).SerializeToString() for form, graph in graphs.items()}
-    return Subject(plain, variables, fold_batch_norm(graphs["int8"]), files)
+    files = {
+        "float32": to_onnx(graphs["float32"]),
+        "int8": to_onnx(graphs["int8"]),
+        "int8, integer biases": to_onnx(graphs["int8"], integer_biases=True),
+    }
+    written = {form: file.SerializeToString() for form, file in files.items()}
+    return Subject(plain, variables, fold_batch_norm(graphs["int8"]), written)
 
 
 def _time(

@@ -4,10 +4,10 @@
 
 The network of each run at alpha 1, as the run evaluates it, is compared with what is made of it:
 its graph with batch norm folded, in integers, and each format of `experiments.export`, written to
-a file and read back. Told are the images whose most likely class differs, and by how much logits
-do, in steps of the last layer: what its largest weight makes of one step of its input.
+a file and read back. Told are the accuracy, the images whose most likely class differs, and by how
+much logits do, in steps of the last layer: what its largest weight makes of one step of its input.
 
-The last line of each table says what to expect of rounding alone: the same network, computed in
+The last line of the table says what to expect of rounding alone: the same network, computed in
 float64. A value that falls on the border of two codes goes to the one or the other, and what an
 early layer sees so differently is many steps in the logits of that image.
 """
@@ -98,13 +98,13 @@ def stablehlo(network: Network, directory: Path) -> Logits:
     return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def onnx(network: Network, directory: Path, *, float_biases: bool = False) -> Logits:
+def onnx(network: Network, directory: Path, *, integer_biases: bool = False) -> Logits:
     """An ONNX file in ONNX Runtime, from normalized images."""
     import onnxruntime
 
     from ab_jax.export.onnx import IMAGES, to_onnx
 
-    model = to_onnx(graph_of(network), float_biases=float_biases)
+    model = to_onnx(graph_of(network), integer_biases=integer_biases)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")
@@ -131,7 +131,7 @@ FORMS: dict[str, Callable[[Network, Path], Logits]] = {
     "packed": packed,
     "stablehlo": stablehlo,
     "onnx": onnx,
-    "onnx_float_bias": functools.partial(onnx, float_biases=True),
+    "onnx_integer_bias": functools.partial(onnx, integer_biases=True),
     "litert": litert,
     "float64": float64,
 }
@@ -143,15 +143,15 @@ def graph_of(network: Network) -> Graph:
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Compare, print a table for each run, and return the record."""
+    """Compare, print a table, and return the record."""
     forms = {name: named("forms", name, FORMS) for name in config.forms or FORMS}
     if not config.runs:
         raise ValueError("There are no runs to compare. Name some directories.")
     counts = {}
     for path in config.runs:
         network = read_run(path)
-        counts[str(path)] = compare(network, images_of(network), forms)
-        print(f"{path}\n{table(counts[str(path)])}", flush=True)
+        counts[str(path)] = compare(network, *images_of(network), forms)
+    print(table(counts))
     flags = {"runs": [str(path) for path in config.runs], "forms": list(forms)}
     record = {**describe_run("experiments.compare_exports", flags), "counts": counts}
     if config.out is not None:
@@ -160,8 +160,8 @@ def run(config: Config) -> dict[str, Any]:
     return record
 
 
-def images_of(network: Network) -> np.ndarray:
-    """The test images of the run's data, normalized."""
+def images_of(network: Network) -> tuple[np.ndarray, np.ndarray]:
+    """The test images of the run's data, normalized, and their labels."""
     flags = network.description["config"]
     if flags.get("stream") or flags["dataset"] == "imagenet2012":
         raise ValueError(
@@ -176,24 +176,36 @@ def images_of(network: Network) -> np.ndarray:
         image_size=flags["image_size"],
         **chosen,
     )
-    return np.asarray(normalize(jnp.asarray(dataset.test.images), dataset.mean, dataset.std))
+    test = dataset.test
+    normalized = normalize(jnp.asarray(test.images), dataset.mean, dataset.std)
+    return np.asarray(normalized), np.asarray(test.labels)
 
 
 def compare(
-    network: Network, images: np.ndarray, forms: dict[str, Callable[[Network, Path], Logits]]
+    network: Network,
+    images: np.ndarray,
+    labels: np.ndarray,
+    forms: dict[str, Callable[[Network, Path], Logits]],
 ) -> dict[str, Any]:
     """Counts by form, over all images."""
     variables = ab.dequantize(network.variables)
     model = jax.jit(lambda images: network.model.apply(variables, images, train=False))
     expected = _in_batches(model, images)
     step = last_step(fold_batch_norm(graph_of(network)))
-    found: dict[str, Any] = {"images": len(images), "step": step, "forms": {}}
+    found: dict[str, Any] = {
+        "images": len(images),
+        "step": step,
+        "correct": int(np.sum(expected.argmax(1) == labels)),
+        "forms": {},
+    }
     with tempfile.TemporaryDirectory() as directory:
         for name, make in forms.items():
             logits = _in_batches(make(network, Path(directory)), images)
             largest = np.abs(logits - expected).max(axis=1)
+            classes = logits.argmax(1)
             found["forms"][name] = {
-                "other_class": int(np.sum(logits.argmax(1) != expected.argmax(1))),
+                "correct": int(np.sum(classes == labels)),
+                "other_class": int(np.sum(classes != expected.argmax(1))),
                 "above_one_step": None if step is None else int(np.sum(largest > step)),
                 "largest": float(largest.max()),
             }
@@ -215,21 +227,26 @@ def last_step(graph: Graph) -> float | None:
     return float(steps[-1][0] * steps[-1][1]) if steps else None
 
 
-def table(counts: dict[str, Any]) -> str:
-    """The counts of a run as a Markdown table."""
-    images, step = counts["images"], counts["step"]
+def table(counts: dict[str, dict[str, Any]]) -> str:
+    """A Markdown table of the counts of `compare`, a column for each network by its title."""
+    columns = list(counts.values())
     lines = [
-        f"| of {images:,} images | another class | a logit off by more than a step | at most |",
-        "| --- | ---: | ---: | ---: |",
+        f"| form | {' | '.join(counts)} |",
+        f"| --- |{' ---: |' * len(columns)}",
+        f"| the run | {' | '.join(_percent(c['correct'], c['images']) for c in columns)} |",
     ]
-    for name, found in counts["forms"].items():
-        share = f"{found['other_class']} ({100 * found['other_class'] / images:.2f} %)"
-        most = f"{found['largest']:.2g}"
-        if step is not None:
-            most = f"{found['largest'] / step:.2g} steps"
-        above = "" if step is None else f"{found['above_one_step']}"
-        lines.append(f"| {name} | {share} | {above} | {most} |")
+    for form in columns[0]["forms"]:
+        cells = []
+        for c in columns:
+            found = c["forms"][form]
+            accuracy, images = _percent(found["correct"], c["images"]), c["images"]
+            cells.append(f"{accuracy}, {found['other_class']} of {images:,} differ")
+        lines.append(f"| {form} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.2f} %"
 
 
 def _in_batches(logits: Logits, images: np.ndarray) -> np.ndarray:

@@ -17,8 +17,9 @@ qwix: an Orbax checkpoint (a directory) of Qwix's arrays, with the ranges of qua
 onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kernels
 (`ab_jax.export.onnx`), from uint8 images where the record tells their mean and std, else from
 normalized ones; `experiments.classify` runs it without JAX. onnx_int4: the same with codes of at
-most 4 bits stored in 4 bits, for readers of opset 21. onnx_float_bias: the same with biases as they
-are, not as the integers of integer kernels: the logits of JAX, more slowly.
+most 4 bits stored in 4 bits, for readers of opset 21. onnx_integer_bias: the same with biases
+rounded to integers, as the fastest kernels have them: sooner done, and some images get another
+class.
 
 litert: a .tflite file for LiteRT, the runtime of phones and small machines, with 8-bit codes in its
 integer operators (`ab_jax.export.litert`), from normalized images to logits.
@@ -51,7 +52,7 @@ class Config:
 
     run: tyro.conf.Positional[Path]  # directory of the finished run, such as runs/NAME
     out: Path  # the file (of qwix: the checkpoint) to write; one that is there is replaced
-    # packed, stablehlo, qwix, onnx, onnx_int4, onnx_float_bias or litert
+    # packed, stablehlo, qwix, onnx, onnx_int4, onnx_integer_bias or litert
     format: str = "packed"
     image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
 
@@ -87,7 +88,7 @@ def qwix(network: Network, path: Path) -> int:
     return write_qwix(path, variables, inputs=inputs, network=network.description)
 
 
-def onnx(network: Network, path: Path, *, int4: bool = False, float_biases: bool = False) -> int:
+def onnx(network: Network, path: Path, *, int4: bool = False, integer_biases: bool = False) -> int:
     """Write the ONNX file; returns its bytes."""
     try:
         from ab_jax.export.onnx import to_onnx
@@ -104,7 +105,7 @@ def onnx(network: Network, path: Path, *, int4: bool = False, float_biases: bool
         class_names=data.get("class_names"),
         description=network.description,
         int4=int4,
-        float_biases=float_biases,
+        integer_biases=integer_biases,
     )
     written = model.SerializeToString(deterministic=True)
     write_whole(path, written)
@@ -132,7 +133,7 @@ FORMATS: dict[str, Callable[[Network, Path], int]] = {
     "qwix": qwix,
     "onnx": onnx,
     "onnx_int4": functools.partial(onnx, int4=True),
-    "onnx_float_bias": functools.partial(onnx, float_biases=True),
+    "onnx_integer_bias": functools.partial(onnx, integer_biases=True),
     "litert": litert,
 }
 

@@ -139,16 +139,24 @@ def _layer(layer: Convolution | Dense, x: _Codes, for_cpu: bool) -> Array:
 
     sums = product(kernel.codes)
     # (x + offset) (w - zero) = x w + offset (w - zero) - x zero, each summed.
-    offsets = kernel.codes.astype(jnp.int32)
     if kernel.zero_point is not None:
-        zero_point = kernel.zero_point.astype(jnp.int32)
-        offsets -= zero_point
-        sums -= product(jnp.ones_like(kernel.codes)) * by_channel(zero_point.ravel(), sums.ndim)
+        zero_point = by_channel(kernel.zero_point.astype(jnp.int32).ravel(), sums.ndim)
+        sums -= product(jnp.ones_like(kernel.codes)) * zero_point
     if x.offset:
-        taps = tuple(range(offsets.ndim - 1))
-        sums += by_channel(x.offset * jnp.sum(offsets, taps), sums.ndim)
+        sums += by_channel(jnp.asarray(x.offset * _sums_of_offsets(kernel)), sums.ndim)
     scale = x.scale * kernel.scale.reshape(-1).astype(jnp.float32)
     return plus(sums.astype(jnp.float32) * by_channel(scale, sums.ndim), layer.bias)
+
+
+def _sums_of_offsets(kernel: Quantized) -> np.ndarray:
+    """Codes less their zero points, summed by channel out: int32 [channels out].
+
+    In numpy, since they are constants: XLA takes seconds to fold such a sum of a large kernel.
+    """
+    offsets = np.asarray(kernel.codes, np.int32)
+    if kernel.zero_point is not None:
+        offsets = offsets - np.asarray(kernel.zero_point, np.int32)
+    return offsets.sum(axis=tuple(range(offsets.ndim - 1)), dtype=np.int32)
 
 
 def _convolved(

@@ -8,14 +8,14 @@ reference implementation: exporters that trace JAX programs do not know codes fr
 Codes lie in it as int8 beside their scales, in QuantizeLinear/DequantizeLinear pairs around each
 layer, which ONNX Runtime fuses into its integer kernels. A layer takes one of three forms:
 
-- integers with a bias of int32 in units of the products, as the integer kernels have it, which
-  rounds it by at most half a unit: convolutions that give out codes, which ONNX Runtime makes
-  QLinearConv, and dense layers, QGemm. Some codes change by it: `float_biases` does without;
-- a product of codes with a float32 bias: 1 x 1 convolutions that give out floats, before a sum or
-  a mean; ONNX Runtime makes it MatMulIntegerToFloat;
+- a product of matrices of codes with a float32 bias, for dense layers and convolutions up to 3 x 3
+  but depthwise ones; ONNX Runtime makes it MatMulIntegerToFloat. Larger kernels than 1 x 1 take
+  copies of their input's codes, one for each place of the kernel;
+- with `integer_biases`, convolutions that give out codes are in integers as a whole: QLinearConv,
+  whose bias is an int32 in units of the products. It is faster, and the bias is rounded by at most
+  half a unit, for which some codes change;
 - in float32, with codes times scales for weights, computed once when the file is loaded, where
-  there is no integer kernel: unquantized inputs; larger kernels that give out floats, or with zero
-  points; scales by group.
+  there is no integer kernel: unquantized inputs; depthwise and larger kernels; scales by group.
 
 Codes of activations are uint8. Signed ones have the zero point 128, since a kernel wants one type
 on both sides; those below 8 bits, and signed ones, are clipped as integers.
@@ -64,7 +64,7 @@ def to_onnx(
     class_names: Sequence[str] | None = None,
     description: Mapping[str, Any] | None = None,
     int4: bool = False,
-    float_biases: bool = False,
+    integer_biases: bool = False,
 ) -> onnx.ModelProto:
     """The network as an ONNX model from `images` to `logits`, float32 [batch, classes], any batch.
 
@@ -77,8 +77,9 @@ def to_onnx(
       description: JSON values that say what network this is.
       int4: store codes of at most 4 bits as int4. The file is smaller and needs opset 21, else 13;
         what ONNX Runtime makes of it is the same.
-      float_biases: leave biases as they are. The logits are then `evaluate`'s to float tolerance,
-        but for codes on the border of two; convolutions of larger kernels run in float32.
+      integer_biases: round the biases of convolutions between codes to what ONNX Runtime's fastest
+        kernels take. Without, logits are `evaluate`'s to float tolerance, but for codes on the
+        border of two.
 
     Returns:
       A model with the metadata `class_names`, `mean`, `std` and `network`, each as JSON, as far as
@@ -109,7 +110,7 @@ def to_onnx(
                 node.shape,
                 to_codes=to_codes,
                 int4=int4,
-                float_bias=float_biases,
+                integer_bias=integer_biases,
             )
         elif isinstance(operation, Quantize):
             given = _quantize(file, node.name, operation, inputs[0])

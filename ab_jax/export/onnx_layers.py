@@ -4,15 +4,26 @@ Which forms there are, and why, stands in `ab_jax.export.onnx`.
 """
 
 import dataclasses
+import math
 
 import numpy as np
 from onnx import TensorProto
 
-from ab_jax.export.graph import Convolution, Dense, Weights, shape_of
+from ab_jax.export.graph import Convolution, Dense, shape_of
 from ab_jax.export.onnx_file import OnnxFile
+from ab_jax.export.onnx_weights import (
+    bias_values,
+    float_array,
+    float_weights,
+    of_channels,
+    weight_values,
+)
 from ab_jax.quantizers import Quantized
 
 _LARGEST_CODE = 255  # of an input
+# Of kernels larger than 1 x 1 whose convolution is one product of matrices.
+_MOST_PLACES = 9
+_FEWEST_CHANNELS = 8
 _FAR = 2**63 - 1  # past the end of any axis
 
 
@@ -74,7 +85,7 @@ def add_layer(
     *,
     to_codes: bool,
     int4: bool,
-    float_bias: bool,
+    integer_bias: bool,
 ) -> Value:
     """Add a layer to the file; returns what it gives out.
 
@@ -86,21 +97,23 @@ def add_layer(
       shape: of what it gives out.
       to_codes: whether codes are all that is wanted of it.
       int4: whether codes of at most 4 bits are stored as int4.
-      float_bias: whether the bias must not be rounded.
+      integer_bias: whether the bias of a convolution may be rounded, for codes without floats.
     """
     weights = layer.kernel
-    if isinstance(weights, Quantized):
-        int4 = int4 and weights.bits <= 4
-        if x.codes is not None and _is_by_channel(weights):
-            bias = None if float_bias else _whole_bias(layer, x.codes)
-            if isinstance(layer, Dense):
-                if bias is not None:
-                    return Value(shape, _dense(file, name, layer, weights, x, bias, int4))
-            elif bias is not None and to_codes and weights.zero_point is None:
-                y = _between_codes(file, name, layer, weights, x.codes, bias, int4)
-                return Value(shape, y)
-            elif _is_pointwise(layer):
-                return Value(shape, _pointwise(file, name, layer, weights, x.codes, int4))
+    if not isinstance(weights, Quantized):
+        return Value(shape, _in_floats(file, name, layer, x, int4=False))
+    int4 = int4 and weights.bits <= 4
+    if x.codes is None or not _is_by_channel(weights):
+        return Value(shape, _in_floats(file, name, layer, x, int4))
+    if isinstance(layer, Dense):
+        return Value(shape, _dense(file, name, layer, weights, x, int4))
+    if integer_bias and to_codes and weights.zero_point is None:
+        bias = _whole_bias(layer, x.codes)
+        if bias is not None:
+            y = _between_codes(file, name, layer, weights, x.codes, bias, int4)
+            return Value(shape, y)
+    if _is_worth_a_product(layer):
+        return Value(shape, _product(file, name, layer, weights, x.codes, int4))
     return Value(shape, _in_floats(file, name, layer, x, int4))
 
 
@@ -123,61 +136,95 @@ def _between_codes(
     int4: bool,
 ) -> str:
     kernel = np.transpose(np.asarray(weights.codes), (3, 2, 0, 1))
-    stored, scale = _weights(file, name, weights, kernel, axis=0, int4=int4)
+    stored, scale = weight_values(file, name, weights, kernel, axis=0, int4=int4)
     inputs = [_values(file, x), stored]
     if bias.size:
-        inputs.append(_bias_values(file, name, bias, x.scale * scale))
+        inputs.append(bias_values(file, name, bias, x.scale * scale))
     return _convolution(file, name, layer, inputs)
 
 
 def _dense(
-    file: OnnxFile,
-    name: str,
-    layer: Dense,
-    weights: Quantized,
-    x: Value,
-    bias: np.ndarray,
-    int4: bool,
+    file: OnnxFile, name: str, layer: Dense, weights: Quantized, x: Value, int4: bool
 ) -> str:
+    """A product of matrices, with an axis too many.
+
+    Of two axes ONNX Runtime makes a Gemm first, and then rounds the bias to an integer by itself.
+    """
     assert x.codes is not None
+    axis = file.constant(np.array([1]))
+    rows = file.node("Unsqueeze", [x.codes.name, axis], f"{name}/row")
     kernel = np.asarray(weights.codes)
     if x.order is not None:
         kernel = kernel[x.order]
-    stored, scale = _weights(file, name, weights, kernel, axis=1, int4=int4)
-    inputs = [_values(file, x.codes), stored]
-    if bias.size:
-        inputs.append(_bias_values(file, name, bias, x.codes.scale * scale))
-    return file.node("Gemm", inputs, name, alpha=1.0, beta=1.0)
+    stored, _ = weight_values(file, name, weights, kernel, axis=1, int4=int4)
+    inputs = [_values(file, dataclasses.replace(x.codes, name=rows)), stored]
+    y = _plus_bias(file, name, file.node("MatMul", inputs, f"{name}/product"), layer)
+    return file.node("Squeeze", [y, axis], f"{name}/features")
 
 
-def _pointwise(
+def _product(
     file: OnnxFile, name: str, layer: Convolution, weights: Quantized, x: Codes, int4: bool
 ) -> str:
-    """A 1 x 1 convolution as a product, with the channels last."""
-    cut = strided(file, x.name, name, layer.strides)
-    last = file.node("Transpose", [cut], f"{name}/channels_last", perm=[0, 2, 3, 1])
-    kernel = np.asarray(weights.codes)[0, 0]
-    stored, _ = _weights(file, name, weights, kernel, axis=1, int4=int4)
-    inputs = [_values(file, dataclasses.replace(x, name=last)), stored]
+    """A convolution as one product of matrices, with the channels last.
+
+    A row is what the kernel covers at one position: for kernels larger than 1 x 1 a copy of the
+    codes by place of the kernel, which costs little beside the product.
+    """
+    codes = np.asarray(weights.codes)
+    height, width, channels, features = codes.shape
+    last = file.node("Transpose", [x.name], f"{name}/channels_last", perm=[0, 2, 3, 1])
+    (top, bottom), (left, right) = layer.padding
+    if any((top, bottom, left, right)):
+        amounts = file.constant(np.array([0, top, left, 0, 0, bottom, right, 0]))
+        padded = [last, amounts, file.constant(x.zero_point)]
+        last = file.node("Pad", padded, f"{name}/padded")
+    places = [
+        _window(file, last, name, (i, j), (height, width), layer.strides)
+        for i in range(height)
+        for j in range(width)
+    ]
+    rows = places[0]
+    if len(places) > 1:
+        rows = file.node("Concat", places, f"{name}/rows", axis=3)
+    kernel = codes.reshape(height * width * channels, features)
+    stored, _ = weight_values(file, name, weights, kernel, axis=1, int4=int4)
+    inputs = [_values(file, dataclasses.replace(x, name=rows)), stored]
     y = _plus_bias(file, name, file.node("MatMul", inputs, f"{name}/product"), layer)
     return file.node("Transpose", [y], f"{name}/channels_first", perm=[0, 3, 1, 2])
+
+
+def _window(
+    file: OnnxFile,
+    x: str,
+    name: str,
+    place: tuple[int, int],
+    kernel: tuple[int, int],
+    strides: tuple[int, int],
+) -> str:
+    """The name of what one place of a kernel sees, channels last."""
+    if kernel == (1, 1) and strides == (1, 1):
+        return x
+    # Up to the last position of this place: the places after it do not reach the border.
+    ends = [p - (k - 1) if p < k - 1 else _FAR for p, k in zip(place, kernel, strict=True)]
+    cut = [file.constant(np.array(part, np.int64)) for part in (place, ends, (1, 2), strides)]
+    return file.node("Slice", [x, *cut], f"{name}/place_{place[0]}_{place[1]}")
 
 
 def _in_floats(file: OnnxFile, name: str, layer: Convolution | Dense, x: Value, int4: bool) -> str:
     inputs = [x.floats(file)]
     if isinstance(layer, Convolution):
-        inputs.append(_float_weights(file, name, layer.kernel, (3, 2, 0, 1), None, int4))
+        inputs.append(float_weights(file, name, layer.kernel, (3, 2, 0, 1), None, int4))
         if layer.bias is not None:
-            inputs.append(_float_array(file, f"{name}/bias", layer.bias))
+            inputs.append(float_array(file, f"{name}/bias", layer.bias))
         return _convolution(file, name, layer, inputs)
-    inputs.append(_float_weights(file, name, layer.kernel, (0, 1), x.order, int4))
+    inputs.append(float_weights(file, name, layer.kernel, (0, 1), x.order, int4))
     return _plus_bias(file, name, file.node("MatMul", inputs, f"{name}/product"), layer)
 
 
 def _plus_bias(file: OnnxFile, name: str, y: str, layer: Convolution | Dense) -> str:
     if layer.bias is None:
         return y
-    return file.node("Add", [y, _float_array(file, f"{name}/bias", layer.bias)], f"{name}/biased")
+    return file.node("Add", [y, float_array(file, f"{name}/bias", layer.bias)], f"{name}/biased")
 
 
 def _convolution(file: OnnxFile, name: str, layer: Convolution, inputs: list[str]) -> str:
@@ -197,78 +244,14 @@ def _values(file: OnnxFile, codes: Codes) -> str:
     return file.node("DequantizeLinear", [codes.name, *codes.arrays], f"{codes.name}_value")
 
 
-def _bias_values(file: OnnxFile, name: str, bias: np.ndarray, unit: np.ndarray) -> str:
-    arrays = [
-        file.array(f"{name}/bias", bias),
-        file.array(f"{name}/bias_scale", unit),
-        file.array(f"{name}/bias_zero_point", np.zeros(bias.shape, np.int32)),
-    ]
-    return file.node("DequantizeLinear", arrays, f"{name}/bias_value", axis=0)
-
-
-def _weights(
-    file: OnnxFile, name: str, weights: Quantized, codes: np.ndarray, *, axis: int, int4: bool
-) -> tuple[str, np.ndarray]:
-    """The name of the weights' values, their codes arranged with the channels along an axis.
-
-    And their scales [channels].
-    """
-    channels = codes.shape[axis]
-    scale = _of_channels(weights.scale, channels)
-    zeros: object = np.int8(0) if weights.zero_point is None else weights.zero_point
-    arrays = [
-        file.whole_numbers(f"{name}/kernel", codes, int4=int4),
-        file.array(f"{name}/kernel_scale", scale),
-        file.array(f"{name}/kernel_zero_point", _of_channels(zeros, channels)),
-    ]
-    return file.node("DequantizeLinear", arrays, f"{name}/kernel_value", axis=axis), scale
-
-
-def _float_weights(
-    file: OnnxFile,
-    name: str,
-    weights: Weights,
-    axes: tuple[int, ...],
-    order: np.ndarray | None,
-    int4: bool,
-) -> str:
-    """The name of the weights' values with their axes so, and the rows of a dense kernel in order.
-
-    No DequantizeLinear, which ONNX Runtime would compute anew for every batch of images.
-    """
-    shape = shape_of(weights)
-
-    def arranged(values: np.ndarray) -> np.ndarray:
-        rows = values if order is None or values.shape[0] == 1 else values[order]
-        return np.ascontiguousarray(rows.transpose(axes))
-
-    def expanded(values: np.ndarray) -> np.ndarray:
-        for i, (count, size) in enumerate(zip(values.shape, shape, strict=True)):
-            if count not in (1, size):  # by blocks
-                values = np.repeat(values, size // count, axis=i)
-        return arranged(values.astype(np.float32))
-
-    if not isinstance(weights, Quantized):
-        return file.array(f"{name}/kernel", arranged(np.asarray(weights, np.float32)))
-    codes = arranged(np.asarray(weights.codes))
-    stored = file.whole_numbers(f"{name}/kernel", codes, int4=int4)
-    values = file.node("Cast", [stored], f"{name}/kernel_codes", to=TensorProto.FLOAT)
-    if weights.zero_point is not None:
-        zero_point = expanded(np.asarray(weights.zero_point))
-        zeros = file.array(f"{name}/kernel_zero_point", zero_point)
-        values = file.node("Sub", [values, zeros], f"{name}/kernel_offsets")
-    scale = file.array(f"{name}/kernel_scale", expanded(np.asarray(weights.scale)))
-    return file.node("Mul", [values, scale], f"{name}/kernel_value")
-
-
-def _whole_bias(layer: Convolution | Dense, x: Codes) -> np.ndarray | None:
+def _whole_bias(layer: Convolution, x: Codes) -> np.ndarray | None:
     """The bias in units of the products, int32 [channels], or empty; None where it does not fit."""
     if layer.bias is None:
         return np.zeros(0, np.int32)
     weights = layer.kernel
     assert isinstance(weights, Quantized)
     codes = np.abs(np.asarray(weights.codes, np.int64)).reshape(-1, shape_of(weights)[-1])
-    unit = (x.scale * _of_channels(weights.scale, codes.shape[-1])).astype(np.float64)
+    unit = (x.scale * of_channels(weights.scale, codes.shape[-1])).astype(np.float64)
     if not unit.min() > 0:  # a channel that batch norm multiplies by 0
         return None
     whole = np.rint(np.asarray(layer.bias, np.float64) / unit)
@@ -282,17 +265,8 @@ def _is_by_channel(weights: Quantized) -> bool:
     return all(count == 1 for count in shape[:-1]) and shape[-1] in (1, weights.codes.shape[-1])
 
 
-def _is_pointwise(layer: Convolution) -> bool:
-    plain = layer.padding == ((0, 0), (0, 0)) and layer.groups == 1
-    return plain and shape_of(layer.kernel)[:2] == (1, 1)
-
-
-def _of_channels(values: object, channels: int) -> np.ndarray:
-    """Scales or zero points as an array [channels]."""
-    array = np.asarray(values).reshape(-1)
-    array = array if array.dtype == np.int8 else array.astype(np.float32)
-    return np.ascontiguousarray(np.broadcast_to(array, (channels,)))
-
-
-def _float_array(file: OnnxFile, name: str, values: object) -> str:
-    return file.array(name, np.asarray(values, np.float32))
+def _is_worth_a_product(layer: Convolution) -> bool:
+    """Whether the copies of codes are few, and of runs of channels that are long enough."""
+    *places, channels, _ = shape_of(layer.kernel)
+    few = math.prod(places) <= _MOST_PLACES and channels >= _FEWEST_CHANNELS
+    return layer.groups == 1 and (few or math.prod(places) == 1)

@@ -56,14 +56,24 @@ def test_images_are_counted_whose_class_or_logits_differ(
     step = last_step(fold_batch_norm(graph_of(network)))
     assert step is not None
     forms = {"other": made(other_class), "little": made(a_little), "same": made(lambda x: None)}
-    counts = compare(network, images, forms)
-    assert counts["images"] == 300
+    labels = np.concatenate([np.asarray(model(images)).argmax(1)[:200], np.full(100, -1)])
+    counts = compare(network, images, labels, forms)
+    assert (counts["images"], counts["correct"]) == (300, 200)
+    right = 200 - sum(i < 200 for i in wrong)
     found = counts["forms"]
     assert (found["other"]["other_class"], found["other"]["above_one_step"]) == (7, 7)
     assert (found["little"]["other_class"], found["little"]["above_one_step"]) == (0, 0)
     assert found["little"]["largest"] == pytest.approx(0.5 * step, rel=1e-3)
-    assert found["same"] == {"other_class": 0, "above_one_step": 0, "largest": 0.0}
-    assert "| other | 7 (2.33 %) | 7 |" in table(counts)
+    assert found["same"] == {
+        "correct": 200,
+        "other_class": 0,
+        "above_one_step": 0,
+        "largest": 0.0,
+    }
+    _, _, run, other, *_ = table({"a": counts, "b": counts}).splitlines()
+    assert run == "| the run | 66.67 % | 66.67 % |"
+    cell = f"{100 * right / 300:.2f} %, 7 of 300 differ"
+    assert other == f"| other | {cell} | {cell} |"
 
 
 def test_a_step_of_the_last_layer_is_what_one_code_of_its_input_may_do(network: Network) -> None:

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from experiments import bench_data, bench_deploy, bench_step
+from experiments import bench_data, bench_deploy, bench_step, compare_exports
 from experiments.report import readme_blocks, renew_readme
 from experiments.reporting.readings import read_records
 from experiments.reporting.tables import readme_table
@@ -56,6 +56,25 @@ def test_the_readme_shows_the_tables_of_the_benchmarks(
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
     assert block == benchmark.table(records), f"replace it by experiments.{name}.table of these"
+
+
+def test_the_differences_of_exports_are_told_as_they_were_counted() -> None:
+    titles = {
+        "mobilenet_w8a8": "MobileNet v1, W8A8",
+        "mobilenet_w4a8": "MobileNet v1, W4A8",
+        "resnet50_v1_w4a4": "ResNet-50 v1, W4A4",
+        "resnet50_v2_w4a4": "ResNet-50 v2, W4A4",
+        "binarynet_w1a8": "BinaryNet, W1A8",
+        "binarynet_w1a1": "BinaryNet, W1A1",
+    }
+    records = {
+        title: json.loads((ROOT / f"results/compare_exports/{name}.json").read_text("utf-8"))
+        for name, title in titles.items()
+    }
+    counts = {title: counted for title, r in records.items() for counted in r["counts"].values()}
+    text = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
+    block = text.partition("<!-- compare_exports -->\n")[2]
+    assert block.partition("\n<!-- /compare_exports -->")[0] == compare_exports.table(counts)
 
 
 def test_the_trial_of_the_backward_rules_is_told_as_it_came_out() -> None:

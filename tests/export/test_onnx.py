@@ -36,16 +36,21 @@ from ab_jax.quantizers import Quantized
 from tests.export.networks import NETWORKS, make
 
 #: The layers of each network, as ONNX Runtime fuses them. In float32 are those whose inputs are no
-#: codes (signs), and larger kernels that give out floats or have zero points.
+#: codes (signs), depthwise ones, and kernels of few channels.
 FUSED = {
-    "binarynet": {"QLinearConv": 3, "QGemm": 3, "Conv": 3},
+    "binarynet": {"MatMulIntegerToFloat": 8, "Conv": 1},
     "binarynet, sign": {"Conv": 6, "Gemm": 3},
-    "mobilenet": {"QLinearConv": 26, "QGemm": 1, "MatMulIntegerToFloat": 1},
-    "resnet v1": {"QLinearConv": 6, "QGemm": 1, "MatMulIntegerToFloat": 5, "Conv": 1},
-    "resnet v1, keras": {"QGemm": 1, "MatMulIntegerToFloat": 8, "Conv": 4},
-    "resnet v2": {"QLinearConv": 6, "QGemm": 1, "MatMulIntegerToFloat": 5, "Conv": 1},
-    "resnet v2, keras": {"QLinearConv": 6, "QGemm": 1, "MatMulIntegerToFloat": 5, "Conv": 1},
-    "resnet, basic": {"QLinearConv": 2, "QGemm": 1, "Conv": 3},
+    "mobilenet": {"MatMulIntegerToFloat": 14, "Conv": 14},
+    "resnet v1": {"MatMulIntegerToFloat": 11, "Conv": 2},
+    "resnet v1, keras": {"MatMulIntegerToFloat": 11, "Conv": 2},
+    "resnet v2": {"MatMulIntegerToFloat": 11, "Conv": 2},
+    "resnet v2, keras": {"MatMulIntegerToFloat": 11, "Conv": 2},
+    "resnet, basic": {"MatMulIntegerToFloat": 5, "Conv": 1},
+}
+FUSED_WITH_INTEGER_BIASES = {
+    "binarynet": {"QLinearConv": 3, "MatMulIntegerToFloat": 6},
+    "mobilenet": {"QLinearConv": 26, "MatMulIntegerToFloat": 2},
+    "resnet v1": {"QLinearConv": 6, "MatMulIntegerToFloat": 6, "Conv": 1},
 }
 
 
@@ -79,8 +84,8 @@ def fused(model: onnx.ModelProto, folder: Path) -> dict[str, int]:
     session(model, folder / "optimized.onnx")
     nodes = onnx.load(folder / "optimized.onnx").graph.node
     operators = Counter(node.op_type.removeprefix("Fused") for node in nodes)
-    assert not {"DequantizeLinear", "ConvInteger"} & operators.keys()
-    layers = ("QLinearConv", "QGemm", "MatMulIntegerToFloat", "Conv", "Gemm", "MatMul")
+    assert not {"DequantizeLinear", "ConvInteger", "QGemm"} & operators.keys()
+    layers = ("QLinearConv", "MatMulIntegerToFloat", "Conv", "Gemm", "MatMul")
     return {name: operators[name] for name in layers if operators[name]}
 
 
@@ -103,7 +108,7 @@ def check_integers(graph: Graph, arrays: dict[str, np.ndarray]) -> int:
         if found.ndim == 4:
             found = np.moveaxis(found, (0, 1), (3, 2))
         elif codes.ndim == 4:
-            found = found[None, None]
+            found = found.reshape(codes.shape)
         elif name == "dense0":
             height, width, channels = flattened
             rows = found.reshape(channels, height, width, -1)
@@ -137,18 +142,23 @@ def with_whole_biases(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
     return dataclasses.replace(graph, nodes=tuple(nodes))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    ("name", "integer_biases"),
+    [*((name, False) for name in NETWORKS), *((name, True) for name in FUSED_WITH_INTEGER_BIASES)],
+)
 def test_onnx_runtime_computes_our_network_with_our_integers(
-    rng: np.random.Generator, name: str, tmp_path: Path
+    rng: np.random.Generator, name: str, integer_biases: bool, tmp_path: Path
 ) -> None:
     model, variables, shape = make(name, rng)
     graph = fold_batch_norm(describe(model, variables, shape))
-    file = to_onnx(graph)
+    file = to_onnx(graph, integer_biases=integer_biases)
     onnx.checker.check_model(file, full_check=True)
     arrays = arrays_of(file)
     assert check_integers(graph, arrays) == len(layers_of(graph))
     images = rng.normal(size=(24, *shape)).astype(np.float32)
-    expected = run(with_whole_biases(graph, arrays), images)
+    rounded = with_whole_biases(graph, arrays)
+    assert (rounded.nodes != graph.nodes) == integer_biases
+    expected = run(rounded, images)
     running = session(file)
     (found,) = running.run(None, {"images": images})
     assert found.dtype == np.float32
@@ -157,7 +167,8 @@ def test_onnx_runtime_computes_our_network_with_our_integers(
     # moves an image's logits by a share of one step's, of which a range of 4 bits has 15.
     assert np.mean(apart < 1e-5) > 0.6
     assert np.max(apart) < 1 / 15
-    assert fused(file, tmp_path) == FUSED[name]
+    expected_kernels = FUSED_WITH_INTEGER_BIASES if integer_biases else FUSED
+    assert fused(file, tmp_path) == expected_kernels[name]
     for count in (1, 5):
         (few,) = running.run(None, {"images": images[:count]})
         np.testing.assert_allclose(few, found[:count], rtol=0, atol=1e-5 * np.ptp(found))
@@ -230,38 +241,29 @@ def test_codes_are_taken_early_where_that_changes_no_bit(rng: np.random.Generato
         np.testing.assert_array_equal(run(early, images), expected)
 
 
-@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize(("int4", "integer_biases"), [(False, True), (True, True), (True, False)])
 def test_low_bits_are_clipped_as_integers(
-    rng: np.random.Generator, int4: bool, tmp_path: Path
+    rng: np.random.Generator, int4: bool, integer_biases: bool, tmp_path: Path
 ) -> None:
     graph = block(rng)
-    file = to_onnx(graph, int4=int4)
+    file = to_onnx(graph, int4=int4, integer_biases=integer_biases)
     assert file.opset_import[0].version == (21 if int4 else 13)
     arrays = arrays_of(file)
     assert check_integers(graph, arrays) == 5
     stored = {array.name for array in file.graph.initializer if array.data_type == 22}
     names = ("stem", "depthwise", "shortcut", "last")
     assert stored == ({f"{name}/kernel_int4" for name in names} if int4 else set())
+    assert any(array.dtype == np.int32 for array in arrays.values()) == integer_biases
     images = 3 * rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
     expected = run(with_whole_biases(graph, arrays), images)
     (found,) = session(file).run(None, {"images": images})
     apart = np.max(np.abs(found - expected), axis=1) / np.ptp(expected)
     assert np.mean(apart < 1e-5) > 0.6
-    assert fused(file, tmp_path) == {"QLinearConv": 2, "QGemm": 1, "MatMulIntegerToFloat": 2}
-
-
-def test_biases_may_stay_in_floats(rng: np.random.Generator, tmp_path: Path) -> None:
-    graph = block(rng)
-    file = to_onnx(graph, float_biases=True)
-    arrays = arrays_of(file)
-    assert check_integers(graph, arrays) == 5
-    assert not any(array.dtype == np.int32 for array in arrays.values())
-    images = rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
-    expected = run(graph, images)
-    (found,) = session(file).run(None, {"images": images})
-    apart = np.max(np.abs(found - expected), axis=1) / np.ptp(expected)
-    assert np.mean(apart < 1e-5) > 0.6
-    assert fused(file, tmp_path) == {"MatMulIntegerToFloat": 2, "Conv": 2, "Gemm": 1}
+    assert fused(file, tmp_path) == (
+        {"QLinearConv": 2, "MatMulIntegerToFloat": 3}
+        if integer_biases
+        else {"MatMulIntegerToFloat": 3, "Conv": 2}
+    )
 
 
 def test_what_has_no_integer_kernel_keeps_its_numbers(
@@ -277,7 +279,7 @@ def test_what_has_no_integer_kernel_keeps_its_numbers(
     last = dataclasses.replace(nodes[9].operation, kernel=quantized(rng, 1, 1, 8, 12, group=2))
     nodes[9] = dataclasses.replace(nodes[9], operation=last)
     graph = dataclasses.replace(graph, nodes=tuple(nodes))
-    file = to_onnx(graph)
+    file = to_onnx(graph, integer_biases=True)
     images = rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
     expected = run(with_whole_biases(graph, arrays_of(file)), images)
     (found,) = session(file).run(None, {"images": images})
@@ -285,8 +287,7 @@ def test_what_has_no_integer_kernel_keeps_its_numbers(
     assert np.mean(apart < 1e-5) > 0.6
     assert fused(file, tmp_path) == {
         "QLinearConv": 1,
-        "QGemm": 1,
-        "MatMulIntegerToFloat": 1,
+        "MatMulIntegerToFloat": 2,
         "Conv": 2,
     }
 
