@@ -17,211 +17,32 @@ Small, on two cores, about two minutes each (see the README for the study made t
 """
 
 import dataclasses
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+import flax.linen as nn
 import tyro
 
-import ab_jax as ab
-from ab_jax.activations import ACTIVATIONS, ActivationQuantizer
-from ab_jax.data import load, steps_per_epoch
 from ab_jax.models.binarynet import BinaryNet
-from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs, keep_input
-from ab_jax.training.distributed import all_devices
-from ab_jax.training.loop import Training, train
-from ab_jax.training.optimizers import make_optimizer, warmup_cosine
-from ab_jax.training.parallel import AXIS, Parallel
-from ab_jax.training.step import Preprocessing
+from experiments.recipes import cifar, cifar_training
 from experiments.recipes.command_line import end_with_a_line
-from experiments.recipes.methods import (
-    ESTIMATORS,
-    Method,
-    Ramp,
-    alpha_schedule,
-    keep_compiled_programs,
-    named,
-)
-from experiments.recipes.processes import join, open_run
-
-QUANTIZERS: dict[str, ab.Quantizer] = {
-    "binary": ab.Binary(),
-    "binary_fixed": ab.Binary(fixed_scale=1.0),
-    "ternary": ab.Ternary(),
-    **{f"int{bits}": ab.Uniform(bits=bits) for bits in range(2, 9)},
-    **{f"int{bits}_absmax": ab.Uniform(bits=bits, scale="absmax") for bits in range(2, 9)},
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(cifar.Config):
     """Train BinaryNet with low-precision weights."""
 
-    # What the loss sees of the weights: float (the weights), ste (their quantized values), soft_ste
-    # and ab (a blend along the ramp, with the gradient of ste or with its own).
-    method: Method = "ab"
-    # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
-    # int8 (least squares), int2_absmax to int8_absmax.
-    quantizer: str = "binary"
-    # relu: 1-bit weights only. sign: 1-bit activations too, with the hard tanh's derivative
-    # backward. sign_blend: the same, its gradient scaled by 1 - alpha as the weights' is.
-    activation: str = "relu"
-    # 2 to 8 bits for the inputs of layers after a ReLU, up to the running mean of batches' 99.9th
-    # percentiles (images: 8, signed); None: they stay in float. Alpha is that of the weights.
-    act_bits: int | None = None
-    # How alpha rises from 0 to 1: cubic, linear, cosine, or jump (at the ramp's start).
-    ramp: Ramp = "cubic"
-    ramp_start: float = 0.0  # where the ramp starts, in parts of the run
-    ramp_stop: float = 0.9  # where alpha is 1, in parts of the run
-    # Run to start from, as a directory: its last checkpoint's weights and batch statistics.
-    init_from: str | None = None
-
-    dataset: str = "cifar10"  # cifar10, cifar10_jpeg, digits, or image_folder:NAME
-    data_dir: str | None = None  # where prepared data lie; None: $TFDS_DATA_DIR or TFDS's default
-    image_size: int | None = None  # average images down to this many pixels; None: as they are
-    validation: int | None = None  # training images kept for validation; None: 5,000 of CIFAR-10
-    pad: int | None = None  # pixels of padding for random crops; None: an eighth of the image
-    flip: bool = True  # mirror training images at random
-
-    width: float = 1.0  # multiplies the features of every hidden layer
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and products
-
-    epochs: float = 30.0  # length of the run, in epochs
-    batch_size: int = 128  # images in a batch, over all devices
-    optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum; adamw is AdamW
-    learning_rate: float = 0.1  # at the peak
-    warmup: float = 1.0  # epochs of linear warm-up; a cosine down to 0 follows
-    momentum: float = 0.9  # of SGD; the first moment's decay of AdamW
-    weight_decay: float = 5e-4  # on kernels only
-    label_smoothing: float = 0.0  # share of the target that goes to all classes alike
-    clip_norm: float | None = None  # largest global norm of the gradient; None: not clipped
-    accumulate: int = 1  # batches whose gradients are averaged for one update
-    latent_limit: float | None = None  # clip stored weights to +- this (BinaryNet: 1); None: do not
-    seed: int = 0  # of the initial weights, the order and the augmentation
-
     name: str = "binarynet_cifar10"  # the run's directory below runs_dir; the same name resumes
-    runs_dir: str = "runs"  # where runs lie
-    allow_changed: bool = False  # resume with other flags than before; the record tells of it
-    eval_every: float = 1.0  # epochs between evaluations and checkpoints
-    keep_checkpoints: int = 2  # how many of the newest to keep, beside the best
-    read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
-    watch: str | None = None  # parameter whose weights are kept as histograms, such as conv3/kernel
-    parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
-    norm_group: int | None = None  # devices that share batch-norm statistics; None: all of them
-    # Several processes, each with devices of its own: the host and free port of process 0, how many
-    # there are, and which one this is. On a TPU pod and in Slurm --distributed finds out all three.
-    coordinator: str | None = None  # HOST:PORT of process 0
-    processes: int | None = None  # how many processes train together
-    process: int | None = None  # which one this is, from 0
-    distributed: bool = False  # as the cluster says: a TPU pod, Slurm, Open MPI or Kubernetes
-    profile: bool = False  # write a JAX trace of ten steps
-    compilation_cache: str = "~/.cache/ab_jax"  # where compiled steps are kept; empty: nowhere
 
 
-def weight_rules(config: Config) -> ab.Rules:
-    """Kernels by the flag."""
-    quantizer = named("quantizer", config.quantizer, QUANTIZERS)
-    return ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
-
-
-def activation_rules(config: Config) -> ActivationRules | None:
-    """Inputs of layers by the flag."""
-    bits = config.act_bits
-    if bits is None:
-        return None
-    if config.activation != "relu":
-        raise ValueError(
-            f"--act_bits={bits} is for --activation=relu: what --activation={config.activation} "
-            f"gives out has one bit. Omit one of the two."
-        )
-    images = ActivationQuantizer(bits=8, signed=True)
-    return ActivationRules(
-        [("conv0", images), (r".*", ActivationQuantizer(bits=bits, percentile=99.9))]
-    )
-
-
-def make_model(
-    config: Config,
-    *,
-    num_classes: int,
-    image_size: int,
-    axis_name: str | None = None,
-    **fields: Any,
-) -> BinaryNet:
-    """The network that the flags ask for, for images of any size; `fields` are further ones."""
-    inputs = activation_rules(config)
-    return BinaryNet(
-        num_classes=num_classes,
-        width=config.width,
-        activation=named("activation", config.activation, ACTIVATIONS),
-        quantize_input=keep_input if inputs is None else QuantizedInputs(inputs, axis_name),
-        dtype=config.dtype,
-        axis_name=axis_name,
-        **fields,
-    )
+def make_model(config: Config, *, image_size: int, **fields: Any) -> nn.Module:
+    """The network that the flags ask for; `fields` are those of `cifar.make_model`."""
+    del image_size  # it takes images of any size
+    return cifar.make_model(BinaryNet, config, **fields)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Train as the flags say and return the run's record."""
-    c = config
-    join(c)
-    rules = weight_rules(c)
-    # Refused before the data are loaded.
-    named("activation", c.activation, ACTIVATIONS)
-    activation_rules(c)
-    dataset = load(c.dataset, data_dir=c.data_dir, validation=c.validation, image_size=c.image_size)
-    per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
-    steps = max(1, round(c.epochs * per_epoch))
-    learning_rate = warmup_cosine(
-        c.learning_rate,
-        round(c.warmup * per_epoch) // c.accumulate,
-        max(1, steps // c.accumulate),
-    )
-    image_size = dataset.image_shape[0]
-    parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
-    training = Training(
-        model=make_model(
-            c,
-            num_classes=dataset.num_classes,
-            image_size=image_size,
-            axis_name=AXIS,
-            axis_index_groups=parallel.norm_groups,
-        ),
-        dataset=dataset,
-        preprocessing=Preprocessing(
-            mean=dataset.mean,
-            std=dataset.std,
-            pad=image_size // 8 if c.pad is None else c.pad,
-            flip=c.flip,
-        ),
-        rules=rules,
-        estimator=ESTIMATORS[c.method],
-        alpha=alpha_schedule(c.method, c.ramp, c.ramp_start, c.ramp_stop, steps),
-        optimizer=make_optimizer(
-            c.optimizer,
-            learning_rate,
-            momentum=c.momentum,
-            weight_decay=c.weight_decay,
-            clip_norm=c.clip_norm,
-            accumulate=c.accumulate,
-        ),
-        learning_rate=learning_rate,
-        batch_size=c.batch_size,
-        steps=steps,
-        eval_every=max(1, round(c.eval_every * per_epoch)),
-        keep_checkpoints=c.keep_checkpoints,
-        seed=c.seed,
-        accumulate=c.accumulate,
-        label_smoothing=c.label_smoothing,
-        latent_limit=c.latent_limit,
-        init_from=None if c.init_from is None else Path(c.init_from),
-        read_test=c.read_test,
-        watch=c.watch,
-        profile=c.profile,
-    )
-    keep_compiled_programs(c.compilation_cache)
-    path = Path(c.runs_dir) / c.name
-    with open_run(path, "experiments.binarynet_cifar10", c, dataset) as directory:
-        return train(training, parallel, directory)
+    return cifar_training.run(config, make_model, "experiments.binarynet_cifar10")
 
 
 def main() -> None:

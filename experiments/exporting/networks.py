@@ -22,7 +22,7 @@ from ab_jax.export.packed import read_packed, readable
 from ab_jax.quantized_inputs import ActivationRules
 from ab_jax.training.checkpoint import Checkpoints
 from experiments import binarynet_cifar10, mobilenet_v1_imagenet, resnet50_imagenet
-from experiments.recipes import imagenet
+from experiments.recipes import cifar, imagenet
 
 _MOST = 2**24  # classes, or pixels of a side: far more than any, and no number to hang over
 
@@ -42,8 +42,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "experiments.binarynet_cifar10": Experiment(
         binarynet_cifar10.Config,
         binarynet_cifar10.make_model,
-        binarynet_cifar10.weight_rules,
-        binarynet_cifar10.activation_rules,
+        cifar.weight_rules,
+        cifar.activation_rules,
     ),
     **{
         f"experiments.{name}": Experiment(

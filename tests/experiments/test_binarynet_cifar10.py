@@ -22,7 +22,7 @@ from ab_jax.training.feeds import InMemory
 from experiments import binarynet_cifar10, export
 from experiments.binarynet_cifar10 import Config
 from experiments.exporting.networks import load_packed
-from experiments.recipes import imagenet
+from experiments.recipes import cifar, imagenet
 from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.recipes.methods import alpha_schedule
 from experiments.recipes.processes import recorded
@@ -143,7 +143,7 @@ def test_act_bits_quantizes_the_input_of_every_layer() -> None:
     layers = [name for name, leaf in variables["params"].items() if "kernel" in leaf]
     assert len(layers) == 9
     assert sorted(variables[RANGES]) == sorted(f"{layer}_input" for layer in layers)
-    rules = binarynet_cifar10.activation_rules(Config(act_bits=4))
+    rules = cifar.activation_rules(Config(act_bits=4))
     assert rules is not None
     bits = {layer: (rules.of(layer).bits, rules.of(layer).signed) for layer in ("conv0", "head")}
     assert bits == {"conv0": (8, True), "head": (4, False)}

@@ -23,6 +23,7 @@ from experiments import binarynet_cifar10, classify, export
 from experiments.classifying.networks import from_onnx
 from experiments.classifying.pictures import fitted, read_picture
 from experiments.exporting.networks import Network
+from experiments.recipes import cifar
 from experiments.recipes.processes import recorded
 
 ROOT = Path(__file__).parents[2]
@@ -68,7 +69,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return jnp.asarray(value, leaf.dtype)
 
     variables = jax.tree.map_with_path(draw, shapes)
-    rules = binarynet_cifar10.weight_rules(config)
+    rules = cifar.weight_rules(config)
     variables["params"] = ab.quantize(variables["params"], rules)
     description = {
         "experiment": "experiments.binarynet_cifar10",
