@@ -164,7 +164,7 @@ def _quantize(w: Array, quantizer: Quantizer) -> Quantized:
     for size, count in zip(w.shape, scale_shape, strict=True):
         if count > 1:
             shape.append(count)
-        if count < size:
+        if count != size:  # not <, which sizes of exported programs ("batch") cannot tell
             shared.append(len(shape))
             shape.append(size // count)
     if not shared:  # every weight is a block of its own

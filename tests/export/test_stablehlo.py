@@ -1,5 +1,6 @@
 """A network as a StableHLO program: our integers inside, and the same numbers elsewhere."""
 
+import functools
 import re
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.quantized_inputs import RANGES, ActivationRules, QuantizedInputs
+from experiments.exporting.networks import plain_convolutions
+from tests.export.networks import make
 
 RULES = ab.Rules(
     [
@@ -116,6 +119,17 @@ def test_another_process_gets_the_same_logits_of_any_number_of_images(
         apart = np.abs(outputs[name] - expected) / np.max(np.abs(expected))
         assert np.max(apart) < 0.05
         assert np.median(apart) < 1e-5
+
+
+def test_activations_of_one_bit_take_any_number_of_images(rng: np.random.Generator) -> None:
+    model, variables, shape = make("binarynet, sign", rng)
+    apply = functools.partial(plain_convolutions(model).apply, train=False)
+    program = jax.export.deserialize(bytearray(to_stablehlo(apply, variables, shape)))
+    values = ab.dequantize(variables)
+    for count in (1, 3):
+        images = rng.normal(size=(count, *shape)).astype(np.float32)
+        found, expected = program.call(images), model.apply(values, images, train=False)
+        assert np.median(np.abs(found - expected)) < 1e-5 * np.ptp(expected)
 
 
 def test_what_cannot_be_exported_is_refused(network: tuple[MobileNet, dict[str, Any]]) -> None:
