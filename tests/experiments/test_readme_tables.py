@@ -75,6 +75,10 @@ def test_the_differences_of_exports_are_told_as_they_were_counted() -> None:
     text = (ROOT / "docs/deploy.md").read_text(encoding="utf-8")
     block = text.partition("<!-- compare_exports -->\n")[2]
     assert block.partition("\n<!-- /compare_exports -->")[0] == compare_exports.table(counts)
+    forms = counts["MobileNet v1, W8A8"]["forms"]
+    off = [forms[form]["above_one_step"] for form in ("integers", "float64")]
+    told = f"{off[0]} images have a logit that is off by more than a step of the last layer in"
+    assert f"{told} integers, and {off[1]} in float64" in " ".join(text.split())
 
 
 def test_the_trial_of_the_backward_rules_is_told_as_it_came_out() -> None:
