@@ -17,13 +17,16 @@ import tyro
 
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
-from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet50
+from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet20, resnet50
 from experiments.planning.chips import CHIPS, Chip, all_reduce_parts
 from experiments.planning.network_cost import NetworkCost, network_cost
 
 _BFLOAT16 = 2  # bytes
-_ALL: tuple[tuple[Literal["binarynet", "mobilenet_v1", "resnet50"], Literal[1, 2]], ...] = (
+_ALL: tuple[
+    tuple[Literal["binarynet", "resnet20", "mobilenet_v1", "resnet50"], Literal[1, 2]], ...
+] = (
     ("binarynet", 1),
+    ("resnet20", 1),
     ("mobilenet_v1", 1),
     ("resnet50", 1),
     ("resnet50", 2),
@@ -35,9 +38,11 @@ _STATE_PASSES = 5  # reads of weight, gradient and momentum, writes of weight an
 class Config:
     """Compute the time of a training step on many chips."""
 
-    network: tyro.conf.Positional[Literal["binarynet", "mobilenet_v1", "resnet50", "all"]]
+    network: tyro.conf.Positional[
+        Literal["binarynet", "resnet20", "mobilenet_v1", "resnet50", "all"]
+    ]
     version: Literal[1, 2] = 1  # of resnet50
-    image_size: int | None = None  # pixels; None: 32 for binarynet, else 224
+    image_size: int | None = None  # pixels; None: 32 for binarynet and resnet20, else 224
     chip: Literal["v5e", "h100"] = "v5e"  # TPU v5e or H100 SXM
     chips: int = 256  # up to 256 (v5e) or 8 (h100) on fast links, or a multiple of that
     batch_size: int | None = None  # images in a batch, over all chips; None: 32 a chip
@@ -75,8 +80,9 @@ class Step:
 
 def make_network(config: Config) -> tuple[nn.Module, tuple[int, int, int]]:
     """The network as its experiment trains it, and the shape of its images."""
-    if config.network == "binarynet":
-        return BinaryNet(), (config.image_size or 32,) * 2 + (3,)
+    if config.network in ("binarynet", "resnet20"):
+        model = BinaryNet() if config.network == "binarynet" else resnet20()
+        return model, (config.image_size or 32,) * 2 + (3,)
     shape = (config.image_size or 224,) * 2 + (3,)
     if config.network == "mobilenet_v1":
         return MobileNet(), shape

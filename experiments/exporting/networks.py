@@ -21,7 +21,12 @@ import ab_jax as ab
 from ab_jax.export.packed import read_packed, readable
 from ab_jax.quantized_inputs import ActivationRules
 from ab_jax.training.checkpoint import Checkpoints
-from experiments import binarynet_cifar10, mobilenet_v1_imagenet, resnet50_imagenet
+from experiments import (
+    binarynet_cifar10,
+    mobilenet_v1_imagenet,
+    resnet20_cifar10,
+    resnet50_imagenet,
+)
 from experiments.recipes import cifar, imagenet
 
 _MOST = 2**24  # classes, or pixels of a side: far more than any, and no number to hang over
@@ -39,12 +44,15 @@ class Experiment:
 
 # By the name in the record. A table, since a file must not name modules to be imported.
 EXPERIMENTS: dict[str, Experiment] = {
-    "experiments.binarynet_cifar10": Experiment(
-        binarynet_cifar10.Config,
-        binarynet_cifar10.make_model,
-        cifar.weight_rules,
-        cifar.activation_rules,
-    ),
+    **{
+        f"experiments.{name}": Experiment(
+            config, make_model, cifar.weight_rules, cifar.activation_rules
+        )
+        for name, config, make_model in (
+            ("binarynet_cifar10", binarynet_cifar10.Config, binarynet_cifar10.make_model),
+            ("resnet20_cifar10", resnet20_cifar10.Config, resnet20_cifar10.make_model),
+        )
+    },
     **{
         f"experiments.{name}": Experiment(
             config, make_model, imagenet.weight_rules, imagenet.activation_rules

@@ -58,6 +58,7 @@ def test_binarynet_is_counted_as_on_paper() -> None:
 @pytest.mark.parametrize(
     ("network", "version", "parameters", "multiply_adds"),
     [
+        ("resnet20", 1, 269_722, 40.55e6),  # section 4.2 of arXiv 1512.03385: 0.27 M
         ("mobilenet_v1", 1, 4_231_976, 568.7e6),  # table 8 of arXiv 1704.04861: 4.2 M, 569 M
         ("resnet50", 1, 25_557_032, 4.09e9),  # torchvision's own figures
         ("resnet50", 2, 25_549_352, 4.09e9),  # timm's resnetv2_50
