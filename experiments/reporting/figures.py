@@ -5,6 +5,7 @@ Each function returns a matplotlib Figure, drawn without pyplot and so without g
 """
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,74 +14,16 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
-from experiments.reporting.readings import METHODS, Record
+from experiments.reporting.readings import Record
+from experiments.reporting.size_plot import draw_sizes
+from experiments.reporting.themes import DARK, LIGHT, WIDTH, Series, Theme, colors, legend
 
 DPI = 160
-WIDTH = 5.6  # inches; narrow, so that text stays legible on a phone
+COLUMNS = 4  # of histograms beside each other
+CURVES = ("accuracy", "changed_codes", "weights")
+SIZES = ("size",)
 MAX_FRAMES = 7  # histograms drawn of one run, evenly chosen over training
-
-
-@dataclass(frozen=True)
-class Theme:
-    """The colours of a plot; methods without a colour of their own take `others` in turn."""
-
-    background: str
-    text: str
-    grid: str
-    methods: Mapping[str, str]
-    others: tuple[str, ...]
-
-    def rc(self) -> Any:
-        """The matplotlib settings to draw under."""
-        return {
-            "figure.facecolor": self.background,
-            "axes.facecolor": self.background,
-            "savefig.facecolor": self.background,
-            "text.color": self.text,
-            "axes.labelcolor": self.text,
-            "axes.edgecolor": self.grid,
-            "xtick.color": self.text,
-            "ytick.color": self.text,
-            "grid.color": self.grid,
-            "grid.linewidth": 0.6,
-            "axes.grid": True,
-            "axes.axisbelow": True,
-            "axes.spines.top": False,
-            "axes.spines.right": False,
-            "axes.titlesize": 10,
-            "axes.titlelocation": "left",
-            "font.size": 10,
-            "legend.frameon": False,
-            "lines.linewidth": 1.5,
-        }
-
-
-# Distinct to readers with colour blindness too (the palette of Okabe and Ito, lighter on dark).
-LIGHT = Theme(
-    background="#ffffff",
-    text="#222222",
-    grid="#d9d9d9",
-    methods={"float": "#555555", "ste": "#d55e00", "soft_ste": "#009e73", "ab": "#0072b2"},
-    others=("#cc79a7", "#b58900", "#56b4e9", "#7f4fc9"),
-)
-DARK = Theme(
-    background="#16191d",
-    text="#e4e6e8",
-    grid="#3a3f45",
-    methods={"float": "#b4b8bc", "ste": "#ff8a4c", "soft_ste": "#3dcb9f", "ab": "#5bb8f5"},
-    others=("#f0a3cb", "#e6c34d", "#8fd3ff", "#b79bf0"),
-)
-
-
-@dataclass(frozen=True)
-class Series:
-    """The runs behind one line: the same flags, different seeds."""
-
-    label: str
-    method: str
-    records: Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -94,8 +37,16 @@ class Plot:
     dark: bytes
 
 
-def render_plots(series: Sequence[Series]) -> list[Plot]:
-    """Every plot these runs hold data for, in both themes."""
+def render_plots(
+    series: Sequence[Series],
+    suffix: str = "",
+    heading: str = "",
+    kinds: Sequence[str] = (*CURVES, *SIZES),
+) -> list[Plot]:
+    """Every plot of these kinds that the runs hold data for, in both themes.
+
+    `suffix` and `heading` are added to the plots' names and titles.
+    """
     drawings = [
         (
             "accuracy",
@@ -118,12 +69,25 @@ def render_plots(series: Sequence[Series]) -> list[Plot]:
             "training goes from top to bottom, each histogram is drawn to its own peak.",
             draw_weights,
         ),
+        (
+            "size",
+            "Accuracy against bytes",
+            "Test accuracy, re-estimated batch-norm statistics: mean and sample standard deviation "
+            "over the seeds. Bytes are those of the parameters, codes at their true width and "
+            "their scales included; filled circles of float are the network as trained, hollow "
+            "ones the same rounded. Points of equal size stand beside each other.",
+            draw_sizes,
+        ),
     ]
     plots = []
     for name, title, caption, draw in drawings:
+        if name not in kinds:
+            continue
         images = [_render(draw, series, theme) for theme in (LIGHT, DARK)]
         if images[0] is not None and images[1] is not None:
-            plots.append(Plot(name, title, caption, images[0], images[1]))
+            plots.append(
+                Plot(f"{name}{suffix}", f"{title}{heading}", caption, images[0], images[1])
+            )
     return plots
 
 
@@ -135,25 +99,6 @@ def _render(draw: Any, series: Sequence[Series], theme: Theme) -> bytes | None:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI)
         return file.getvalue()
-
-
-def colors(series: Sequence[Series], theme: Theme) -> list[str]:
-    """One colour a line: a method's own, paler for its second and later lines."""
-    unknown = sorted({line.method for line in series} - theme.methods.keys())
-    base = {m: theme.others[i % len(theme.others)] for i, m in enumerate(unknown)}
-    base.update(theme.methods)
-    drawn: dict[str, int] = {}
-    chosen = []
-    for line in series:
-        count = drawn[line.method] = drawn.get(line.method, -1) + 1
-        strength = 1 / (1 + 0.6 * count)
-        ink = mpl.colors.to_rgb(base[line.method])
-        paper = mpl.colors.to_rgb(theme.background)
-        red, green, blue = (
-            strength * i + (1 - strength) * p for i, p in zip(ink, paper, strict=True)
-        )
-        chosen.append(mpl.colors.to_hex((red, green, blue)))
-    return chosen
 
 
 def curve(records: Sequence[Record], key: str) -> np.ndarray:
@@ -192,7 +137,7 @@ def draw_accuracy(series: Sequence[Series], theme: Theme) -> Figure | None:
     top.set(title="network as trained (blended weights)", ylabel="validation accuracy (%)")
     middle.set(title="integer codes (dotted: running statistics)", ylabel="validation accuracy (%)")
     bottom.set(title="alpha", xlabel="step", ylim=(-0.05, 1.05), yticks=(0, 0.5, 1))
-    _legend(figure, series, theme)
+    legend(figure, series, theme)
     return figure
 
 
@@ -210,7 +155,7 @@ def draw_changed_codes(series: Sequence[Series], theme: Theme) -> Figure | None:
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
-    _legend(figure, series, theme)
+    legend(figure, series, theme)
     return figure
 
 
@@ -223,10 +168,15 @@ def draw_weights(series: Sequence[Series], theme: Theme) -> Figure | None:
             shown.append((line.label, color, held))
     if not shown:
         return None
-    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
+    across = min(len(shown), COLUMNS)
+    down = -(-len(shown) // across)
+    figure = Figure(figsize=(WIDTH, 4.6 * down), layout="constrained")
     labelled: list[str] = []
-    columns = figure.subplots(1, len(shown), squeeze=False)[0]
-    for axes, (label, color, record) in zip(columns, shown, strict=True):
+    columns = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in columns[len(shown) :]:
+        axes.set_axis_off()
+    for place, (label, color, record) in enumerate(shown):
+        axes = columns[place]
         edges = np.asarray(record.summary["histograms"]["edges"], dtype=np.float64)
         frames = _frames(record)
         rows = np.linspace(0, len(frames) - 1, min(len(frames), MAX_FRAMES)).round().astype(int)
@@ -247,10 +197,11 @@ def draw_weights(series: Sequence[Series], theme: Theme) -> Figure | None:
         right = edges[-1] + 0.45 * (edges[-1] - edges[0])
         ticks = mpl.ticker.MaxNLocator(4).tick_values(edges[0], edges[-1])
         axes.set_xticks([tick for tick in ticks if edges[0] <= tick <= edges[-1]])
-        axes.set(title=label, xlabel="weight / scale")
+        axes.set(title=textwrap.fill(label, 18), xlabel="weight / scale")
         axes.set(xlim=(edges[0], right), ylim=(-len(rows) + 1, 1))
         steps = [str(frames[index]["step"]) for index in rows]
-        if steps != labelled:  # once, where all columns show the same steps
+        # Once in a line, where all of its columns show the same steps.
+        if steps != labelled or place % across == 0:
             axes.set_yticks([-row for row in range(len(rows))], steps)
             labelled = steps
         else:
@@ -258,7 +209,8 @@ def draw_weights(series: Sequence[Series], theme: Theme) -> Figure | None:
         axes.tick_params(axis="y", length=0)
         axes.grid(False)
         axes.spines["left"].set_visible(False)
-    columns[0].set_ylabel("step")
+    for axes in columns[::across]:
+        axes.set_ylabel("step")
     return figure
 
 
@@ -271,15 +223,3 @@ def _band(axes: Axes, points: np.ndarray, color: str, percent: bool = False) -> 
     # Few evaluations are shown for what they are: points, joined.
     axes.plot(steps, mean, color=color, marker="o" if len(steps) <= 10 else "", markersize=3.5)
     axes.fill_between(steps, least, most, color=color, alpha=0.18, linewidth=0)
-
-
-def _legend(figure: Figure, series: Sequence[Series], theme: Theme) -> None:
-    lines = [Line2D([], [], color=color) for color in colors(series, theme)]
-    labels = [line.label for line in series]
-    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), 4))
-
-
-def label_of(method: str, others: Mapping[str, Any]) -> str:
-    """`AB`, or `AB, bits 4` where the lines differ by more than their method."""
-    parts = [f"{flag.replace('_', ' ')} {value}" for flag, value in others.items()]
-    return ", ".join([METHODS.get(method, method), *parts])

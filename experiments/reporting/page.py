@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from experiments.reporting.figures import Plot
 from experiments.reporting.provenance import short_revision
-from experiments.reporting.readings import METHODS, Record
-from experiments.reporting.tables import StudyTables, Table
+from experiments.reporting.readings import Record, method_label
+from experiments.reporting.table import StudyTables, Table
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #222; --faint: #666; --line: #d9d9d9;
@@ -45,7 +45,7 @@ def render_page(
     title: str, tables: StudyTables, plots: Sequence[Plot], records: Sequence[Record]
 ) -> str:
     """The page's HTML; light or dark as the reader's device prefers."""
-    parts = [_table(tables.accuracy, "accuracy")]
+    parts = [_table(table, "accuracy") for table in tables.accuracies]
     if tables.commands:
         parts.append(_details("Commands", f"<pre>{html.escape(tables.commands)}</pre>"))
     if tables.selection is not None:
@@ -76,7 +76,7 @@ def _runs(records: Sequence[Record]) -> Table:
         rows.append(
             (
                 record.name,
-                METHODS.get(record.method, record.method),
+                method_label(record.method),
                 str(record.config.get("learning_rate", "")),
                 str(record.seed),
                 _percent(record.accuracy("validation", "quantized_recalibrated")),

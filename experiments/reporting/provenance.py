@@ -61,7 +61,7 @@ def commands(groups: Sequence[Sequence[Record]]) -> str:
     lines = [f"flags=({' '.join(_argument(records[0], flag) for flag in sorted(shared))})"]
     for group in groups:
         module = group[0].experiment.removeprefix("experiments.")
-        words = [f"--method={group[0].method}", f"--seed={_seeds(group)}"]
+        words = [f"--method={group[0].config['method']}", f"--seed={_seeds(group)}"]
         # Of records of several ages, the older ones lack what was not a flag then.
         for flag in sorted(flag for flag in own if flag in group[0].config):
             # A path that no template expresses is left to whoever repeats the run.

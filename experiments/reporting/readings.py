@@ -7,7 +7,29 @@ from pathlib import Path
 from typing import Any
 
 # The methods in the order of a table, and their names there.
-METHODS = {"float": "float", "ste": "STE", "soft_ste": "soft STE", "ab": "AB"}
+METHODS = {
+    "float": "float",
+    "ste": "STE",
+    "soft_ste": "soft STE (BinaryRelax)",
+    "ab": "AB",
+    "ab_compensated": "AB compensated",
+    "ab_then_ste": "AB then STE",
+    "float_then_ste": "float then STE",
+    "ab_layerwise": "AB layer by layer",
+    "parq": "PARQ",
+    "lsq": "LSQ",
+}
+# A flag that this method alone reads: it is a part of the method's name, and how.
+VARIANTS = {"ab_compensated": ("cap", " (cap {})"), "ab_layerwise": ("layer_order", " {}")}
+_RAMP = frozenset({"ramp", "ramp_start", "ramp_stop"})
+# Flags that a method does not read, although its records hold a value.
+UNREAD = {
+    "float": _RAMP,
+    "ste": _RAMP,
+    "lsq": _RAMP,
+    "float_then_ste": _RAMP - {"ramp_stop"},
+}
+NO_VALUE = "–"  # what a table shows of such a flag
 Group = tuple[Any, ...]
 
 
@@ -20,7 +42,8 @@ class Record:
     """One finished run, as its `record.json` holds it.
 
     `metrics` has one mapping an evaluation; `summary` has the final readings, as fractions, under
-    "validation" and "test", the latter None or absent when the test set was not read.
+    "validation" and "test", the latter None or absent when the test set was not read; `data` is
+    what is known of the images, such as `classes` and `image_shape`.
     """
 
     name: str
@@ -31,11 +54,15 @@ class Record:
     revision: str = "unknown"
     hardware: str = "unknown"
     packages: Mapping[str, str] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
     @property
     def method(self) -> str:
-        return str(self.config["method"])
+        """The method, with the value of the flag that it alone reads: `ab_layerwise:forward`."""
+        method = str(self.config["method"])
+        flag, _ = VARIANTS.get(method, ("", ""))
+        return f"{method}:{value_text(self.config[flag])}" if flag in self.config else method
 
     @property
     def seed(self) -> int:
@@ -53,6 +80,18 @@ class Record:
         if isinstance(value, str):
             return value.replace(f"seed{self.seed}", "seed{seed}")
         return value
+
+    def reads(self, flag: str) -> bool:
+        """Whether a flag has a meaning for this run's method."""
+        method = str(self.config["method"])
+        owners = [owner for owner, (own, _) in VARIANTS.items() if own == flag]
+        return flag not in UNREAD.get(method, ()) and (not owners or method in owners)
+
+    def value(self, flag: str) -> Any:
+        """What runs are grouped by: `method`, a flag's template, NO_VALUE where it is not read."""
+        if flag == "method":
+            return self.method
+        return self.template(flag) if self.reads(flag) else NO_VALUE
 
     def accuracy(self, part: str, key: str) -> float | None:
         """A final reading in percent, None where there is none; `part` is validation or test."""
@@ -97,7 +136,8 @@ def _read_record(file: Path) -> Record | None:
             f"{file}: its config has no {' and no '.join(sorted(missing))}; a report compares "
             "methods over seeds, so leave this record out"
         )
-    known = {"experiment", "config", "summary", "metrics", "revision", "hardware", "packages"}
+    known = {"experiment", "config", "data", "summary", "metrics"}
+    known |= {"revision", "hardware", "packages"}
     fields = {key: held[key] for key in known & held.keys() if held[key] is not None}
     name = held.get("name") or held["config"].get("name") or file.stem
     return Record(name=name, path=file, **fields)
@@ -119,11 +159,11 @@ def group_records(
                 f"--group_by: {record.name} has no flag {', '.join(missing)}; "
                 f"it has: {', '.join(sorted(record.config))}"
             )
-        groups.setdefault(tuple(record.config[flag] for flag in group_by), []).append(record)
+        groups.setdefault(tuple(record.value(flag) for flag in group_by), []).append(record)
     for group, members in groups.items():
         where = ", ".join(f"{flag}={value}" for flag, value in zip(group_by, group, strict=True))
         _check_alike(where, members, ignore)
-        _check_seeds(where, members)
+        check_seeds(where, members)
     return {group: sorted(groups[group], key=_seed) for group in sorted(groups, key=sort_key)}
 
 
@@ -131,7 +171,7 @@ def _check_alike(where: str, members: Sequence[Record], ignore: Sequence[str]) -
     first = members[0]
     for record in members[1:]:
         for flag in sorted({*first.config, *record.config} - {*ignore}):
-            if first.template(flag) != record.template(flag):
+            if first.value(flag) != record.value(flag):
                 raise ReportError(
                     f"the runs of {where} are not alike: {flag} is {first.config.get(flag)} in "
                     f"{first.name} and {record.config.get(flag)} in {record.name}; add {flag} to "
@@ -139,7 +179,8 @@ def _check_alike(where: str, members: Sequence[Record], ignore: Sequence[str]) -
                 )
 
 
-def _check_seeds(where: str, members: Sequence[Record]) -> None:
+def check_seeds(where: str, members: Sequence[Record]) -> None:
+    """Raises ReportError where two of the runs have the same seed."""
     seen: dict[int, Record] = {}
     for record in members:
         other = seen.setdefault(record.seed, record)
@@ -159,13 +200,25 @@ def sort_key(values: Iterable[Any]) -> list[tuple[int, float, str]]:
     order: list[str] = list(METHODS)
     key = []
     for value in values:
-        if isinstance(value, str) and value in order:
-            key.append((0, float(order.index(value)), ""))
+        if isinstance(value, str) and value.partition(":")[0] in order:
+            key.append((0, float(order.index(value.partition(":")[0])), value))
         elif isinstance(value, int | float):
             key.append((1, float(value), ""))
         else:
             key.append((2, 0.0, str(value)))
     return key
+
+
+def method_label(method: str) -> str:
+    """A method's name in tables and plots; `method` is that of a `Record`, or a flag's value."""
+    name, _, value = method.partition(":")
+    label = METHODS.get(name, name)
+    return label + VARIANTS[name][1].format(value) if value else label
+
+
+def value_text(value: Any) -> str:
+    """A flag's value in a table."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def distinct(values: Iterable[Any]) -> list[Any]:

@@ -1,0 +1,91 @@
+"""Accuracy of a study's networks against the bytes that they take."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+from experiments.reporting.paired_statistics import mean_and_deviation
+from experiments.reporting.table import AS_TRAINED, FROM_CODES, by_seed
+from experiments.reporting.themes import WIDTH, Series, Theme, colors, legend
+
+_ASIDE = 1.03  # of points of equal size, the factor between neighbours
+
+
+@dataclass(frozen=True)
+class Point:
+    """A network: its method, bytes, mean accuracy and deviation in percent, None for one seed."""
+
+    method: str
+    size: int
+    accuracy: float
+    deviation: float | None
+    as_trained: bool
+    color: str
+
+
+def points_of(series: Sequence[Series], theme: Theme) -> list[Point]:
+    """The points of all series whose size is known and that read the test set."""
+    found = []
+    for line, color in zip(series, colors(series, theme), strict=True):
+        if line.size is None:
+            continue
+        as_trained, packed = line.size
+        readings = [(packed, FROM_CODES)]
+        if line.method == "float":
+            readings.append((as_trained, AS_TRAINED))
+        for size, keys in readings:
+            if values := list(by_seed(line.records, "test", keys[1]).values()):
+                mean, deviation = mean_and_deviation(values)
+                found.append(Point(line.method, size, mean, deviation, keys == AS_TRAINED, color))
+    return found
+
+
+def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
+    """Test accuracy over bytes, a point a series; those of a method are joined."""
+    points = points_of(series, theme)
+    if not points:
+        return None
+    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
+    axes = figure.subplots()
+    count = Counter(point.size for point in points)
+    met: Counter[int] = Counter()
+    joined: dict[tuple[str, bool], list[tuple[float, float, int, str]]] = {}
+    for point in points:
+        x = point.size * _ASIDE ** (met[point.size] - (count[point.size] - 1) / 2)
+        met[point.size] += 1
+        rounded = point.method == "float" and not point.as_trained
+        axes.errorbar(
+            x,
+            point.accuracy,
+            yerr=point.deviation,
+            color=point.color,
+            marker="o",
+            markersize=5,
+            markerfacecolor=theme.background if rounded else point.color,
+            linewidth=1,
+        )
+        joined.setdefault((point.method, point.as_trained), []).append(
+            (x, point.accuracy, point.size, point.color)
+        )
+    for line in joined.values():
+        # Of equal sizes, as different ramps have, a line would show no order.
+        if len({size for _, _, size, _ in line}) == len(line):
+            xs, ys, _, ink = zip(*sorted(line), strict=True)
+            axes.plot(xs, ys, color=ink[0], linewidth=0.8, zorder=1)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
+    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes.set(xlabel="bytes of the parameters", ylabel="test accuracy (%)")
+    legend(figure, series, theme)
+    return figure
+
+
+def bytes_text(value: float) -> str:
+    """`300 B`, `20 kB`, `1.5 MB`, of 1000 each."""
+    for unit, factor in (("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:g} {unit}"
+    return f"{value:g} B"

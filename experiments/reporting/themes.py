@@ -1,0 +1,129 @@
+"""How a study's plots look: colours of methods on light and dark, legends."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from experiments.reporting.readings import Record
+
+WIDTH = 5.6  # inches; narrow, so that text stays legible on a phone
+
+
+@dataclass(frozen=True)
+class Theme:
+    """The colours of a plot; methods without a colour of their own take `others` in turn."""
+
+    background: str
+    text: str
+    grid: str
+    methods: Mapping[str, str]
+    others: tuple[str, ...]
+
+    def rc(self) -> Any:
+        """The matplotlib settings to draw under."""
+        return {
+            "figure.facecolor": self.background,
+            "axes.facecolor": self.background,
+            "savefig.facecolor": self.background,
+            "text.color": self.text,
+            "axes.labelcolor": self.text,
+            "axes.edgecolor": self.grid,
+            "xtick.color": self.text,
+            "ytick.color": self.text,
+            "grid.color": self.grid,
+            "grid.linewidth": 0.6,
+            "axes.grid": True,
+            "axes.axisbelow": True,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "axes.titlesize": 10,
+            "axes.titlelocation": "left",
+            "font.size": 10,
+            "legend.frameon": False,
+            "lines.linewidth": 1.5,
+        }
+
+
+# Distinct to readers with colour blindness too (the palette of Okabe and Ito, lighter on dark).
+LIGHT = Theme(
+    background="#ffffff",
+    text="#222222",
+    grid="#d9d9d9",
+    methods={
+        "float": "#555555",
+        "ste": "#d55e00",
+        "soft_ste": "#009e73",
+        "ab": "#0072b2",
+        "ab_compensated": "#56b4e9",
+        "ab_then_ste": "#7f4fc9",
+        "float_then_ste": "#b58900",
+        "ab_layerwise": "#7fa800",
+        "parq": "#cc79a7",
+        "lsq": "#9c4a2f",
+    },
+    others=("#e0408a", "#2f7d7d", "#a3a3d1"),
+)
+DARK = Theme(
+    background="#16191d",
+    text="#e4e6e8",
+    grid="#3a3f45",
+    methods={
+        "float": "#b4b8bc",
+        "ste": "#ff8a4c",
+        "soft_ste": "#3dcb9f",
+        "ab": "#5bb8f5",
+        "ab_compensated": "#a8e0ff",
+        "ab_then_ste": "#b79bf0",
+        "float_then_ste": "#e6c34d",
+        "ab_layerwise": "#b5d94c",
+        "parq": "#f0a3cb",
+        "lsq": "#cf8165",
+    },
+    others=("#ff7ab8", "#6fbdbd", "#c9c9ee"),
+)
+
+
+@dataclass(frozen=True)
+class Series:
+    """The runs behind one line: the same flags, different seeds.
+
+    `size` has the bytes of their network's parameters as trained and packed, where they are known.
+    """
+
+    label: str
+    method: str
+    records: Sequence[Record]
+    size: tuple[int, int] | None = None
+
+
+def colors(series: Sequence[Series], theme: Theme) -> list[str]:
+    """One colour a line: a method's own, paler for its second and later lines."""
+    names = [line.method.partition(":")[0] for line in series]
+    unknown = sorted({*names} - theme.methods.keys())
+    base = {m: theme.others[i % len(theme.others)] for i, m in enumerate(unknown)}
+    base.update(theme.methods)
+    drawn: dict[str, int] = {}
+    chosen = []
+    for name in names:
+        count = drawn[name] = drawn.get(name, -1) + 1
+        strength = 1 / (1 + 0.6 * count)
+        ink = mpl.colors.to_rgb(base[name])
+        paper = mpl.colors.to_rgb(theme.background)
+        red, green, blue = (
+            strength * i + (1 - strength) * p for i, p in zip(ink, paper, strict=True)
+        )
+        chosen.append(mpl.colors.to_hex((red, green, blue)))
+    return chosen
+
+
+def legend(figure: Figure, series: Sequence[Series], theme: Theme) -> None:
+    """A line for each series above the plot, in as many columns as their names leave room for."""
+    lines = [Line2D([], [], color=color) for color in colors(series, theme)]
+    labels = [line.label for line in series]
+    widest = max(map(len, labels))
+    columns = 4 if widest <= 12 else 3 if widest <= 17 else 2 if widest <= 32 else 1
+    figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), columns))
