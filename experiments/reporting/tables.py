@@ -14,6 +14,7 @@ from experiments.reporting.paired_statistics import NOT_RUN, difference_cell, me
 from experiments.reporting.provenance import commands, provenance
 from experiments.reporting.readings import (
     METHODS,
+    NO_VALUE,
     Group,
     Record,
     ReportError,
@@ -101,7 +102,7 @@ def _accuracy_table(
                 trained = partner(group, groups, options.group_by, "float")
                 alone = members and members is trained and keys == best_keys("float")
                 gap = difference_cell(readings[1], by_seed(trained, "test", key))
-                cells.append("float" if alone else gap)
+                cells.append(NO_VALUE if alone else gap)
             rows.append(tuple(cells))
     baseline = method_label(options.baseline)
     header = (
