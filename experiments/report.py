@@ -11,6 +11,10 @@ them, so that the table can be checked against the records. Without directories,
 
 renews every block of that file from results/, with the options that the markers hold. There a name
 may be several directories by comma: `<!-- table: study/final,study/ramps ablation=final/ -->`.
+
+    --tuned=learning_rate,ramp_stop     what trials chose for each method: their table, and columns
+    --columns=quantizer:binary,int3     methods over levels, "not run" where there is no record
+    --ablation=final/ste_,final/ab_     what single changes to the runs so named make of them
 """
 
 import os

@@ -1,6 +1,7 @@
 """One factor at a time: settings that differ from a default one, compared with it by seed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from experiments.reporting.paired_statistics import difference_cell, mean_cell
 from experiments.reporting.provenance import provenance
@@ -63,7 +64,7 @@ def ablation_settings(records: Sequence[Record], options: TableOptions) -> Setti
         check_seeds(f"{method_label(method)}, {change_text(change)}", members)
     return {
         key: sorted(settings[key], key=lambda record: record.seed)
-        for key in sorted(settings, key=_order)
+        for key in sorted(settings, key=lambda key: _order(key, options))
     }
 
 
@@ -124,10 +125,19 @@ def _change(record: Record, default: Record, options: TableOptions) -> Change:
     )
 
 
-def _order(key: tuple[Change, str]) -> tuple[list[str], list[object], list[object]]:
+def factor(change: Change, options: TableOptions) -> Change:
+    """The change without what was tuned anew for it; all of it, where nothing else is changed."""
+    return tuple(one for one in change if one[0] not in options.tuned) or change
+
+
+def _order(key: tuple[Change, str], options: TableOptions) -> tuple[Any, ...]:
     change, method = key
-    numbers = [float(value) if _is_number(value) else value for _, value in change]
-    return [flag for flag, _ in change], [*sort_key(numbers)], [*sort_key([method])]
+    first = factor(change, options)
+
+    def values(change: Change) -> list[Any]:
+        return sort_key(float(value) if _is_number(value) else value for _, value in change)
+
+    return [flag for flag, _ in first], values(first), sort_key([method]), values(change)
 
 
 def _is_number(text: str) -> bool:

@@ -130,7 +130,7 @@ def draw_accuracy(series: Sequence[Series], theme: Theme) -> Figure | None:
         middle.plot(running[:, 0], 100 * running[:, 1], color=color, linestyle=":", linewidth=1.3)
         alpha = curve(line.records, "alpha")
         # Methods share a ramp: a line is wider for each one that will be drawn upon it.
-        width = 1.5 + 2.2 * sum(
+        width = 1.5 + min(2.2, 9 / len(series)) * sum(
             np.array_equal(alpha, curve(later.records, "alpha")) for later in series[i + 1 :]
         )
         bottom.plot(alpha[:, 0], alpha[:, 1], color=color, linewidth=width)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.reporting.ablation import ablation_settings, change_text
+from experiments.reporting.ablation import ablation_settings, change_text, factor
 from experiments.reporting.across_levels import of_these_levels
 from experiments.reporting.figures import CURVES, SIZES
 from experiments.reporting.packed_size import packed_size
@@ -64,21 +64,16 @@ def panels(records: Sequence[Record], options: TableOptions) -> list[Panel]:
 def _of_changes(records: Sequence[Record], options: TableOptions) -> list[Panel]:
     """A panel for each set of flags that is changed together, the default among its lines."""
     settings = ablation_settings(records, options)
-    changed: dict[tuple[str, ...], list[tuple[str, str]]] = {}
-    for change, _ in settings:
-        # A rate tuned anew for a change belongs to the change.
-        flags = tuple(flag for flag, _ in change if flag not in options.tuned)
-        flags = flags or tuple(flag for flag, _ in change)
-        if flags:
-            changed.setdefault(flags, [])
     every: list[Series] = []
-    lines: dict[tuple[str, ...], list[Series]] = {flags: [] for flags in changed}
+    lines: dict[tuple[str, ...], list[Series]] = {}
+    for change, _ in settings:
+        if change:
+            lines.setdefault(tuple(flag for flag, _ in factor(change, options)), [])
     for (change, method), members in settings.items():
         text = change_text(change).replace("`", "")
         series = _series(f"{method_label(method)}, {text}", members)
         every.append(series)
-        own = tuple(flag for flag, _ in change if flag not in options.tuned)
-        own = own or tuple(flag for flag, _ in change)
+        own = tuple(flag for flag, _ in factor(change, options))
         for flags, drawn in lines.items():
             if not change or own == flags:
                 drawn.append(series)

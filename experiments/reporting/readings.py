@@ -21,13 +21,13 @@ METHODS = {
 }
 # A flag that this method alone reads: it is a part of the method's name, and how.
 VARIANTS = {"ab_compensated": ("cap", " (cap {})"), "ab_layerwise": ("layer_order", " {}")}
-_RAMP = frozenset({"ramp", "ramp_start", "ramp_stop"})
+_RAMP = frozenset({"ramp", "ramp_start", "ramp_stop", "act_start", "act_stop"})
 # Flags that a method does not read, although its records hold a value.
 UNREAD = {
     "float": _RAMP,
     "ste": _RAMP,
     "lsq": _RAMP,
-    "float_then_ste": _RAMP - {"ramp_stop"},
+    "float_then_ste": _RAMP - {"ramp_stop", "act_stop"},
 }
 NO_VALUE = "–"  # what a table shows of such a flag
 Group = tuple[Any, ...]

@@ -8,6 +8,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from experiments.reporting.paired_statistics import mean_and_deviation
+from experiments.reporting.readings import method_label
 from experiments.reporting.table import AS_TRAINED, FROM_CODES, by_seed
 from experiments.reporting.themes import WIDTH, Series, Theme, colors, legend
 
@@ -28,8 +29,10 @@ class Point:
 
 def points_of(series: Sequence[Series], theme: Theme) -> list[Point]:
     """The points of all series whose size is known and that read the test set."""
+    methods = _methods(series)
+    inks = dict(zip((line.method for line in methods), colors(methods, theme), strict=True))
     found = []
-    for line, color in zip(series, colors(series, theme), strict=True):
+    for line in series:
         if line.size is None:
             continue
         as_trained, packed = line.size
@@ -39,12 +42,14 @@ def points_of(series: Sequence[Series], theme: Theme) -> list[Point]:
         for size, keys in readings:
             if values := list(by_seed(line.records, "test", keys[1]).values()):
                 mean, deviation = mean_and_deviation(values)
-                found.append(Point(line.method, size, mean, deviation, keys == AS_TRAINED, color))
+                found.append(
+                    Point(line.method, size, mean, deviation, keys == AS_TRAINED, inks[line.method])
+                )
     return found
 
 
 def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
-    """Test accuracy over bytes, a point a series; those of a method are joined."""
+    """Test accuracy over bytes, a point a network; those of a method are joined."""
     points = points_of(series, theme)
     if not points:
         return None
@@ -76,11 +81,23 @@ def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
             xs, ys, _, ink = zip(*sorted(line), strict=True)
             axes.plot(xs, ys, color=ink[0], linewidth=0.8, zorder=1)
     axes.set_xscale("log")
+    sizes = [point.size for point in points]
+    if max(sizes) < 100 * min(sizes):  # of two decades the powers of ten alone would be few
+        axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
     axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
     axes.set(xlabel="bytes of the parameters", ylabel="test accuracy (%)")
-    legend(figure, series, theme)
+    legend(figure, _methods(series), theme)
     return figure
+
+
+def _methods(series: Sequence[Series]) -> list[Series]:
+    """A series for each method, named by it alone: here a method has one colour."""
+    first = {line.method: line for line in reversed(series)}
+    return [
+        Series(method_label(method), method, first[method].records)
+        for method in dict.fromkeys(line.method for line in series)
+    ]
 
 
 def bytes_text(value: float) -> str:

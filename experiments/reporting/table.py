@@ -182,15 +182,26 @@ def differing_settings(
         for record in firsts:
             if record.reads(flag):
                 methods.setdefault(value_text(record.value(flag)), []).append(record.method)
-        values = ", ".join(
-            f"{value} ({', '.join(map(method_label, dict.fromkeys(names)))})"
-            for value, names in methods.items()
-        )
-        told.append(f"{flag.replace('_', ' ')}: {values}")
+        told.append(f"{flag.replace('_', ' ')} {_values_of_methods(methods)}")
     if not told:
         return ""
     dash = f" {NO_VALUE}: the method does not read it." if _has_unread(firsts, shown) else ""
     return f"What differs between methods: {'; '.join(told)}.{dash}"
+
+
+def _values_of_methods(methods: Mapping[str, Sequence[str]]) -> str:
+    """`0.1 (float), 0.05 (STE, soft STE), 0.2 (the others)`, from the methods of each value."""
+    names = {value: list(dict.fromkeys(found)) for value, found in methods.items()}
+    listed = [name for found in names.values() for name in found]
+    most = max(names, key=lambda value: len(names[value]))
+    # "The others" is right only where no method has two values, one a level.
+    shortened = len(names[most]) > 3 and len(listed) == len(set(listed))
+    told = [
+        f"{value} ({', '.join(map(method_label, found))})"
+        for value, found in names.items()
+        if not (shortened and value == most)
+    ]
+    return ", ".join([*told, *([f"{most} (the others)"] if shortened else [])])
 
 
 def _has_unread(records: Sequence[Record], shown: Sequence[str]) -> bool:

@@ -101,21 +101,21 @@ class Series:
 
 
 def colors(series: Sequence[Series], theme: Theme) -> list[str]:
-    """One colour a line: a method's own, paler for its second and later lines."""
+    """One colour a line: a method's own, and other shades of it for its further lines."""
     names = [line.method.partition(":")[0] for line in series]
     unknown = sorted({*names} - theme.methods.keys())
     base = {m: theme.others[i % len(theme.others)] for i, m in enumerate(unknown)}
     base.update(theme.methods)
+    # Towards the paper and the ink in turn, so that neighbours differ most.
+    shades = [(1.0, theme.text), (0.5, theme.background), (0.5, theme.text)]
+    shades += [(0.28, theme.background), (0.75, theme.text), (0.75, theme.background)]
     drawn: dict[str, int] = {}
     chosen = []
     for name in names:
         count = drawn[name] = drawn.get(name, -1) + 1
-        strength = 1 / (1 + 0.6 * count)
-        ink = mpl.colors.to_rgb(base[name])
-        paper = mpl.colors.to_rgb(theme.background)
-        red, green, blue = (
-            strength * i + (1 - strength) * p for i, p in zip(ink, paper, strict=True)
-        )
+        strength, other = shades[count % len(shades)]
+        ends = zip(mpl.colors.to_rgb(base[name]), mpl.colors.to_rgb(other), strict=True)
+        red, green, blue = (strength * own + (1 - strength) * end for own, end in ends)
         chosen.append(mpl.colors.to_hex((red, green, blue)))
     return chosen
 
@@ -126,4 +126,7 @@ def legend(figure: Figure, series: Sequence[Series], theme: Theme) -> None:
     labels = [line.label for line in series]
     widest = max(map(len, labels))
     columns = 4 if widest <= 12 else 3 if widest <= 17 else 2 if widest <= 32 else 1
+    # A long legend gets room of its own, and takes none from the plot.
+    further = -(-len(labels) // columns) - 1
+    figure.set_figheight(figure.get_figheight() + 0.19 * further)
     figure.legend(lines, labels, loc="outside upper center", ncols=min(len(labels), columns))

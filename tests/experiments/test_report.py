@@ -16,7 +16,7 @@ import scipy.stats
 from PIL import Image
 
 from experiments import report
-from experiments.reporting import figures, readings
+from experiments.reporting import figures, readings, readme_blocks
 from experiments.reporting.paired_statistics import (
     difference_cell,
     mean_and_deviation,
@@ -251,15 +251,22 @@ def test_the_main_table_by_value() -> None:
     assert cells(readme_table(STUDY)) == [
         [
             *("float", "0.1", "3", "80.00 ± 0.00", "81.00 ± 0.00"),
-            *("+9.00 [+6.52, +11.48]", "+10.00 [+7.52, +12.48]"),
+            *("+9.00 [+6.52, +11.48]", "+10.00 [+7.52, +12.48]", "–"),
         ],
         [
             *("float, rounded after training (PTQ)", "0.1", "3", "40.00 ± 0.00", "51.00 ± 1.00"),
             *("-31.00 [-33.48, -28.52]", "-20.00 [-20.00, -20.00]"),
+            "-30.00 [-32.48, -27.52]",
         ],
-        ["STE", "0.1", "3", "71.00 ± 1.00", "71.00 ± 1.00", "baseline", "baseline"],
-        ["soft STE", "not run", "0", "not run", "not run", "not run", "not run"],
-        ["AB", "0.4", "3", *["72.00 ± 1.00"] * 2, *["+1.00 [-1.48, +3.48]"] * 2],
+        [
+            *("STE", "0.1", "3", "71.00 ± 1.00", "71.00 ± 1.00", "baseline", "baseline"),
+            "-10.00 [-12.48, -7.52]",
+        ],
+        ["soft STE (BinaryRelax)", "not run", "0", *["not run"] * 5],
+        [
+            *("AB", "0.4", "3", *["72.00 ± 1.00"] * 2, *["+1.00 [-1.48, +3.48]"] * 2),
+            "-9.00 [-11.48, -6.52]",
+        ],
     ]
 
 
@@ -299,7 +306,7 @@ def test_the_learning_rate_is_chosen_by_trials_alone() -> None:
     assert table.rows == (
         ("float", "**77.00**", "76.00", "not run", "2", "0.1"),
         ("STE", "64.00", "**66.00**", "not run", "2", "0.1"),
-        ("soft STE", "**65.00**", "not run", "not run", "1", "not run"),
+        ("soft STE (BinaryRelax)", "**65.00**", "not run", "not run", "1", "not run"),
         ("AB", "not run", "**67.00**", "67.00", "2", "0.4"),
     )
     assert study_tables([r for r in STUDY if r.is_final]).selection is None
@@ -338,7 +345,7 @@ def test_rows_by_further_flags_meet_the_baseline_of_the_same_flags() -> None:
 def test_a_missing_baseline_is_not_run_and_an_unknown_one_refused() -> None:
     (row,) = study_tables([run("ab", 0, 70.0)]).accuracy.rows
     assert row[-2:] == ("not run", "not run")
-    with pytest.raises(ReportError, match="--baseline=sst is no method; there are: ab, float, so"):
+    with pytest.raises(ReportError, match="--baseline=sst is no method; there are: ab, ab_comp"):
         study_tables([run("ab", 0, 70.0)], TableOptions(baseline="sst"))
     with pytest.raises(ReportError, match="--group_by must hold method"):
         TableOptions(group_by=("bits",))
@@ -587,20 +594,20 @@ def test_the_command_writes_all_files_and_the_readme_block_alone(tmp_path: Path)
 
     # Once more changes nothing, whatever the records' directory holds by now.
     assert readme_table(read_records([study])) == expected
-    assert report.renew_readme(readme.read_text(), "study", expected) == readme.read_text()
+    assert readme_blocks.renew_readme(readme.read_text(), "study", expected) == readme.read_text()
 
 
 def test_options_travel_in_the_marker(tmp_path: Path) -> None:
     options = TableOptions(group_by=("method", "bits"), baseline="ab", ignore=("seed", "name"))
-    text = report.renew_readme(README, "study", "| new |", options)
+    text = readme_blocks.renew_readme(README, "study", "| new |", options)
     marker = "<!-- table: study group_by=method,bits baseline=ab ignore=seed,name -->"
     assert f"{marker}\n| new |\n<!-- /table: study -->" in text
-    assert report.readme_blocks(text) == [
-        report.ReadmeBlock("study", options, "| new |"),
-        report.ReadmeBlock("empty", TableOptions(baseline="ab"), ""),
+    assert readme_blocks.readme_blocks(text) == [
+        readme_blocks.ReadmeBlock("study", options, "| new |"),
+        readme_blocks.ReadmeBlock("empty", TableOptions(baseline="ab"), ""),
     ]
     # A backslash or a group reference in a table is text, and defaults leave the marker bare.
-    text = report.renew_readme(text, "study", r"\1 \n")
+    text = readme_blocks.renew_readme(text, "study", r"\1 \n")
     assert "<!-- table: study -->\n\\1 \\n\n<!-- /table: study -->" in text
 
 
@@ -609,12 +616,12 @@ def test_options_travel_in_the_marker(tmp_path: Path) -> None:
     [
         ("", "there is no block for study: add the lines\n<!-- table: study -->\n<!-- /table: "),
         ("<!-- table: study -->\nrest", "the block of study is not closed: add a line\n<!-- /tab"),
-        ("<!-- table: study by=x -->\n<!-- /table: study -->", "marker holds by; it may hold: bas"),
+        ("<!-- table: study by=x -->\n<!-- /table: study -->", "marker holds by; it may hold: abl"),
     ],
 )
 def test_a_readme_without_proper_markers_is_refused(text: str, message: str) -> None:
     with pytest.raises(ReportError) as caught:
-        report.renew_readme(text, "study", "table")
+        readme_blocks.renew_readme(text, "study", "table")
     assert message in str(caught.value)
 
 

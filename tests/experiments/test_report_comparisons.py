@@ -1,0 +1,440 @@
+"""Reports that compare many methods: names, choices, levels and ablations, all by value."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from experiments import report
+from experiments.reporting import figures, readme_blocks, size_plot
+from experiments.reporting.packed_size import packed_size
+from experiments.reporting.panels import panels
+from experiments.reporting.readings import (
+    Record,
+    ReportError,
+    group_records,
+    method_label,
+    read_records,
+)
+from experiments.reporting.tables import TableOptions, readme_table, study_tables
+from experiments.reporting.themes import LIGHT, Series, colors
+
+KEYS = ("blended", "blended_recalibrated", "quantized", "quantized_recalibrated")
+ROOT = Path(__file__).parents[2]
+
+
+def run(
+    method: str, seed: int, percent: float | Sequence[float], *, trial: bool = False, **flags: Any
+) -> Record:
+    """A run that read these accuracies (of KEYS, or one for all), a trial on validation alone."""
+    values = np.broadcast_to(np.asarray(percent, np.float64) / 100, len(KEYS))
+    read = dict(zip(KEYS, values.tolist(), strict=True))
+    name = flags.pop("name", f"{'trials' if trial else 'final'}/{method}_seed{seed}_{flags}")
+    config = {"method": method, "seed": seed, "learning_rate": 0.1, "ramp_stop": 0.9, **flags}
+    summary = {"validation": read, "test": None if trial else read}
+    return Record(name=name, config=config, summary=summary)
+
+
+def interval(values: Sequence[float], others: Sequence[float]) -> str:
+    """A difference's cell, by scipy."""
+    low, high = scipy.stats.ttest_rel(values, others).confidence_interval(0.95)
+    return f"{np.mean(np.subtract(values, others)):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def mean(values: Sequence[float]) -> str:
+    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
+
+
+# Methods
+
+
+def test_methods_have_their_names_and_a_flag_of_their_own_belongs_to_the_name() -> None:
+    records = [
+        run("lsq", 0, 50),
+        run("parq", 0, 50),
+        *(run("ab_layerwise", 0, 50, layer_order=order) for order in ("forward", "backward")),
+        *(run("ab_compensated", 0, 50, cap=cap) for cap in (8.0, 4.0)),
+        run("ab_then_ste", 0, 50),
+        run("float_then_ste", 0, 50),
+        run("soft_ste", 0, 50, cap=8.0, layer_order="forward"),
+    ]
+    groups = group_records(records, ("method",), ("name",))
+    assert [method_label(method) for (method,) in groups] == [
+        "soft STE (BinaryRelax)",
+        "AB compensated (cap 4)",
+        "AB compensated (cap 8)",
+        "AB then STE",
+        "float then STE",
+        "AB layer by layer backward",
+        "AB layer by layer forward",
+        "PARQ",
+        "LSQ",
+    ]
+    lines = study_tables(records).commands.splitlines()
+    assert "--method=ab_compensated --seed=0 --cap=4.0" in lines[2]
+    assert "--method=ab_layerwise --seed=0 --layer_order=backward" in lines[6]
+
+
+def test_a_flag_that_a_method_does_not_read_makes_no_difference() -> None:
+    pair = [run("ste", 0, 50, ramp_stop=0.5), run("ste", 1, 50, ramp_stop=0.8)]
+    options = TableOptions(tuned=("learning_rate", "ramp_stop"))
+    (row,) = study_tables(pair, options).accuracy.rows
+    assert row[:4] == ("STE", "0.1", "–", "2")
+    with pytest.raises(ReportError, match=r"ramp_stop is 0\.5 in"):
+        study_tables([run("parq", seed, 50, ramp_stop=0.5 + seed / 4) for seed in (0, 1)])
+
+
+def test_the_caption_tells_in_what_methods_differ() -> None:
+    start = "runs/float/seed0"
+    records = [
+        run("float", 0, 70, init_from=None),
+        run("ste", 0, 60, init_from=start, ramp_stop=0.3, decay=1e-4),
+        run("soft_ste", 0, 60, init_from=start, ramp_stop=0.5, learning_rate=0.2, decay=1e-4),
+        run("ab", 0, 60, init_from=start, ramp_stop=0.75, learning_rate=0.4, decay=1e-4),
+        run("parq", 0, 60, init_from=start, ramp_stop=0.75, decay=1e-4),
+    ]
+    caption = study_tables(records).accuracy.caption
+    assert (
+        "What differs between methods: decay None (float), 0.0001 (the others); "
+        "init from None (float), runs/float/seed{seed} (the others); "
+        "learning rate (in its column); "
+        "ramp stop 0.5 (soft STE (BinaryRelax)), 0.75 (AB, PARQ)."
+    ) in caption
+    # What changes from level to level, for all methods alike, is no difference between them.
+    levels = [
+        run(method, 0, 60, bits=bits, decay=bits / 10)
+        for method in ("ste", "ab")
+        for bits in (2, 4)
+    ]
+    options = TableOptions(group_by=("bits", "method"))
+    assert "differs" not in study_tables(levels, options).accuracy.caption
+
+
+# Trials
+
+
+def test_trials_over_rate_and_ramp_count_for_the_method_as_a_whole() -> None:
+    def trials(method: str, table: dict[tuple[float, float], float]) -> list[Record]:
+        return [
+            run(method, 100, (0, 0, 0, value), trial=True, learning_rate=rate, ramp_stop=stop)
+            for (rate, stop), value in table.items()
+        ]
+
+    records = [
+        *trials("ste", {(0.1, 0.9): 61.0, (0.2, 0.9): 62.0}),
+        *trials("ab", {(0.1, 0.5): 60.0, (0.4, 0.5): 64.0, (0.4, 0.9): 63.0}),
+        run("ab", 0, 50, learning_rate=0.4, ramp_stop=0.5),
+    ]
+    table = study_tables(records, TableOptions(tuned=("learning_rate", "ramp_stop"))).selection
+    assert table is not None
+    assert table.title == "Validation accuracy (%) by learning rate and ramp stop"
+    assert table.header == (
+        *("method", "ramp stop", "rate 0.1", "rate 0.2", "rate 0.4"),
+        *("trials", "rate of final runs"),
+    )
+    assert table.rows == (
+        ("STE", "–", "61.00", "**62.00**", "not run", "2", "not run"),
+        ("AB", "0.5", "60.00", "not run", "**64.00**", "2 of 3", "0.4"),
+        ("AB", "0.9", "not run", "not run", "63.00", "1 of 3", "not run"),
+    )
+    assert "In bold the best learning rate and ramp stop of each method." in table.caption
+
+
+# Levels
+
+
+def test_a_table_over_levels_by_value(rng: np.random.Generator) -> None:
+    values = {
+        (method, level): rng.uniform(40, 80, (3, 4))
+        for method, level in (
+            *(("float", 2), ("ste", 2), ("ab", 2)),
+            *(("ste", 3), ("ab", 3)),
+        )
+    }
+    records = [
+        run(method, seed, row, bits=level)
+        for (method, level), rows in values.items()
+        for seed, row in enumerate(rows)
+    ]
+    records.append(run("parq", 9, 50, trial=True, bits=3))
+    accuracy, minus_ste, minus_float = study_tables(
+        records, TableOptions(columns="bits:3,2,8")
+    ).accuracies
+    assert accuracy.title == "Test accuracy (%) by bits"
+    assert accuracy.header == ("method", "statistics", "3", "2", "8")
+    ptq = "float, rounded after training (PTQ)"
+    no = "not run"
+
+    def trained(which: int) -> str:
+        return mean(values["float", 2][:, which])
+
+    assert accuracy.rows == (
+        # No level changes float as it was trained; its rounding is one of a level.
+        ("float", "running", *[trained(0)] * 3),
+        ("float", "re-estimated", *[trained(1)] * 3),
+        (ptq, "running", no, mean(values["float", 2][:, 2]), no),
+        (ptq, "re-estimated", no, mean(values["float", 2][:, 3]), no),
+        *(
+            (label, word, *(mean(values[method, level][:, which]) for level in (3, 2)), no)
+            for method, label in (("ste", "STE"), ("ab", "AB"))
+            for which, word in ((2, "running"), (3, "re-estimated"))
+        ),
+        *(("PARQ", word, no, no, no) for word in ("running", "re-estimated")),
+    )
+    gaps = {row[:2]: row[2:] for row in minus_ste.rows}
+    assert not any(label == "STE" for label, _ in gaps)
+    for which, word in ((2, "running"), (3, "re-estimated")):
+        cells = [interval(values["ab", k][:, which], values["ste", k][:, which]) for k in (3, 2)]
+        assert gaps["AB", word] == (*cells, no)
+        assert gaps["PARQ", word] == (no, no, no)
+    gaps = {row[:2]: row[2:] for row in minus_float.rows}
+    assert ("float", "running") not in gaps
+    for which, word in ((0, "running"), (1, "re-estimated")):
+        trained_rows = values["float", 2][:, which]
+        expected = [interval(values["ste", k][:, which + 2], trained_rows) for k in (3, 2)]
+        assert gaps["STE", word] == (*expected, no)
+    assert "over 3 seeds, where no other n is given" in accuracy.caption
+
+
+def test_levels_that_are_not_named_are_left_out_and_others_are_found() -> None:
+    records = [run("ste", 0, 50 + bits, bits=bits) for bits in (10, 2, 4)]
+    records.append(run("ste", 1, 50, bits=2))
+    (table, _) = study_tables(records, TableOptions(columns="bits")).accuracies
+    assert table.header[2:] == ("2", "4", "10")
+    assert table.rows[0][2:] == ("51.00 ± 1.41 (n = 2)", "54.00", "60.00")
+    tables = study_tables(records, TableOptions(columns="bits:4"))
+    assert tables.accuracy.header[2:] == ("4",)
+    assert "--bits=2" not in tables.commands
+    with pytest.raises(ReportError, match="--columns=width: final/ste_seed0"):
+        study_tables(records, TableOptions(columns="width"))
+    with pytest.raises(ReportError, match="--columns=method: the methods are the rows"):
+        TableOptions(columns="method")
+    with pytest.raises(ReportError, match="--columns and --ablation"):
+        TableOptions(columns="bits", ablation="final/")
+
+
+# Ablations
+
+SEEDS = range(3)
+
+
+def ablation_records(rng: np.random.Generator) -> tuple[list[Record], dict[str, np.ndarray]]:
+    settings: dict[str, tuple[str, dict[str, Any]]] = {
+        "final/ste": ("ste", {}),
+        "final/ab": ("ab", {"learning_rate": 0.4}),
+        "more/linear": ("ab", {"learning_rate": 0.4, "ramp": "linear"}),
+        "more/adamw": ("ab", {"learning_rate": 0.01, "optimizer": "adamw"}),
+        "more/wide_ste": ("ste", {"width": 0.5}),
+        "more/wide_ab": ("ab", {"learning_rate": 0.2, "width": 0.5}),
+        "more/wider_ab": ("ab", {"learning_rate": 0.4, "width": 2.0}),
+        "more/parq": ("parq", {}),
+    }
+    common = {"ramp": "cubic", "optimizer": "sgd", "width": 0.125}
+    values = {name: rng.uniform(40, 80, (3, 4)) for name in settings}
+    records = [
+        run(method, seed, values[name][seed], name=f"{name}_seed{seed}", **common | flags)
+        for name, (method, flags) in settings.items()
+        for seed in SEEDS
+    ]
+    records.append(run("ab", 9, 99, trial=True, **common))
+    return records, values
+
+
+def test_an_ablation_by_value(rng: np.random.Generator) -> None:
+    records, values = ablation_records(rng)
+    tables = study_tables(records, TableOptions(ablation="final/"))
+    (table,) = tables.accuracies
+    assert table.title == "One change at a time: test accuracy (%)"
+    expected = []
+    for name, setting, label, default, baseline in (
+        ("final/ste", "default", "STE", None, None),
+        ("final/ab", "default", "AB", None, "final/ste"),
+        ("more/adamw", "`optimizer=adamw`, `learning_rate=0.01`", "AB", "final/ab", None),
+        ("more/linear", "`ramp=linear`", "AB", "final/ab", "final/ste"),
+        ("more/wide_ste", "`width=0.5`", "STE", "final/ste", None),
+        ("more/wide_ab", "`width=0.5`, `learning_rate=0.2`", "AB", "final/ab", "more/wide_ste"),
+        ("more/wider_ab", "`width=2`", "AB", "final/ab", None),
+    ):
+        read = values[name][:, 2:].T
+        to_default = ["default"] * 2
+        if default is not None:
+            to_default = [
+                interval(*pair) for pair in zip(read, values[default][:, 2:].T, strict=True)
+            ]
+        to_ste = "baseline" if label == "STE" else "not run"
+        if baseline is not None:
+            to_ste = interval(read[1], values[baseline][:, 3])
+        expected.append((setting, label, "3", *map(mean, read), *to_default, to_ste))
+    # Rows of the same flag lie together, whatever was tuned anew with it.
+    assert sorted(table.rows) == sorted(expected)
+    assert [row[0].split(",")[0] for row in table.rows] == [
+        row[0].split(",")[0] for row in expected
+    ]
+    assert (
+        "Default: `learning_rate=0.1` (STE), `learning_rate=0.4` (AB), `optimizer=sgd`, "
+        "`ramp=cubic`, `width=0.125`." in table.caption
+    )
+    assert tables.selection is None
+    assert tables.commands.count("experiments.sweep") == len(expected)
+
+
+def test_an_ablation_by_trials_is_read_on_validation_images() -> None:
+    records = [
+        run("ab", seed, 60 + seed + 2 * (stop == 0.5), trial=True, ramp_stop=stop)
+        for seed in SEEDS
+        for stop in (0.5, 0.9)
+    ]
+    names = [record.name for record in records if record.config["ramp_stop"] == 0.9]
+    (table,) = study_tables(records, TableOptions(ablation=",".join(names))).accuracies
+    assert table.title == "One change at a time: validation accuracy (%)"
+    assert [row[0] for row in table.rows] == ["default", "`ramp_stop=0.5`"]
+    assert table.rows[1][-3:] == ("+2.00 [+2.00, +2.00]", "+2.00 [+2.00, +2.00]", "not run")
+
+
+def test_an_ablation_without_one_default_is_refused(rng: np.random.Generator) -> None:
+    records, _ = ablation_records(rng)
+    with pytest.raises(ReportError, match="no run's name begins so; there are: final/, more/, tr"):
+        study_tables(records, TableOptions(ablation="default/"))
+    with pytest.raises(ReportError, match=r"the runs of method=ab are not alike: "):
+        study_tables(records, TableOptions(ablation="more/"))
+    caps = [run("ab_compensated", 0, 50, cap=cap) for cap in (4, 8)]
+    with pytest.raises(ReportError, match=r"two settings of one method, AB compensated \(cap 4\)"):
+        study_tables(caps, TableOptions(ablation="final/"))
+    again = [*records, dataclasses.replace(records[6], name="more/again")]
+    with pytest.raises(ReportError, match="seed 0 of AB, `ramp=linear` was run twice"):
+        study_tables(again, TableOptions(ablation="final/"))
+
+
+# Plots
+
+
+def test_bytes_are_those_of_the_network_counted_by_hand() -> None:
+    (record,) = read_records([ROOT / "results/binarynet_cifar10/final/ab_seed0.json"])
+    # Width 1/8 on 16 pixels: six 3x3 convolutions with three poolings, three dense layers.
+    ends = [(27, 16), (144, 16), (144, 32), (288, 32), (288, 64), (576, 64)]
+    ends += [(2 * 2 * 64, 128), (128, 128), (128, 10)]
+    kernels = sum(a * b for a, b in ends)
+    channels = sum(b for _, b in ends)
+    rest = 4 * 2 * channels  # scale and bias of the norm after each
+    packed = sum(math.ceil(a * b / 8) for a, b in ends) + 4 * channels + rest
+    assert packed_size(record) == (4 * kernels + rest, packed)
+    assert packed_size(run("ab", 0, 50)) is None
+
+
+def test_points_of_accuracy_against_bytes() -> None:
+    records = {
+        "float": [run("float", seed, (0, 72 + seed, 0, 30)) for seed in SEEDS],
+        "ab": [run("ab", 0, (0, 0, 0, 67))],
+    }
+    series = [Series(f"{method} x", method, records[method], (1000, 100)) for method in records]
+    grey, blue = colors(series, LIGHT)
+    assert size_plot.points_of(series, LIGHT) == [
+        size_plot.Point("float", 100, 30.0, 0.0, False, grey),
+        size_plot.Point("float", 1000, 73.0, 1.0, True, grey),
+        size_plot.Point("ab", 100, 67.0, None, False, blue),
+    ]
+    figure = size_plot.draw_sizes(series, LIGHT)
+    assert figure is not None
+    (axes,) = figure.axes
+    drawn = sorted(x for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o")
+    np.testing.assert_allclose(drawn, [100 / 1.03**0.5, 100 * 1.03**0.5, 1000])
+    assert size_plot.draw_sizes([Series("AB", "ab", records["ab"])], LIGHT) is None
+    assert [size_plot.bytes_text(x) for x in (300, 20e3, 1.5e6)] == ["300 B", "20 kB", "1.5 MB"]
+
+
+def test_a_plot_holds_the_methods_of_a_level_or_the_values_of_a_flag(
+    rng: np.random.Generator,
+) -> None:
+    def drawn(records: list[Record], **options: str) -> dict[str, list[str]]:
+        return {
+            panel.name: [line.label for line in panel.series]
+            for panel in panels(records, TableOptions(**options))
+            if panel.kinds == figures.CURVES
+        }
+
+    levels = [run(method, 0, 50, bits=bits) for method in ("ab", "ste") for bits in (2, 4)]
+    assert drawn(levels, columns="bits") == {"_2": ["STE", "AB"], "_4": ["STE", "AB"]}
+    records, _ = ablation_records(rng)
+    both = ["STE, default", "AB, default"]
+    assert drawn(records, ablation="final/") == {
+        "_optimizer": [*both, "AB, optimizer=adamw, learning_rate=0.01"],
+        "_ramp": [*both, "AB, ramp=linear"],
+        "_width": [
+            *both,
+            "STE, width=0.5",
+            "AB, width=0.5, learning_rate=0.2",
+            "AB, width=2",
+        ],
+    }
+
+
+def test_the_methods_and_the_shades_of_one_have_colours_of_their_own() -> None:
+    methods = [*LIGHT.methods, *["ab"] * 4, "ab_layerwise:backward"]
+    chosen = colors([Series(method, method, []) for method in methods], LIGHT)
+    assert len(set(chosen)) == len(methods)
+
+
+# Blocks
+
+
+def write(record: Record, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    held = {"name": record.name, "config": record.config, "summary": record.summary}
+    path.write_text(json.dumps(held))
+
+
+def test_one_command_renews_every_block_of_a_file(
+    tmp_path: Path, rng: np.random.Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    records, _ = ablation_records(rng)
+    for record in records:
+        write(record, tmp_path / f"results/study/{record.name}.json")
+    page = tmp_path / "findings.md"
+    markers = [
+        ("study/final", ""),
+        ("study/final,study/more", " ablation=final/"),
+        ("study/final", " columns=width"),
+    ]
+    blocks = [
+        f"<!-- table: {study}{words} -->\n<!-- /table: {study} -->" for study, words in markers
+    ]
+    page.write_text("Before.\n\n" + "\n\nBetween.\n\n".join(blocks) + "\n")
+    command = [f"--readme={page}", f"--results={tmp_path / 'results'}"]
+    assert report.main(command) == 0
+    finals = [record for record in records if record.name.startswith("final/")]
+    tested = [record for record in records if record.is_final]
+    tables = [
+        readme_table(finals),
+        readme_table(tested, TableOptions(ablation="final/")),
+        readme_table(finals, TableOptions(columns="width")),
+    ]
+    filled = [
+        block.replace("\n", f"\n{table}\n") for block, table in zip(blocks, tables, strict=True)
+    ]
+    expected = "Before.\n\n" + "\n\nBetween.\n\n".join(filled) + "\n"
+    assert page.read_text() == expected
+    assert report.main(command) == 0
+    assert page.read_text() == expected
+
+    # Of two blocks of a study the one with the options given is renewed.
+    new = readme_blocks.renew_readme(expected, "study/final", "new", TableOptions(columns="width"))
+    assert new == expected.replace(tables[2], "new")
+    with pytest.raises(ReportError, match="none opens with\n<!-- table: study/final baseline=ab -"):
+        readme_blocks.renew_readme(expected, "study/final", "new", TableOptions(baseline="ab"))
+
+    capsys.readouterr()
+    page.write_text(expected.replace("study/final,study/more", "lost"))
+    assert report.main(command) == 2
+    assert "error: the block of lost: " in capsys.readouterr().err
+    assert page.read_text() == expected.replace("study/final,study/more", "lost")
+    page.write_text("nothing")
+    assert report.main(command) == 2
+    assert report.main([]) == 2
+    assert "name at least one directory of records, or a file" in capsys.readouterr().err
