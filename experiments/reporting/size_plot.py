@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.reporting.paired_statistics import mean_and_deviation
@@ -49,15 +50,32 @@ def points_of(series: Sequence[Series], theme: Theme) -> list[Point]:
 
 
 def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
-    """Test accuracy over bytes, a point a network; those of a method are joined."""
+    """Test accuracy over bytes, a point a network; those of a method are joined.
+
+    Of several sizes, those trained for their levels stand once more below, without float's range.
+    """
     points = points_of(series, theme)
     if not points:
         return None
-    figure = Figure(figsize=(WIDTH, 3.6), layout="constrained")
-    axes = figure.subplots()
+    shown = [points]
+    trained = [point for point in points if point.method != "float"]
+    if len({point.size for point in trained}) > 1 and len(trained) < len(points):
+        shown.append(trained)
+    figure = Figure(figsize=(WIDTH, 0.6 + 3 * len(shown)), layout="constrained")
+    for axes, drawn in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
+        _draw_points(axes, drawn, theme)
+        axes.set_ylabel("test accuracy (%)")
+    axes.set_xlabel("bytes of the parameters")
+    if len(shown) > 1:
+        axes.set_title("without float")
+    legend(figure, _methods(series), theme)
+    return figure
+
+
+def _draw_points(axes: Axes, points: Sequence[Point], theme: Theme) -> None:
     count = Counter(point.size for point in points)
     met: Counter[int] = Counter()
-    joined: dict[tuple[str, bool], list[tuple[float, float, int, str]]] = {}
+    joined: dict[tuple[str, bool], list[tuple[float, Point]]] = {}
     for point in points:
         x = point.size * _ASIDE ** (met[point.size] - (count[point.size] - 1) / 2)
         met[point.size] += 1
@@ -72,23 +90,23 @@ def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
             markerfacecolor=theme.background if rounded else point.color,
             linewidth=1,
         )
-        joined.setdefault((point.method, point.as_trained), []).append(
-            (x, point.accuracy, point.size, point.color)
-        )
-    for line in joined.values():
+        joined.setdefault((point.method, point.as_trained), []).append((x, point))
+    for placed in joined.values():
+        placed.sort(key=lambda found: found[0])
         # Of equal sizes, as different ramps have, a line would show no order.
-        if len({size for _, _, size, _ in line}) == len(line):
-            xs, ys, _, ink = zip(*sorted(line), strict=True)
-            axes.plot(xs, ys, color=ink[0], linewidth=0.8, zorder=1)
+        if len({point.size for _, point in placed}) == len(placed):
+            xs, ys = [x for x, _ in placed], [point.accuracy for _, point in placed]
+            axes.plot(xs, ys, color=placed[0][1].color, linewidth=0.8, zorder=1)
     axes.set_xscale("log")
     sizes = [point.size for point in points]
     if max(sizes) < 100 * min(sizes):  # of two decades the powers of ten alone would be few
-        axes.xaxis.set_major_locator(mpl.ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_locator(
+            mpl.ticker.LogLocator(
+                subs=(1, 2, 5) if max(sizes) > 4 * min(sizes) else (1, 1.5, 2, 3, 4, 5, 7)
+            )
+        )
     axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
     axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
-    axes.set(xlabel="bytes of the parameters", ylabel="test accuracy (%)")
-    legend(figure, _methods(series), theme)
-    return figure
 
 
 def _methods(series: Sequence[Series]) -> list[Series]:

@@ -342,9 +342,18 @@ def test_points_of_accuracy_against_bytes() -> None:
     ]
     figure = size_plot.draw_sizes(series, LIGHT)
     assert figure is not None
-    (axes,) = figure.axes
-    drawn = sorted(x for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o")
-    np.testing.assert_allclose(drawn, [100 / 1.03**0.5, 100 * 1.03**0.5, 1000])
+    drawn = [
+        sorted(x for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o")
+        for axes in figure.axes
+    ]
+    # Beside each other where sizes are equal.
+    np.testing.assert_allclose(drawn[0], [100 / 1.03**0.5, 100 * 1.03**0.5, 1000])
+    assert len(drawn) == 1
+    wider = Series("AB wide", "ab", records["ab"], (2000, 200))
+    figure = size_plot.draw_sizes([*series, wider], LIGHT)
+    assert figure is not None
+    below = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
+    np.testing.assert_allclose([line.get_xdata()[0] for line in below], [100, 200])
     assert size_plot.draw_sizes([Series("AB", "ab", records["ab"])], LIGHT) is None
     assert [size_plot.bytes_text(x) for x in (300, 20e3, 1.5e6)] == ["300 B", "20 kB", "1.5 MB"]
 
