@@ -1,5 +1,8 @@
 """Estimators: exact values at both ends of the ramp, and the factor on the gradient."""
 
+import functools
+import math
+
 import hypothesis
 import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
@@ -13,13 +16,30 @@ from ab_jax import (
     Ternary,
     Uniform,
     alpha_blend,
+    alpha_blend_then_straight_through,
+    compensated_alpha_blend,
     full_precision,
     replace_value,
     soft_straight_through,
     straight_through,
 )
 
-ESTIMATORS = [full_precision, straight_through, soft_straight_through, alpha_blend]
+# By the factor on the gradient, at an alpha in float32.
+FACTORS = {
+    full_precision: lambda alpha: 1,
+    straight_through: lambda alpha: 1,
+    soft_straight_through: lambda alpha: 1,
+    alpha_blend: lambda alpha: 1 - alpha,
+    compensated_alpha_blend: lambda alpha: min(1, 8 * (1 - alpha)),
+    alpha_blend_then_straight_through: lambda alpha: 1 if alpha == 1 else 1 - alpha,
+}
+ESTIMATORS = list(FACTORS)
+BLENDS = [
+    soft_straight_through,
+    alpha_blend,
+    compensated_alpha_blend,
+    alpha_blend_then_straight_through,
+]
 QUANTIZERS = [
     Binary(),
     Ternary(axis=None),
@@ -65,7 +85,7 @@ CALLERS = {
 BOTH_ENDS = [
     *((alpha_blend, "float32", call) for call in CALLERS),
     *((alpha_blend, dtype, call) for dtype in DTYPES[1:] for call in ("number", "traced")),
-    *((soft_straight_through, "float32", call) for call in ("number", "traced")),
+    *((other, "float32", "traced") for other in BLENDS if other is not alpha_blend),
 ]
 
 
@@ -141,15 +161,13 @@ def test_between_the_ends_the_value_is_the_blend(rng, dtype):
     tolerance = float(jnp.finfo(dtype).eps)
     for alpha in rng.uniform(size=4):
         wanted = (1 - alpha) * np.asarray(w, np.float64) + alpha * q
-        for estimator in (alpha_blend, soft_straight_through):
-            found = estimator(w, quantizer, alpha)
-            assert found.dtype == w.dtype
-            np.testing.assert_allclose(
-                np.asarray(found, np.float64), wanted, rtol=tolerance, atol=tolerance
-            )
-        assert_same_bits(
-            soft_straight_through(w, quantizer, alpha), alpha_blend(w, quantizer, alpha)
+        found = alpha_blend(w, quantizer, alpha)
+        assert found.dtype == w.dtype
+        np.testing.assert_allclose(
+            np.asarray(found, np.float64), wanted, rtol=tolerance, atol=tolerance
         )
+        for estimator in BLENDS:
+            assert_same_bits(estimator(w, quantizer, alpha), found)
 
 
 def test_float64_keeps_its_digits(rng):
@@ -179,7 +197,7 @@ def loss(w_eff: jax.Array) -> jax.Array:
 
 def factor(estimator, alpha: np.float32) -> np.float32:
     """What the gradient with respect to the blended weight is multiplied by on its way."""
-    return np.float32(1) - alpha if estimator is alpha_blend else np.float32(1)
+    return np.float32(FACTORS[estimator](np.float32(alpha)))
 
 
 @each_estimator
@@ -196,7 +214,7 @@ def test_the_gradient_is_the_plain_one_times_the_factor(rng, estimator, quantize
         (found,) = pull_back(plain)
         exact = np.asarray(plain, np.float32) * factor(estimator, alpha)
         wanted = exact.astype(plain.dtype)
-        assert (wanted != 0).any() or (alpha == 1 and estimator is alpha_blend)
+        assert (wanted != 0).any() or factor(estimator, alpha) == 0
         np.testing.assert_array_equal(np.asarray(found), wanted, strict=True)
         # The same through the loss at once.
         whole = jax.grad(lambda w, a: loss(estimator(w, quantizer, a)))
@@ -216,6 +234,43 @@ def test_the_compiled_gradient_too(rng, estimator):
         np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
         if factor(estimator, alpha) == 0:
             np.testing.assert_array_equal(found, 0.0)
+
+
+@pytest.mark.parametrize("cap", [1.0, 2.5, 40.0])
+def test_the_compensated_gradient_is_that_of_ste_until_the_cap(rng, cap):
+    w = jnp.asarray(rng.normal(size=SHAPE), jnp.float32)
+    estimator = functools.partial(compensated_alpha_blend, cap=cap)
+    turn = 1 - 1 / cap
+    below, above = rng.uniform(0, turn), rng.uniform(turn, 1)
+    for alpha, wanted in ((0, 1), (below, 1), (above, cap * (1 - above)), (1, 0)):
+        found = jax.grad(lambda w, a=alpha: estimator(w, Binary(), a).sum())(w)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6 * cap)
+
+
+def test_compensation_is_a_larger_rate_under_sgd_with_momentum(rng):
+    """Three steps in float64 with other rates; at alpha 1 both rest."""
+    w, direction = rng.normal(size=(2, *SHAPE))
+    cap, rate, momentum = 4.0, 0.1, 0.9
+    wanted, moved = w.copy(), 0.0
+    found, trace = jnp.asarray(w, jnp.float32), 0.0
+    for alpha in (0.2, 0.7, 0.95, 1.0):
+        enlarged = 1.0 if alpha == 1 else min(1 / (1 - alpha), cap)
+        moved = momentum * moved + enlarged * (1 - alpha) * direction
+        wanted -= rate * moved
+        gradient = jax.grad(
+            lambda w, a=alpha: jnp.sum(
+                compensated_alpha_blend(w, Binary(), a, cap=cap) * direction.astype("float32")
+            )
+        )(found)
+        trace = momentum * trace + gradient
+        found = found - rate * trace
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cap", [0.99, 0, -3, math.inf, math.nan])
+def test_a_cap_that_would_slow_down_or_never_ends_is_refused(cap):
+    with pytest.raises(ValueError, match=r"finite cap of at least 1, not cap="):
+        compensated_alpha_blend(jnp.ones(3), Binary(), 0.5, cap=cap)
 
 
 def test_alpha_blend_has_the_true_gradient_and_the_others_have_not(rng):
