@@ -8,15 +8,17 @@ JOBS ?= 2
 PY := $(VENV)/bin/python
 TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
+TORCH_VENV := $(VENV)-torch
+TORCH := $(TORCH_VENV)/.installed-torch
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test stress lint format clean distclean
+.PHONY: help quickstart test test-torch stress lint format clean distclean
 
 help: ## show this list
 	@echo "Targets:"
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1|\2/p' Makefile | awk -F'|' '{ printf "  %-12s %s\n", $$1, $$2 }'
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer)  VENV=$(VENV)  JOBS=$(JOBS) (test processes)"
 
 quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (2 minutes)
@@ -24,6 +26,9 @@ quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (
 
 test: lint ## check the style and the types, then run all tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
+
+test-torch: $(TORCH) ## compare PARQ with its authors' code, in an environment with PyTorch
+	JAX_PLATFORMS=cpu $(TORCH_VENV)/bin/python -m pytest tests/against_torch/live.py
 
 stress: $(TEST) ## kill training runs and damage their checkpoints, resume, compare (10 minutes)
 	$(PY) -m tests.stress.survive
@@ -42,8 +47,8 @@ clean: ## remove caches and build leftovers; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find ab_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-distclean: clean ## remove the environment too
-	rm -rf .venv
+distclean: clean ## remove the environments too
+	rm -rf .venv .venv-torch
 
 # The environment. A stamp file says which list is installed; an environment made by hand has none,
 # and pip then installs into it whatever is missing.
@@ -68,4 +73,14 @@ $(TRAIN): requirements.txt $(PY)
 $(TEST): requirements-test.txt pyproject.toml $(TRAIN)
 	@echo "Installing the test tools into $(VENV)"
 	$(PY) -m pip install -e '.[train,test]'
+	@touch $@
+
+# JAX and the library without its training, and the two test tools that tests/conftest.py wants.
+# PIP_EXTRA_INDEX_URL may name where builds of PyTorch for CPUs are, which take a tenth of the disk.
+$(TORCH): requirements-torch.txt requirements-test.txt pyproject.toml
+	@command -v "$(PYTHON)" >/dev/null || { echo "error: there is no '$(PYTHON)' here. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c '$(CHECK_PYTHON)'
+	@echo "Making the environment in $(TORCH_VENV)"
+	"$(PYTHON)" -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install -c requirements-test.txt -e '.[torch]' pytest hypothesis
 	@touch $@

@@ -3,27 +3,41 @@
 Importing `ab_jax` loads jax and optax alone; models, data and training are imported by name.
 """
 
-from ab_jax.blend import Description, blend, clip_latent, dequantize, describe, quantize
+from ab_jax.blend import (
+    Description,
+    blend,
+    clip_latent,
+    dequantize,
+    describe,
+    mean_alpha,
+    quantize,
+    quantized_paths,
+)
 from ab_jax.estimators import (
     Estimator,
     alpha_blend,
     alpha_blend_then_straight_through,
     compensated_alpha_blend,
     full_precision,
+    parq,
     replace_value,
     soft_straight_through,
     straight_through,
 )
-from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
+from ab_jax.layerwise import layerwise_ramp
+from ab_jax.quantized import BinaryCoded, Quantized
+from ab_jax.quantizers import Binary, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from ab_jax.rules import Rules
-from ab_jax.schedules import cosine_ramp, cubic_ramp, jump, linear_ramp
+from ab_jax.schedules import cosine_ramp, cubic_ramp, jump, linear_ramp, sigmoid_ramp
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Binary",
+    "BinaryCoded",
     "Description",
     "Estimator",
+    "LeastSquaresBinary",
     "Quantized",
     "Quantizer",
     "Rules",
@@ -40,9 +54,14 @@ __all__ = [
     "describe",
     "full_precision",
     "jump",
+    "layerwise_ramp",
     "linear_ramp",
+    "mean_alpha",
+    "parq",
     "quantize",
+    "quantized_paths",
     "replace_value",
+    "sigmoid_ramp",
     "soft_straight_through",
     "straight_through",
 ]

@@ -30,6 +30,7 @@ from ab_jax.rules import Rules
 
 Tree = TypeVar("Tree")
 Alpha = ArrayLike | Callable[[str], ArrayLike]
+AlphaSchedule = Callable[[ArrayLike], Alpha]  # of the step
 
 
 def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = alpha_blend) -> Tree:
@@ -63,6 +64,39 @@ def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = al
         return estimator(jnp.asarray(leaf), quantizer, own_alpha)
 
     return _map_quantized(replace, params, rules)
+
+
+def quantized_paths(params: Any, rules: Rules) -> list[str]:
+    """Paths of the parameters that a rule quantizes, in the order of the tree.
+
+    Shapes and dtypes are all it needs: the result of `jax.eval_shape` will do for `params`.
+
+    Raises:
+      ValueError, TypeError: as `blend`.
+    """
+    return [row.path for row in describe(params, rules).rows if row.quantizer is not None]
+
+
+def mean_alpha(params: Any, rules: Rules, alpha: Alpha) -> ArrayLike:
+    """One number for an alpha: the mean over the quantized parameters, each counting alike.
+
+    A scalar alpha is returned as it is. The mean is 0 or 1 only where all are.
+
+    Raises:
+      ValueError: an alpha by path where no parameter is quantized; otherwise, and TypeError, as
+        `blend`.
+    """
+    if not callable(alpha):
+        return alpha
+    paths = quantized_paths(params, rules)
+    if not paths:
+        raise ValueError(
+            "Alpha is a function of the path, but the rules quantize no parameter. Give a scalar."
+        )
+    alphas = jnp.stack([jnp.asarray(alpha(path), jnp.float32) for path in paths])
+    # Rounding must not take a mean to an end that not all have reached.
+    between = jnp.clip(jnp.mean(alphas), 2.0**-24, 1 - 2.0**-24)
+    return jnp.where(jnp.all(alphas == 1), 1.0, jnp.where(jnp.all(alphas == 0), 0.0, between))
 
 
 def quantize(params: Any, rules: Rules) -> Any:

@@ -11,6 +11,7 @@ and by what factor the gradient passes back:
     compensated_alpha_blend  (1 - alpha) * w + alpha * Q(w)   factor min(1, cap * (1 - alpha))
     alpha_blend_then_straight_through
                              (1 - alpha) * w + alpha * Q(w)   factor 1 - alpha; 1 at alpha 1
+    parq                     w drawn to the levels beside it  factor 1
 
 To add one, write such a function: `ab_jax.blend` takes it as it is. `quantizer.quantize(w)` gives
 the codes and their values; `replace_value` keeps a gradient while it sets the value.
@@ -90,6 +91,32 @@ def alpha_blend_then_straight_through(w: Array, quantizer: Quantizer, alpha: Arr
     value = blended_value(w, quantized_value(w, quantizer), alpha)
     rest = _remainder(w, alpha)
     return replace_value(_scaled(w, jnp.where(rest == 0, 1, rest)), value)
+
+
+def parq(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
+    """PARQ's piecewise-affine proximal map of `w`, with the gradient of `w` (arXiv 2503.15748).
+
+    Between two neighbouring levels, around the middle `m` of the two, the value is
+    `m + (w - m) / (1 - alpha)`, cut off at the levels: the middle of each interval is stretched and
+    what is near a level falls onto it. The slope `1 / (1 - alpha)` rises from the identity to hard
+    rounding; alpha is 1 less the inverse slope of the paper, whose annealing is
+    `ab_jax.sigmoid_ramp`. Weights outside the levels are at the outermost one as soon as alpha is
+    above 0, as in the authors' code (`ProxPARQ` of torchao).
+
+    At alpha 0 it is `w`, at 1 `Q(w)`, bit for bit. `Q(w)` takes the level that is nearest, but for
+    `LeastSquaresBinary` of 3 and 4 bits, whose greedy codes may stand for another one. The levels
+    are those of the weights as they are now, where the authors' code renews them every ten steps.
+    """
+    dtype = _compute_dtype(w)
+    latent = jax.lax.stop_gradient(w)
+    quantized = quantizer.quantize(latent)
+    below, above = quantized.beside(latent)
+    middle = below / 2 + above / 2
+    alpha = jnp.asarray(alpha, dtype)
+    inverse_slope = jnp.where(alpha == 1, 1, 1 - alpha)
+    mapped = jnp.clip(middle + (latent.astype(dtype) - middle) / inverse_slope, below, above)
+    value = jnp.where(alpha == 1, quantized.dequantize(), mapped.astype(w.dtype))
+    return replace_value(w, jnp.where(alpha == 0, latent, value))
 
 
 def quantized_value(w: Array, quantizer: Quantizer) -> Array:

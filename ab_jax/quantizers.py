@@ -7,7 +7,9 @@ One set of integer conventions holds everywhere:
 - symmetric `Uniform` codes run from -(2**(bits-1) - 1) to 2**(bits-1) - 1, with zero point 0;
 - affine `Uniform` codes run from -2**(bits-1) to 2**(bits-1) - 1, and the zero point is one of
   them, so that 0.0 is always represented exactly;
-- the value of a code is `(code - zero_point) * scale`.
+- the value of a code is `(code - zero_point) * scale`;
+- `LeastSquaresBinary` codes of more than 1 bit are odd, and each of their binary digits is the sign
+  of a scale of its own (`ab_jax.quantized.BinaryCoded`).
 
 Arithmetic is float32 (float64 for float64 weights). A channel that holds no number large enough for
 its scale to be a normal float32 (about 1e-36) is quantized to zeros with scale 1.
@@ -26,48 +28,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax import scale_fits
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("codes", "scale", "zero_point"),
-    meta_fields=("bits", "dtype"),
-)
-@dataclasses.dataclass(frozen=True)
-class Quantized:
-    """Integer codes with their scales: what is deployed of a weight.
-
-    Attributes:
-      codes: int8, the shape of the weight.
-      scale: float32 (float64 for float64 weights), as many axes as `codes`. Each of its sizes
-        divides the size of `codes` there: an entry serves a block of neighbouring codes, in the
-        plain cases all of them (size 1) or a single index (same size).
-      zero_point: int8 of the shape of `scale`, or None where it is 0.
-      bits: width of a code once packed (Ternary codes take 2 bits). Static.
-      dtype: name of the weight's dtype, which `dequantize` returns. Static.
-    """
-
-    codes: Array
-    scale: Array
-    zero_point: Array | None
-    bits: int
-    dtype: str
-
-    def dequantize(self) -> Array:
-        """`(codes - zero_point) * scale` in the weight's shape and dtype."""
-        offsets = self.codes.astype(self.scale.dtype)
-        if self.zero_point is not None:
-            # Subtract in floating point: the difference of two int8 does not fit into int8.
-            offsets = offsets - _expand(self.zero_point, offsets.shape).astype(offsets.dtype)
-        return (offsets * _expand(self.scale, offsets.shape)).astype(self.dtype)
-
-
-def _expand(per_block: Array, shape: tuple[int, ...]) -> Array:
-    """Repeat the entries of a scale over their blocks where plain broadcasting does not do."""
-    for i, (count, size) in enumerate(zip(per_block.shape, shape, strict=True)):
-        if count not in (1, size):
-            per_block = jnp.repeat(per_block, size // count, axis=i)
-    return per_block
+from ab_jax.quantized import BinaryCoded, Quantized
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +71,10 @@ class Quantizer(abc.ABC):
 
     @abc.abstractmethod
     def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array | None]:
-        """Codes, scale and zero point of `w`; a scale is shared over `axes`, kept with size 1."""
+        """Codes, scale and zero point of `w`; a scale is shared over `axes`, kept with size 1.
+
+        Scales with one axis more, the first, are those of the bits of `BinaryCoded`.
+        """
 
     def quantize(self, w: ArrayLike) -> Quantized:
         """Quantize a weight of any shape; jitted, so that every caller gets the same integers."""
@@ -173,9 +137,10 @@ def _quantize(w: Array, quantizer: Quantizer) -> Quantized:
     compute_dtype = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
     blocks = w.astype(compute_dtype).reshape(shape)
     codes, scale, zero_point = quantizer._fit(blocks, tuple(shared))
-    return Quantized(
+    of_bits = scale.shape[: scale.ndim - blocks.ndim]
+    return (BinaryCoded if of_bits else Quantized)(
         codes=codes.astype(jnp.int8).reshape(w.shape),
-        scale=scale.reshape(scale_shape),
+        scale=scale.reshape((*of_bits, *scale_shape)),
         zero_point=None if zero_point is None else zero_point.astype(jnp.int8).reshape(scale_shape),
         bits=quantizer.bits,
         dtype=w.dtype.name,
@@ -209,13 +174,10 @@ class Binary(Quantizer):
             )
 
     def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, None]:
-        codes = jnp.where(w >= 0, 1, -1)
-        # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
-        count = math.prod(w.shape[i] for i in axes)
-        scale = jnp.sum(jnp.abs(w) / count, axes, keepdims=True)
+        scale = scale_fits.mean_magnitude(w, axes)
         if self.fixed_scale is not None:
             scale = jnp.full_like(scale, self.fixed_scale)
-        return codes, scale, None
+        return _signs(w), scale, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -285,3 +247,51 @@ class Uniform(Quantizer):
         codes = scale_fits.nearest_level(w, scale, levels) + zero_point
         scale = scale_fits.restore(scale, magnitude)
         return codes, scale, None if self.symmetric else jnp.asarray(zero_point)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LeastSquaresBinary(Quantizer):
+    """Levels `+-v_1 +-v_2 ...`, one scale a bit, 1 to 4 bits: what PARQ calls its bits.
+
+    Source: least-squares binary quantization (arXiv 2001.02786), as PARQ uses it (arXiv 2503.15748,
+    and `LSBQuantizer` of its authors' code in torchao). With 1 bit it is `Binary`, with 2 bits the
+    two scales of least squared error, found exactly. With more there is no such way, and the scales
+    are found greedily: each is the mean magnitude of what those before it leave over, and takes its
+    sign. Zero counts as positive. A channel of zeros has scales 0.
+
+    Attributes:
+      bits: width of a code, 1 to 4.
+
+    Raises:
+      ValueError: a bit width that is no integer from 1 to 4.
+    """
+
+    bits: int  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (isinstance(self.bits, int) and 1 <= self.bits <= 4):
+            raise ValueError(
+                f"LeastSquaresBinary takes 1 to 4 bits, not bits={self.bits!r}. With more, Uniform "
+                f"comes as close and has one scale."
+            )
+
+    def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, None]:
+        if self.bits == 1:
+            return _signs(w), scale_fits.mean_magnitude(w, axes), None
+        rest, magnitude = scale_fits.normalize(w, axes)
+        best = scale_fits.least_squares_two_signs(rest, axes) if self.bits == 2 else None
+        codes = jnp.zeros_like(rest)
+        scales = []
+        for i in range(self.bits):
+            scale = scale_fits.mean_magnitude(rest, axes) if best is None else best[i]
+            signs = _signs(rest)
+            rest = rest - signs * scale
+            codes = 2 * codes + signs
+            scales.append(scale * magnitude)
+        return codes, jnp.stack(scales), None
+
+
+def _signs(w: Array) -> Array:
+    """-1 or +1 in the dtype of `w`; zero counts as +1."""
+    return jnp.where(w >= 0, 1, -1).astype(w.dtype)

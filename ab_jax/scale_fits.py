@@ -7,6 +7,8 @@ The fits expect blocks whose largest magnitude is 1, as `normalize` makes them: 
 square overflows or vanishes, whatever the range of the weights. NaN in a block makes its scale NaN.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -107,14 +109,53 @@ def least_squares_ternary(w: Array, axes: tuple[int, ...]) -> Array:
     falls by (their sum)**2 / k: sorting gives this for every k. At the optimum a weight has a code
     exactly if its magnitude is above half the scale.
     """
+    sums = jnp.cumsum(jnp.flip(_sorted_magnitudes(w, axes), axis=-1), axis=-1)
+    k = jax.lax.broadcasted_iota(w.dtype, sums.shape, sums.ndim - 1) + 1
+    best = jnp.argmax(sums**2 / k, axis=-1, keepdims=True)
+    scale = jnp.take_along_axis(sums, best, axis=-1) / (best + 1).astype(w.dtype)
+    return scale.reshape(_shape_of_blocks(w, axes))
+
+
+def least_squares_two_signs(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The scales `v1 >= v2 >= 0` of least squared error for the levels +-v1 +-v2, exactly.
+
+    Magnitudes fall into a lower group, quantized to v1 - v2, and an upper one, to v1 + v2. The
+    means of the groups are the best two values, and if the k smallest are the lower group, the
+    error falls by k (n - k) / n (the difference of the means)**2: sorting gives this for every k.
+    """
+    ascending = _sorted_magnitudes(w, axes)
+    n = ascending.shape[-1]
+    if n == 1:
+        only = ascending.reshape(_shape_of_blocks(w, axes))
+        return only, jnp.zeros_like(only)
+    k = jax.lax.broadcasted_iota(w.dtype, ascending[..., 1:].shape, ascending.ndim - 1) + 1
+    # Summed from both sides, since the difference to the whole sum would lose digits.
+    lower = jnp.cumsum(ascending, axis=-1)[..., :-1] / k
+    upper = jax.lax.cumsum(ascending, axis=ascending.ndim - 1, reverse=True)[..., 1:] / (n - k)
+    best = jnp.argmax(k * (n - k) * (upper - lower) ** 2, axis=-1, keepdims=True)
+    low, high = (
+        jnp.take_along_axis(means, best, axis=-1).reshape(_shape_of_blocks(w, axes))
+        for means in (lower, upper)
+    )
+    return (high + low) / 2, (high - low) / 2
+
+
+def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
+    """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`."""
+    # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
+    count = math.prod(w.shape[i] for i in axes)
+    return jnp.sum(jnp.abs(w) / count, axes, keepdims=True)
+
+
+def _sorted_magnitudes(w: Array, axes: tuple[int, ...]) -> Array:
+    """|w| with a row for each block, rising along the last axis."""
     rows = jnp.moveaxis(jnp.abs(w), axes, range(-len(axes), 0))
     rows = rows.reshape(*rows.shape[: -len(axes)], -1)
     # Floats that are not negative are ordered as their bits are, and XLA's sort of integers is six
     # times faster on CPUs.
     bits = jax.lax.bitcast_convert_type(rows, f"int{8 * w.dtype.itemsize}")
-    descending = jax.lax.bitcast_convert_type(jnp.flip(jnp.sort(bits, axis=-1), axis=-1), w.dtype)
-    sums = jnp.cumsum(descending, axis=-1)
-    k = jax.lax.broadcasted_iota(w.dtype, sums.shape, sums.ndim - 1) + 1
-    best = jnp.argmax(sums**2 / k, axis=-1, keepdims=True)
-    scale = jnp.take_along_axis(sums, best, axis=-1) / (best + 1).astype(w.dtype)
-    return scale.reshape([1 if i in axes else size for i, size in enumerate(w.shape)])
+    return jax.lax.bitcast_convert_type(jnp.sort(bits, axis=-1), w.dtype)
+
+
+def _shape_of_blocks(w: Array, axes: tuple[int, ...]) -> list[int]:
+    return [1 if i in axes else size for i, size in enumerate(w.shape)]

@@ -8,6 +8,8 @@ alpha-blending the weights move by a factor `1 - alpha`, so a ramp from the very
 them, and one that ends with training leaves batch norm no time to settle.
 """
 
+import math
+
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -59,6 +61,38 @@ def cosine_ramp(start: int, stop: int) -> optax.Schedule:
             [optax.constant_schedule(0.0), lambda count: 1 - falling(count)], boundaries=[start]
         )
     )
+
+
+def sigmoid_ramp(start: int, stop: int, steepness: float = 10.0) -> optax.Schedule:
+    """`alpha = (S(p) - S(0)) / (S(1) - S(0))` with `S(p) = 1 / (1 + exp(-steepness * (p - 1/2)))`.
+
+    And `p = (step - start) / (stop - start)`: PARQ's annealing (arXiv 2503.15748), whose inverse
+    slope is `1 - alpha`. Slow at both ends, the more so the larger the steepness; with a steepness
+    below 1 it is almost linear. The default is that of the authors' code.
+
+    >>> [round(float(sigmoid_ramp(100, 300)(step)), 3) for step in (0, 150, 200, 250, 400)]
+    [0.0, 0.07, 0.5, 0.93, 1.0]
+
+    Raises:
+      ValueError: `stop <= start`, a negative `start`, or a steepness that is not positive and
+        finite.
+    """
+    _check("sigmoid_ramp", start, stop)
+    if not 0 < steepness < math.inf:
+        raise ValueError(
+            f"sigmoid_ramp(start={start}, stop={stop}, steepness={steepness}): the steepness must "
+            f"be positive and finite. Give 10 for PARQ's, or use linear_ramp."
+        )
+    # Optax has no sigmoid; its line from -1 to 1 is exact at both ends, and tanh is odd.
+    line = optax.linear_schedule(-1.0, 1.0, transition_steps=stop - start, transition_begin=start)
+    half = steepness / 4
+
+    def ramp(step: ArrayLike) -> ArrayLike:
+        p = line(step)
+        rising = 0.5 + 0.5 * jnp.tanh(half * p) / math.tanh(half)
+        return jnp.where(p <= -1, 0.0, jnp.where(p >= 1, 1.0, jnp.clip(rising, 0, 1)))
+
+    return _of_signed_steps(ramp)
 
 
 def jump(at: int) -> optax.Schedule:

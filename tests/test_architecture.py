@@ -19,8 +19,10 @@ ROOT = Path(__file__).parents[1]
 # Top to bottom, each with the third parties it may load.
 ROOMS: dict[str, set[str]] = {
     "scale_fits": {"jax", "numpy"},
+    "quantized": {"jax", "numpy"},
     "quantizers": {"jax", "numpy"},
     "schedules": {"jax", "numpy", "optax"},
+    "layerwise": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},
     "rules": set(),
     "blend": {"jax", "numpy", "optax"},

@@ -170,6 +170,26 @@ def test_between_the_ends_the_value_is_the_blend(rng, dtype):
             assert_same_bits(estimator(w, quantizer, alpha), found)
 
 
+def test_alpha_blend_is_what_qkeras_does_without_ste(rng):
+    """`quantized_bits(4, 0, symmetric=1, alpha=1.0, use_ste=False)` at a `qnoise_factor`.
+
+    Its formula in float64: x + factor * (xq - x), of which x has the gradient 1 - factor and xq
+    none. Weights that reach to 7/8 have its grid under `absmax`.
+    """
+    x = rng.uniform(-0.875, 0.875, size=SHAPE)
+    x[0, 0] = 0.875
+    x = x.astype(np.float32)
+    xq = np.clip(np.round(x.astype(np.float64) * 8) / 8, -1 + 1 / 8, 1 - 1 / 8)
+    quantizer = Uniform(bits=4, scale="absmax", axis=None)
+    for qnoise_factor in (0.0, 0.25, rng.uniform(), 1.0):
+        found, pull_back = jax.vjp(
+            lambda w, f=qnoise_factor: alpha_blend(w, quantizer, f), jnp.asarray(x)
+        )
+        np.testing.assert_allclose(found, x + qnoise_factor * (-x + xq), rtol=0, atol=1e-6)
+        (gradient,) = pull_back(jnp.ones(SHAPE, jnp.float32))
+        np.testing.assert_allclose(gradient, 1 - qnoise_factor, rtol=1e-6)
+
+
 def test_float64_keeps_its_digits(rng):
     with jax.enable_x64(True):
         w = jnp.asarray(rng.normal(size=SHAPE))

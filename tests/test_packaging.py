@@ -26,6 +26,7 @@ EXTRAS = {
     "qwix": "requirements-qwix.txt",
     "onnx": "requirements-onnx.txt",
     "litert": "requirements-litert.txt",
+    "torch": "requirements-torch.txt",
 }
 INPUTS = ("pyproject.toml", *EXTRAS.values(), "README.md", "LICENSE")
 
@@ -105,7 +106,8 @@ def test_every_requirement_is_a_range(file: str) -> None:
         assert operators == ["<", ">="], name
 
 
-@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"train", "test"}))
+# PyTorch has an environment of its own (make test-torch).
+@pytest.mark.parametrize("extra", sorted(EXTRAS.keys() - {"train", "test", "torch"}))
 def test_the_tests_install_what_exports_need(extra: str) -> None:
     installed = {**requirements(EXTRAS["train"]), **requirements(EXTRAS["test"])}
     for name, requirement in requirements(EXTRAS[extra]).items():

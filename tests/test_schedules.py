@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import ab_jax
-from ab_jax import cosine_ramp, cubic_ramp, jump, linear_ramp, schedules
+from ab_jax import cosine_ramp, cubic_ramp, jump, linear_ramp, schedules, sigmoid_ramp
 
 LAST_STEP = 2**31 - 1  # of an int32 counter
 
@@ -18,10 +18,17 @@ def progress(step, start, stop):
     return np.clip((step.astype(np.float64) - start) / (stop - start), 0, 1)
 
 
+def logistic(x):
+    return 1 / (1 + np.exp(-x))
+
+
 FORMULAS = {
     cubic_ramp: lambda p: 1 - (1 - p) ** 3,
     linear_ramp: lambda p: p,
     cosine_ramp: lambda p: (1 - np.cos(np.pi * p)) / 2,
+    sigmoid_ramp: lambda p: (
+        (logistic(10 * (p - 0.5)) - logistic(-5)) / (logistic(5) - logistic(-5))
+    ),
 }
 each_ramp = pytest.mark.parametrize("ramp", FORMULAS, ids=lambda ramp: ramp.__name__)
 # Start and stop, in steps: from the first step on, short, one step, late, as long as counters go.
@@ -76,8 +83,29 @@ def test_ramps_differ_where_they_should(ramp):
         cubic_ramp: [0.578125, 0.875],
         linear_ramp: [0.25, 0.5],
         cosine_ramp: [0.1464466, 0.5],
+        sigmoid_ramp: [0.0701037, 0.5],
     }
     np.testing.assert_allclose(found, wanted[ramp], rtol=1e-6)
+
+
+@pytest.mark.parametrize("steepness", [1e-3, 1.0, 40.0, 1e4])
+def test_sigmoid_of_any_steepness(steepness):
+    steps = np.arange(0, 301)
+    p = progress(steps, 100, 200)
+    with np.errstate(over="ignore"):
+        shape = [logistic(steepness * (x - 0.5)) for x in (p, 0.0, 1.0)]
+    found = sigmoid_ramp(100, 200, steepness)(steps)
+    np.testing.assert_allclose(
+        found, (shape[0] - shape[1]) / (shape[2] - shape[1]), rtol=0, atol=2e-6
+    )
+    np.testing.assert_array_equal(found[steps <= 100], 0.0)
+    np.testing.assert_array_equal(found[steps >= 200], 1.0)
+
+
+@pytest.mark.parametrize("steepness", [0, -1.0, float("inf"), float("nan")])
+def test_a_sigmoid_that_does_not_rise_is_refused(steepness):
+    with pytest.raises(ValueError, match=r"steepness must be positive and finite"):
+        sigmoid_ramp(0, 10, steepness)
 
 
 @pytest.mark.parametrize("at", [0, 1, 100, LAST_STEP])
@@ -131,7 +159,7 @@ def test_every_schedule_shows_an_example_that_runs():
         for test in doctest.DocTestFinder(exclude_empty=True).find(schedules)
         if test.examples
     }
-    assert examples.keys() == {"cubic_ramp", "linear_ramp", "cosine_ramp", "jump"}
+    assert examples.keys() == {"cubic_ramp", "linear_ramp", "cosine_ramp", "sigmoid_ramp", "jump"}
     assert all(name in ab_jax.__all__ for name in examples)
     result = doctest.testmod(schedules)
     assert result.attempted == sum(examples.values()) >= 4

@@ -34,6 +34,7 @@ from ab_jax.export.graph import (
     Subsample,
     Weights,
     apply,
+    check_one_scale,
     shape_of,
 )
 from ab_jax.models.binarynet import BinaryNet
@@ -55,7 +56,8 @@ def describe(
 
     Raises:
       ValueError: another model, an activation that is none of `ab_jax.activations`, images of a
-        shape that the model does not take, or variables that are not its own.
+        shape that the model does not take, variables that are not its own, or a kernel with a scale
+        for each bit (`LeastSquaresBinary`).
     """
     network = _NETWORKS.get(type(model))
     if network is None:
@@ -239,6 +241,7 @@ class _Builder:
 
     def _weights(self, path: str) -> tuple[Weights, Array | None]:
         layer = self._at("params", path)
+        check_one_scale(f"{path}/kernel", layer["kernel"])
         return layer["kernel"], layer.get("bias")
 
     def _at(self, collection: str, path: str) -> Any:

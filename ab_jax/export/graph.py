@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.quantizers import Quantized
+from ab_jax.quantized import BinaryCoded, Quantized
 
 Pads = tuple[tuple[int, int], tuple[int, int]]  # before and after, along height and along width
 Weights = Quantized | Array
@@ -233,3 +233,17 @@ def values_of(weights: Weights) -> Array:
 def shape_of(weights: Weights) -> tuple[int, ...]:
     """The shape of weights, quantized or not."""
     return weights.codes.shape if isinstance(weights, Quantized) else weights.shape
+
+
+def check_one_scale(name: str, weights: Weights) -> None:
+    """Refuse weights with a scale for each bit: no integer product has them.
+
+    Raises:
+      ValueError: names the weights and the formats that do hold them.
+    """
+    if isinstance(weights, BinaryCoded):
+        raise ValueError(
+            f"{name} has a scale for each of its {weights.bits} bits, as LeastSquaresBinary gives "
+            f"them, where this format holds one scale and evenly spaced levels. Write a packed "
+            f"file or StableHLO, or quantize it with Binary or Uniform."
+        )

@@ -11,6 +11,9 @@ has three arrays, all others have one of their own name:
     params/conv/kernel/scale        float32, or float64 for float64 weights
     params/conv/kernel/zero_point   int8, where there are zero points
 
+Codes of `BinaryCoded`, of the kind `signs`, are packed as those of their width with zero points, as
+(code - 1) / 2, and their scale has an axis of bits before the others.
+
 The text `ab_jax` among the header's metadata is JSON: `format` and `version`; `quantized`, with the
 kind of codes, bits, shape and dtype of each quantized leaf; `rules`, to be read by people; and
 `network`, whatever JSON values the writer has to say of the network, its configuration above all.
@@ -31,7 +34,7 @@ from ab_jax.export import container
 from ab_jax.export.bits import Packing
 from ab_jax.export.container import PackedError, shown
 from ab_jax.files import write_whole
-from ab_jax.quantizers import Quantized
+from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.rules import Rules
 
 FORMAT = "ab_jax.packed"
@@ -90,7 +93,7 @@ def write_packed(
                 raise ValueError(f"{name} cannot be packed: {error}.") from None
             arrays |= {f"{name}/{part}": array for part, array in parts.items()}
             quantized[name] = {
-                "kind": packing.kind,
+                "kind": _kind(packing, isinstance(leaf, BinaryCoded)),
                 "bits": packing.bits,
                 "shape": list(leaf.codes.shape),
                 "dtype": leaf.dtype,
@@ -130,13 +133,22 @@ def readable(rules: Rules) -> list[list[str | None]]:
     return [[pattern, None if of is None else repr(of)] for pattern, of in rules.rules]
 
 
+def _kind(packing: Packing, of_signs: bool) -> str:
+    return "signs" if of_signs else packing.kind
+
+
 def _pack(leaf: Quantized) -> tuple[Packing, dict[str, np.ndarray]]:
-    packing = Packing(leaf.bits, affine=leaf.zero_point is not None)
+    of_signs = isinstance(leaf, BinaryCoded)
+    packing = Packing(leaf.bits, affine=of_signs or leaf.zero_point is not None)
     codes, scale = np.asarray(leaf.codes), np.asarray(leaf.scale)
     zero_point = None if leaf.zero_point is None else np.asarray(leaf.zero_point)
     if codes.dtype != np.int8 or codes.size == 0:
         raise ValueError(f"its codes are {codes.dtype} of shape {codes.shape}")
-    _check(packing, codes.shape, leaf.dtype, scale, zero_point)
+    _check(packing, codes.shape, leaf.dtype, scale, zero_point, of_signs)
+    if of_signs:
+        if (codes % 2 == 0).any():
+            raise ValueError("its codes of signs are not all odd")
+        codes = (codes - 1) // 2
     parts = {"codes": packing.pack(codes), "scale": scale}
     return packing, parts if zero_point is None else {**parts, "zero_point": zero_point}
 
@@ -147,15 +159,23 @@ def _check(
     dtype: str,
     scale: np.ndarray,
     zero_point: np.ndarray | None,
+    of_signs: bool,
 ) -> None:
-    """Raise a ValueError where a quantized leaf is not as `Quantized` says."""
+    """Raise a ValueError where a quantized leaf is not as `Quantized` or `BinaryCoded` says."""
     if dtype not in _FLOATS:
         raise ValueError(f"its dtype is {shown(dtype)}, not one of {', '.join(_FLOATS)}")
     expected = np.float64 if dtype == "float64" else np.float32
     if scale.dtype != expected:
         raise ValueError(f"its scale is {scale.dtype}, not {np.dtype(expected)}")
-    if len(scale.shape) != len(shape) or any(
-        count == 0 or size % count for count, size in zip(scale.shape, shape, strict=True)
+    blocks = scale.shape
+    if of_signs:
+        if not 2 <= packing.bits <= 7:  # so that an odd code fits into int8
+            raise ValueError(f"codes of signs have 2 to 7 bits, not {packing.bits}")
+        if blocks[:1] != (packing.bits,):
+            raise ValueError(f"a scale of shape {blocks} has not one for each of its bits")
+        blocks = blocks[1:]
+    if len(blocks) != len(shape) or any(
+        count == 0 or size % count for count, size in zip(blocks, shape, strict=True)
     ):
         raise ValueError(f"a scale of shape {scale.shape} does not divide the shape {shape}")
     if not np.isfinite(scale).all() or scale.min() < 0:
@@ -209,8 +229,11 @@ def _unpack(name: str, entry: Any, arrays: dict[str, np.ndarray]) -> Quantized:
     zero_point = arrays.pop(f"{name}/zero_point", None)
     if type(entry["bits"]) is not int:
         raise PackedError(f"its bits are {shown(entry['bits'])}")
-    packing = Packing(entry["bits"], affine=zero_point is not None)
-    if entry["kind"] != packing.kind:
+    of_signs = entry["kind"] == "signs"
+    if of_signs and zero_point is not None:
+        raise PackedError("its kind is signs, which have no zero points")
+    packing = Packing(entry["bits"], affine=of_signs or zero_point is not None)
+    if entry["kind"] != _kind(packing, of_signs):
         raise PackedError(
             f"its kind is {shown(entry['kind'])}, but {packing.bits} bits "
             f"{'with' if packing.affine else 'without'} zero points are {packing.kind}"
@@ -218,10 +241,11 @@ def _unpack(name: str, entry: Any, arrays: dict[str, np.ndarray]) -> Quantized:
     if not container.is_shape(entry["shape"]):
         raise PackedError(f"its shape is {shown(entry['shape'])}")
     shape = tuple(entry["shape"])
-    _check(packing, shape, entry["dtype"], scale, zero_point)
+    _check(packing, shape, entry["dtype"], scale, zero_point, of_signs)
     # The size is checked against the bytes that are there before codes are made of them.
-    return Quantized(
-        codes=jnp.asarray(packing.unpack(codes, math.prod(shape)).reshape(shape)),
+    unpacked = packing.unpack(codes, math.prod(shape)).reshape(shape)
+    return (BinaryCoded if of_signs else Quantized)(
+        codes=jnp.asarray(2 * unpacked + 1 if of_signs else unpacked),
         scale=_to_device(scale, "its scale"),
         zero_point=None if zero_point is None else jnp.asarray(zero_point),
         bits=packing.bits,

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 import qwix
 
 from ab_jax.activations import ActivationQuantizer
+from ab_jax.export.graph import check_one_scale
 from ab_jax.files import writing
 from ab_jax.quantized_inputs import RANGES, ActivationRules
 from ab_jax.quantizers import Quantized
@@ -101,7 +102,7 @@ def to_qwix(tree: Any, *, int4: bool = False) -> Any:
       float32 (float64 for float64 weights): for weights of 16 bits, cast it to have ours.
 
     Raises:
-      ValueError: there is no quantized leaf.
+      ValueError: there is no quantized leaf, or one has a scale for each bit.
     """
     leaves = jax.tree.leaves(tree, is_leaf=_is_quantized)
     if not any(map(_is_quantized, leaves)):
@@ -109,14 +110,15 @@ def to_qwix(tree: Any, *, int4: bool = False) -> Any:
             "There is no quantized leaf in this tree. Give the one that ab_jax.quantize returns."
         )
 
-    def convert(leaf: Any) -> Any:
+    def convert(path: Any, leaf: Any) -> Any:
         if not _is_quantized(leaf):
             return leaf
+        check_one_scale(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         dtype = jnp.dtype(jnp.int4 if int4 and leaf.bits <= _INT4_BITS else jnp.int8)
         zero_point = None if leaf.zero_point is None else leaf.zero_point.astype(dtype)
         return qwix.QArray(leaf.codes.astype(dtype), leaf.scale, zero_point, qtype=dtype)
 
-    return jax.tree.map(convert, tree, is_leaf=_is_quantized)
+    return jax.tree.map_with_path(convert, tree, is_leaf=_is_quantized)
 
 
 def input_codes(

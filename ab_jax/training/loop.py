@@ -14,7 +14,7 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ab_jax.blend import describe
+from ab_jax.blend import Alpha, AlphaSchedule, describe, mean_alpha
 from ab_jax.data.batches import steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
@@ -46,7 +46,7 @@ class Training:
       dataset: images in memory, or a stream of photographs.
       preprocessing: how they are augmented and normalized.
       rules, estimator: what the loss sees of the weights.
-      alpha: the ramp, a schedule over steps.
+      alpha: the ramp, a schedule over steps, of all weights or by path (see `make_train_step`).
       activation_alpha: the ramp of quantized activations; None: the same.
       optimizer: an optax optimizer.
       learning_rate: its schedule over updates, for the records.
@@ -70,7 +70,7 @@ class Training:
     preprocessing: Preprocessing
     rules: Rules
     estimator: Estimator
-    alpha: optax.Schedule
+    alpha: AlphaSchedule
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
     batch_size: int
@@ -168,12 +168,12 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 if not evaluates:
                     continue
                 state = parallel.unreplicate(on_devices)
-                alpha, of_activations = _alphas(t, done)
-                finite.network(state, alpha)
+                alpha, mean, of_activations = _alphas(t, done, state.params)
+                finite.network(state, mean)
                 line = {
                     "step": done,
                     "epoch": done / per_epoch,
-                    "alpha": alpha,
+                    "alpha": mean,
                     "activation_alpha": of_activations,
                     "learning_rate": float(t.learning_rate(step // t.accumulate)),
                     "train_loss": float(np.mean([m["loss"] for m in recent])),
@@ -188,19 +188,23 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         if done < t.steps:
             look()
             state = parallel.unreplicate(on_devices)
-            finite.network(state, _alphas(t, done)[0])
+            finite.network(state, _alphas(t, done, state.params)[1])
             if recent:
                 checkpoints.save(state, interval=Interval.of(recent, readings.codes))
             raise StoppedError(run.path, done, stop())
-    summary = readings.summary(state, *_alphas(t, t.steps), run.metrics, read_test=t.read_test)
+    alpha, _, of_activations = _alphas(t, t.steps, state.params)
+    summary = readings.summary(state, alpha, of_activations, run.metrics, read_test=t.read_test)
     seconds = time.monotonic() - started
     return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
 
 
-def _alphas(training: Training, step: int) -> tuple[float, float]:
-    """Alpha of the weights and of the activations after so many steps."""
-    of_activations = training.activation_alpha or training.alpha
-    return float(training.alpha(step)), float(of_activations(step))
+def _alphas(training: Training, step: int, params: Any) -> tuple[Alpha, float, float]:
+    """Alpha of the weights after so many steps, its mean over them, and that of activations."""
+    alpha = training.alpha(step)
+    mean = float(np.asarray(mean_alpha(params, training.rules, alpha)))
+    if training.activation_alpha is None:
+        return alpha, mean, mean
+    return alpha, mean, float(training.activation_alpha(step))
 
 
 def compile_train_step(

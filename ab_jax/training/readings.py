@@ -3,10 +3,9 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ab_jax.blend import blend, dequantize, quantize
+from ab_jax.blend import Alpha, blend, dequantize, quantize
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
 from ab_jax.estimators import Estimator
@@ -62,7 +61,7 @@ class Readings:
             _check_watched(quantized, self._watch)
         self.codes = _codes(quantized)
 
-    def metrics(self, state: TrainState, alpha: float, activation_alpha: float) -> dict[str, Any]:
+    def metrics(self, state: TrainState, alpha: Alpha, activation_alpha: float) -> dict[str, Any]:
         """The metrics of one evaluation on the validation part, for a state at these alphas."""
         effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
         quantized = quantize(state.params, self._rules)
@@ -90,7 +89,7 @@ class Readings:
     def summary(
         self,
         state: TrainState,
-        alpha: float,
+        alpha: Alpha,
         activation_alpha: float,
         lines: list[dict[str, Any]],
         *,
@@ -170,8 +169,7 @@ def _check_watched(quantized: Any, path: str) -> None:
 def _histogram(effective: Any, quantized: Any, path: str) -> list[int]:
     """How many effective weights of a parameter lie where, in units of their scale."""
     leaf = _by_path(quantized)[path]
-    scale = Quantized(jnp.ones_like(leaf.codes), leaf.scale, None, 8, "float32").dequantize()
-    relative = np.asarray(_by_path(effective)[path]) / np.asarray(scale)
+    relative = np.asarray(_by_path(effective)[path]) / np.asarray(leaf.unit())
     low, high = _HISTOGRAM_EDGES[0], _HISTOGRAM_EDGES[-1]
     counts, _ = np.histogram(np.clip(relative, low, high), _HISTOGRAM_EDGES)
     return [int(count) for count in counts]

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ab_jax.blend import blend, clip_latent
+from ab_jax.blend import Alpha, AlphaSchedule, blend, clip_latent, mean_alpha
 from ab_jax.data.augment import augment, normalize
 from ab_jax.estimators import Estimator
 from ab_jax.rules import Rules
@@ -58,7 +58,7 @@ def make_train_step(
     *,
     rules: Rules,
     estimator: Estimator,
-    alpha: optax.Schedule,
+    alpha: AlphaSchedule,
     activation_alpha: optax.Schedule | None = None,
     preprocessing: Preprocessing,
     label_smoothing: float = 0.0,
@@ -71,8 +71,10 @@ def make_train_step(
         over groups of it (`axis_index_groups`, as our models have it).
       optimizer: applied to gradients averaged over the devices.
       rules, estimator: what the loss sees of each parameter.
-      alpha: a schedule of the step, for the parameters.
-      activation_alpha: another one for what the model is given as `alpha`; None: the same.
+      alpha: a schedule of the step, for the parameters; it may give a function of the path, where
+        layers follow ramps of their own (`ab_jax.layerwise_ramp`).
+      activation_alpha: another one for what the model is given as `alpha`; None: the same, or the
+        mean over the parameters where they have their own.
       preprocessing: of the images.
       label_smoothing: share of the target that goes to all classes alike.
       latent_limit: clip the stored quantized weights to this after each update.
@@ -81,20 +83,23 @@ def make_train_step(
       `(state, images, labels, indices, positions) -> (state, metrics)`, with uint8 images
       [N, H, W, C] and int32 labels [N] of the whole set, int32 indices [B] of this device's images
       and their int32 positions [B] in the global batch. The metrics are of the global batch: loss,
-      accuracy, alpha, and `finite`, bool [leaves], of the gradients by leaf.
+      accuracy, the (mean) alpha, and `finite`, bool [leaves], of the gradients by leaf.
     """
 
-    of_activations = alpha if activation_alpha is None else activation_alpha
-
     def loss_fn(
-        params: Any, state: TrainState, images: Array, labels: Array, alpha_now: Array
+        params: Any,
+        state: TrainState,
+        images: Array,
+        labels: Array,
+        alpha_now: Alpha,
+        of_activations: ArrayLike,
     ) -> tuple[Array, tuple[Any, Array]]:
         effective = blend(params, rules, alpha_now, estimator=estimator)
         logits, model_state = model.apply(
             {"params": effective, **state.model_state},
             images,
             train=True,
-            alpha=of_activations(state.step),
+            alpha=of_activations,
             mutable=list(state.model_state),
         )
         targets = optax.smooth_labels(
@@ -107,6 +112,8 @@ def make_train_step(
         state: TrainState, images: Array, labels: Array, indices: Array, positions: Array
     ) -> tuple[TrainState, Metrics]:
         alpha_now = alpha(state.step)
+        mean = mean_alpha(state.params, rules, alpha_now)
+        of_activations = mean if activation_alpha is None else activation_alpha(state.step)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         batch = preprocessing.augment(key, images[indices], positions)
         targets = labels[indices]
@@ -115,7 +122,7 @@ def make_train_step(
         params = jax.lax.pcast(state.params, AXIS, to="varying")
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (model_state, logits)), grads = gradient(
-            params, state, preprocessing.normalize(batch), targets, alpha_now
+            params, state, preprocessing.normalize(batch), targets, alpha_now, of_activations
         )
         correct = jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
         grads, loss, accuracy = jax.lax.pmean((grads, loss, correct), AXIS)
@@ -133,7 +140,7 @@ def make_train_step(
         metrics = {
             "loss": loss,
             "accuracy": accuracy,
-            "alpha": alpha_now,
+            "alpha": mean,
             "finite": finite_leaves(grads),
         }
         return new_state, metrics

@@ -138,3 +138,11 @@ def test_what_cannot_be_described_is_named(rng: np.random.Generator) -> None:
         describe(model, variables, (8, 8, 4))
     with pytest.raises(ValueError, match=r"takes normalized images \[batch, 8, 8, 3\], not uint8"):
         evaluate(describe(model, variables, shape), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+
+
+def test_a_kernel_with_a_scale_for_each_bit_is_refused_by_name(rng: np.random.Generator) -> None:
+    kernel = ab.LeastSquaresBinary(bits=2).quantize(rng.normal(size=(3, 3, 3, 8)))
+    with pytest.raises(
+        ValueError, match=r"conv0/kernel has a scale for each of its 2 bits.* Write a packed file"
+    ):
+        describe(BinaryNet(), {"params": {"conv0": {"kernel": kernel}}}, (8, 8, 3))

@@ -30,6 +30,7 @@ QUANTIZERS: list[ab.Quantizer] = [
     ab.Ternary(group_size=3),
     ab.Uniform(bits=4, scale="absmax", axis=(0, -1)),
     ab.Uniform(bits=3, scale="absmax", symmetric=False, axis=None),
+    ab.LeastSquaresBinary(bits=3, group_size=3),
 ]
 WIDTHS = [(1, False), *((bits, affine) for bits in range(2, 9) for affine in (False, True))]
 
@@ -87,6 +88,31 @@ def test_codes_of_every_width_come_back_bit_for_bit(
         )
     write_packed(tmp_path / "net", {"params": leaves})
     assert_same_bits(read_packed(tmp_path / "net").variables, {"params": leaves})
+
+
+def test_codes_of_signs_are_those_of_their_width(tmp_path: Path, rng: np.random.Generator) -> None:
+    for bits in (2, 5, 7):
+        codes = 2 * rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 7)) + 1
+        leaf = ab.BinaryCoded(
+            codes=jnp.asarray(codes, jnp.int8),
+            scale=jnp.asarray(rng.uniform(0, 1, (bits, 3, 1)), jnp.float32),
+            zero_point=None,
+            bits=bits,
+            dtype="bfloat16",
+        )
+        write_packed(tmp_path / "net", {"params": {"w": leaf}})
+        assert_same_bits(read_packed(tmp_path / "net").variables, {"params": {"w": leaf}})
+        stored = load_file(tmp_path / "net")
+        assert stored["params/w/codes"].size == -(-21 * bits // 8)
+        stream = int.from_bytes(stored["params/w/codes"].tobytes(), "little")
+        digits = [(stream >> bits * i) % 2**bits for i in range(21)]
+        np.testing.assert_array_equal(2 * np.reshape(digits, (3, 7)) - 2**bits + 1, codes)
+        wrong = dataclasses.replace(leaf, codes=leaf.codes.at[1, 2].set(0))
+        with pytest.raises(ValueError, match=r"params/w cannot be packed: .* not all odd"):
+            write_packed(tmp_path / "net", {"params": {"w": wrong}})
+        wrong = dataclasses.replace(leaf, scale=leaf.scale[1:])
+        with pytest.raises(ValueError, match=r"has not one for each of its bits"):
+            write_packed(tmp_path / "net", {"params": {"w": wrong}})
 
 
 def test_float64_weights_need_the_mode_of_jax(tmp_path: Path, rng: np.random.Generator) -> None:

@@ -85,6 +85,12 @@ def test_a_tree_without_codes_is_refused(quantized: dict[str, Any]) -> None:
         to_qwix(ab.dequantize(quantized))
 
 
+def test_a_leaf_with_a_scale_for_each_bit_is_refused_by_name(rng: np.random.Generator) -> None:
+    leaf = ab.LeastSquaresBinary(bits=2).quantize(rng.normal(size=(4, 3)))
+    with pytest.raises(ValueError, match=r"^a/kernel has a scale for each of its 2 bits"):
+        to_qwix({"a": {"kernel": leaf}})
+
+
 def test_another_process_gets_the_same_values_by_orbax_and_qwix(
     quantized: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -138,3 +138,17 @@ def test_what_cannot_be_exported_is_refused(network: tuple[MobileNet, dict[str, 
         to_stablehlo(apply_to(model), ab.dequantize(variables), SHAPE)
     with pytest.raises(ValueError, match=r"'gpu' is no platform\. Choose of cpu, cuda, rocm, tpu"):
         to_stablehlo(apply_to(model), variables, SHAPE, platforms=["cpu", "gpu"])
+
+
+def test_codes_with_a_scale_for_each_bit_run_too(rng: np.random.Generator) -> None:
+    kernel = ab.LeastSquaresBinary(bits=3).quantize(rng.normal(size=(2, 5)).astype(np.float32))
+    data = to_stablehlo(
+        lambda variables, images: jnp.tensordot(images, variables["kernel"], 1),
+        {"kernel": kernel},
+        (1, 1, 2),
+        platforms=["cpu"],
+    )
+    # One channel at a time, so that the values of the codes come out as they are.
+    images = np.eye(2, dtype=np.float32).reshape(2, 1, 1, 2)
+    found = jax.export.deserialize(bytearray(data)).call(images)
+    np.testing.assert_array_equal(found.reshape(2, 5), kernel.dequantize())

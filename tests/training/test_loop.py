@@ -154,6 +154,26 @@ def test_the_network_learns(training: Training, tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+def test_layers_follow_ramps_of_their_own(training: Training, tmp_path: Path) -> None:
+    """The head's ramp begins where the convolution's ends; the lines tell the mean."""
+    layers = ["conv/kernel", "head/kernel"]
+    alpha = ab.layerwise_ramp(layers, 2, 10, ramp=ab.linear_ramp, paths=layers)
+    record = run(training, tmp_path, alpha=alpha)
+    lines = lines_of(tmp_path)
+    assert [line["step"] for line in lines] == [4, 8, 12]
+    for name in ("alpha", "activation_alpha"):
+        np.testing.assert_allclose([line[name] for line in lines], [0.25, 0.75, 1.0], rtol=1e-6)
+    assert lines[-1]["alpha"] == 1.0
+    assert {float(alpha(STEPS)(layer)) for layer in layers} == {1.0}
+    # At the end the network that was trained is the quantized one.
+    for read in ("blended", "blended_recalibrated"):
+        of_codes = read.replace("blended", "quantized")
+        for part in ("validation", "test"):
+            assert record["summary"][part][read] == record["summary"][part][of_codes]
+    assert lines[-1]["blended_loss"] == lines[-1]["quantized_loss"]
+    assert lines[1]["blended_loss"] != lines[1]["quantized_loss"]
+
+
 def test_the_record_holds_lines_and_final_readings(finished: Finished) -> None:
     record = json.loads((finished.path / "record.json").read_text())
     assert record == finished.record

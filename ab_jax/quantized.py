@@ -1,0 +1,155 @@
+"""Quantized weights: integer codes with their scales, and the levels that these stand for.
+
+`Quantized` has one scale a block and evenly spaced levels, `BinaryCoded` one scale for each bit of
+a code. The integer conventions are those of `ab_jax.quantizers`, which makes both.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from ab_jax import scale_fits
+
+_as_tree = functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scale", "zero_point"),
+    meta_fields=("bits", "dtype"),
+)
+
+
+@_as_tree
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """Integer codes with their scales: what is deployed of a weight.
+
+    Attributes:
+      codes: int8, the shape of the weight.
+      scale: float32 (float64 for float64 weights), as many axes as `codes`. Each of its sizes
+        divides the size of `codes` there: an entry serves a block of neighbouring codes, in the
+        plain cases all of them (size 1) or a single index (same size).
+      zero_point: int8 of the shape of `scale`, or None where it is 0.
+      bits: width of a code once packed (Ternary codes take 2 bits). Static.
+      dtype: name of the weight's dtype, which `dequantize` returns. Static.
+    """
+
+    codes: Array
+    scale: Array
+    zero_point: Array | None
+    bits: int
+    dtype: str
+
+    def dequantize(self) -> Array:
+        """`(codes - zero_point) * scale` in the weight's shape and dtype."""
+        offsets = self.codes.astype(self.scale.dtype)
+        if self.zero_point is not None:
+            # Subtract in floating point: the difference of two int8 does not fit into int8.
+            offsets = offsets - _expand(self.zero_point, offsets.shape).astype(offsets.dtype)
+        return (offsets * _expand(self.scale, offsets.shape)).astype(self.dtype)
+
+    def levels(self) -> Array:
+        """The values that a code of each block can have, rising: `[levels, *scale.shape]`.
+
+        Of the dtype of `scale`. Their number follows from the width and from whether there are zero
+        points: 2 for 1 bit, 3 for 2 bits without zero points, and so on.
+        """
+        lowest, highest, step = self._range()
+        codes = jnp.arange(lowest, highest + 1, step, dtype=self.scale.dtype)
+        offsets = codes.reshape(-1, *(1,) * self.scale.ndim)
+        if self.zero_point is not None:
+            offsets = offsets - self.zero_point[None].astype(self.scale.dtype)
+        return offsets * self.scale[None]
+
+    def beside(self, w: Array) -> tuple[Array, Array]:
+        """The nearest levels below and above each weight, itself where it lies on one.
+
+        Outside the levels both are the outermost one.
+
+        Args:
+          w: of the shape of `codes`.
+
+        Returns:
+          Two arrays of that shape and of the dtype of `scale`.
+        """
+        lowest, highest, step = self._range()
+        scale = _expand(self.scale, w.shape)
+        low, high = jnp.asarray(lowest, scale.dtype), jnp.asarray(highest, scale.dtype)
+        if self.zero_point is not None:
+            zero_point = _expand(self.zero_point, w.shape).astype(scale.dtype)
+            low, high = low - zero_point, high - zero_point
+        # A block of zeros may have the scale 0.
+        steps = jnp.clip(w.astype(scale.dtype) / scale_fits.or_one(scale), low, high) - low
+        below, above = (low + step * rounded(steps / step) for rounded in (jnp.floor, jnp.ceil))
+        return below * scale, above * scale
+
+    def unit(self) -> Array:
+        """The scale of each code, to measure weights in: broadcasts against `codes`."""
+        return _expand(self.scale, self.codes.shape)
+
+    def _range(self) -> tuple[int, int, int]:
+        """The lowest and the highest code, and the step between codes."""
+        if self.bits == 1:
+            return -1, 1, 2
+        half = 2 ** (self.bits - 1)
+        return (1 - half if self.zero_point is None else -half), half - 1, 1
+
+
+@_as_tree
+@dataclasses.dataclass(frozen=True)
+class BinaryCoded(Quantized):
+    """Codes whose binary digits are signs, each with a scale of its own: `+-v_1 +-v_2 ...`.
+
+    A code is `sum of s_i * 2**(bits - i)` over its signs `s_1` to `s_bits`, -1 or +1: an odd number
+    from `-(2**bits - 1)` to `2**bits - 1`. It stands for `sum of s_i * scale[i - 1]`.
+
+    Attributes:
+      scale: as that of `Quantized`, with an axis of `bits` scales before the others.
+      zero_point: None.
+    """
+
+    def dequantize(self) -> Array:
+        """The signed sum of each code's scales, in the weight's shape and dtype."""
+        scales = [_expand(scale, self.codes.shape) for scale in self.scale]
+        return _signed_sum(self.codes, scales).astype(self.dtype)
+
+    def levels(self) -> Array:
+        """The values that a code of each block can have, rising: `[2**bits, *scale.shape[1:]]`."""
+        codes = jnp.arange(1 - 2**self.bits, 2**self.bits, 2)
+        codes = codes.reshape(-1, *(1,) * (self.scale.ndim - 1))
+        # Scales that do not fall by half from one to the next change the order.
+        return jnp.sort(_signed_sum(codes, [scale[None] for scale in self.scale]), axis=0)
+
+    def beside(self, w: Array) -> tuple[Array, Array]:
+        """As `Quantized.beside`."""
+        levels = [_expand(level, w.shape) for level in self.levels()]
+        w = jnp.clip(w.astype(self.scale.dtype), levels[0], levels[-1])
+        below, above = w, w
+        for level in levels:
+            below = jnp.where(level <= w, level, below)
+        for level in reversed(levels):
+            above = jnp.where(level >= w, level, above)
+        return below, above
+
+    def unit(self) -> Array:
+        """The first scale, that of the largest part, of each code: broadcasts against `codes`."""
+        return _expand(self.scale[0], self.codes.shape)
+
+
+def _signed_sum(codes: Array, scales: list[Array]) -> Array:
+    bits = len(scales)
+    digits = (codes.astype(jnp.int32) + (2**bits - 1)) >> 1
+    terms = [
+        jnp.where((digits >> (bits - 1 - i)) & 1 == 1, scale, -scale)
+        for i, scale in enumerate(scales)
+    ]
+    return functools.reduce(jnp.add, terms)
+
+
+def _expand(per_block: Array, shape: tuple[int, ...]) -> Array:
+    """Repeat the entries of a scale over their blocks where plain broadcasting does not do."""
+    for i, (count, size) in enumerate(zip(per_block.shape, shape, strict=True)):
+        if count not in (1, size):
+            per_block = jnp.repeat(per_block, size // count, axis=i)
+    return per_block

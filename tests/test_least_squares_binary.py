@@ -1,0 +1,252 @@
+"""LeastSquaresBinary: its scales against brute force in float64, its codes by their digits."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ab_jax import (
+    Binary,
+    BinaryCoded,
+    LeastSquaresBinary,
+    Quantized,
+    Rules,
+    Ternary,
+    Uniform,
+    alpha_blend,
+    dequantize,
+    describe,
+    quantize,
+)
+
+SHAPE = (60, 5)
+each_width = pytest.mark.parametrize("bits", [2, 3, 4])
+
+
+@pytest.fixture
+def weights(rng: np.random.Generator) -> np.ndarray:
+    """Five channels of 60 weights: flat, round, with heavy tails, of one sign, with two humps."""
+    return np.stack(
+        [
+            rng.uniform(-1, 1, SHAPE[0]),
+            rng.normal(size=SHAPE[0]),
+            rng.standard_t(3, size=SHAPE[0]),
+            rng.gamma(1.0, size=SHAPE[0]),
+            np.sign(rng.normal(size=SHAPE[0])) + 0.05 * rng.normal(size=SHAPE[0]),
+        ],
+        axis=1,
+        dtype=np.float32,
+        casting="same_kind",
+    )
+
+
+def signs_of(codes: np.ndarray, bits: int) -> np.ndarray:
+    """The signs `[bits, ...]` whose weighted sum is the code, found by looking it up."""
+    table = {
+        sum(s * 2 ** (bits - 1 - i) for i, s in enumerate(signs)): signs
+        for signs in itertools.product((-1, 1), repeat=bits)
+    }
+    assert len(table) == 2**bits
+    return np.moveaxis(np.array([table[int(c)] for c in codes.ravel()]), 1, 0).reshape(
+        bits, *codes.shape
+    )
+
+
+def values(quantized: Quantized) -> np.ndarray:
+    """The signed sums of the scales in float64; one scale a channel."""
+    scales = np.asarray(quantized.scale, np.float64)
+    return (signs_of(np.asarray(quantized.codes), quantized.bits) * scales).sum(0)
+
+
+@pytest.mark.parametrize("sharing", [{}, {"axis": None}, {"group_size": 20}], ids=str)
+def test_one_bit_is_binary_bit_for_bit(weights, sharing):
+    found = LeastSquaresBinary(bits=1, **sharing).quantize(weights)
+    wanted = Binary(**sharing).quantize(weights)
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+@each_width
+def test_codes_are_odd_and_their_digits_are_signs(weights, bits):
+    weights[7] = [0.0, -0.0, 0.0, -0.0, 0.0]
+    quantized = LeastSquaresBinary(bits=bits).quantize(weights)
+    assert isinstance(quantized, BinaryCoded)
+    codes = np.asarray(quantized.codes)
+    assert (codes.dtype, codes.shape, quantized.bits) == (np.int8, SHAPE, bits)
+    assert (quantized.scale.dtype, quantized.scale.shape) == (np.float32, (bits, 1, SHAPE[1]))
+    assert quantized.zero_point is None
+    assert (codes[7] > 0).all()
+    found = np.asarray(quantized.dequantize())
+    np.testing.assert_allclose(found, values(quantized), rtol=1e-6, atol=1e-6)
+    jitted = jax.jit(lambda quantized: quantized.dequantize())(quantized)
+    np.testing.assert_array_equal(jitted, found)
+
+
+def test_two_bits_lose_the_least_that_any_two_scales_lose(weights):
+    quantized = LeastSquaresBinary(bits=2).quantize(weights)
+    w = weights.astype(np.float64)
+    found = ((w - values(quantized)) ** 2).sum(0)
+    v1, v2 = np.asarray(quantized.scale, np.float64)[:, 0]
+    assert (v1 >= v2).all()
+    assert (v2 >= 0).all()
+    for channel, error in enumerate(found):
+        rising = np.sort(np.abs(w[:, channel]))
+        # Whichever magnitudes go together: the best two values of two groups are their means.
+        best = min(
+            sum(((group - group.mean()) ** 2).sum() for group in np.split(rising, [k]))
+            for k in range(1, len(rising))
+        )
+        np.testing.assert_allclose(error, best, rtol=1e-5, atol=1e-9)
+
+
+def test_two_bits_against_all_codes_there_are(rng):
+    w = rng.normal(size=(5, 3))
+    found = LeastSquaresBinary(bits=2).quantize(w.astype(np.float32))
+    error = ((w - values(found)) ** 2).sum(0)
+    for channel in range(w.shape[1]):
+        errors = []
+        for signs in itertools.product((-1.0, 1.0), repeat=10):
+            basis = np.reshape(signs, (5, 2))
+            fitted, *_ = np.linalg.lstsq(basis, w[:, channel])
+            errors.append(((basis @ fitted - w[:, channel]) ** 2).sum())
+        np.testing.assert_allclose(error[channel], min(errors), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_more_bits_are_what_is_left_over_in_turn(weights, bits):
+    quantized = LeastSquaresBinary(bits=bits).quantize(weights)
+    rest = weights.astype(np.float64)
+    clear = np.full(SHAPE, True)
+    for scale, signs in zip(
+        np.asarray(quantized.scale), signs_of(np.asarray(quantized.codes), bits), strict=True
+    ):
+        wanted = np.abs(rest).mean(0, keepdims=True)
+        np.testing.assert_allclose(scale, wanted, rtol=1e-5)
+        clear &= np.abs(rest) > 1e-5  # either sign will do for a rest of nothing
+        np.testing.assert_array_equal(signs[clear], np.where(rest >= 0, 1, -1)[clear])
+        rest -= wanted * np.where(rest >= 0, 1, -1)
+    assert clear.mean() > 0.9
+
+
+def test_more_bits_lose_less(weights):
+    errors = [
+        ((weights - LeastSquaresBinary(bits=bits).quantize(weights).dequantize()) ** 2).sum(0)
+        for bits in (1, 2, 3, 4)
+    ]
+    # A greedy fit need not beat the best one with a bit less.
+    for fewer, more in ((0, 1), (0, 2), (2, 3)):
+        assert (errors[more] < errors[fewer]).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_blocks_are_quantized_as_columns_of_a_matrix_would_be(rng, bits):
+    w = rng.normal(size=(2, 6, 4)).astype(np.float32)
+    found = LeastSquaresBinary(bits=bits, group_size=3).quantize(w)
+    assert found.scale.shape == (bits, 1, 2, 4)
+    columns = w.reshape(2, 2, 3, 4).transpose(0, 2, 1, 3).reshape(6, 8)
+    wanted = LeastSquaresBinary(bits=bits).quantize(columns)
+    np.testing.assert_allclose(found.scale.reshape(bits, 8), wanted.scale[:, 0], rtol=1e-6)
+    back = np.asarray(wanted.dequantize()).reshape(2, 3, 2, 4).transpose(0, 2, 1, 3)
+    np.testing.assert_allclose(found.dequantize(), back.reshape(w.shape), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_quantized_in_float32_and_comes_back(weights, dtype):
+    half = jnp.asarray(weights, dtype)
+    quantized = LeastSquaresBinary(bits=2).quantize(half)
+    assert quantized.scale.dtype == jnp.float32
+    single = LeastSquaresBinary(bits=2).quantize(half.astype(jnp.float32))
+    np.testing.assert_array_equal(quantized.dequantize(), single.dequantize().astype(dtype))
+    assert alpha_blend(half, LeastSquaresBinary(bits=2), 0.5).dtype == dtype
+
+
+def test_float64_keeps_its_digits(rng):
+    w = rng.normal(size=(30, 2))
+    with jax.enable_x64(True):
+        quantized = LeastSquaresBinary(bits=2).quantize(w)
+        assert quantized.scale.dtype == quantized.dequantize().dtype == jnp.float64
+        found = ((w - values(quantized)) ** 2).sum(0)
+    rising = np.sort(np.abs(w), axis=0)
+    best = [
+        min(sum(((g - g.mean()) ** 2).sum() for g in np.split(c, [k])) for k in range(1, 30))
+        for c in rising.T
+    ]
+    np.testing.assert_allclose(found, best, rtol=1e-12)
+
+
+@each_width
+def test_extreme_channels(rng, bits):
+    n = SHAPE[0]
+    w = rng.normal(size=n)
+    w = np.stack([np.zeros(n), np.full(n, -3.0), w * 2.0**-100, w * 2.0**100, w], axis=1)
+    found = np.asarray(LeastSquaresBinary(bits=bits).quantize(w.astype(np.float32)).dequantize())
+    np.testing.assert_array_equal(found[:, 0], 0.0)
+    np.testing.assert_allclose(found[:, 1], -3.0, rtol=1e-6)
+    for channel, factor in ((2, 2.0**-100), (3, 2.0**100)):
+        np.testing.assert_allclose(found[:, channel] / factor, found[:, 4], rtol=1e-6)
+
+
+def test_a_weight_alone_in_its_block_is_kept(rng):
+    w = rng.normal(size=(1, 6)).astype(np.float32)
+    for bits in (2, 3, 4):
+        found = LeastSquaresBinary(bits=bits).quantize(w).dequantize()
+        np.testing.assert_allclose(found, w, rtol=1e-6)
+
+
+LEVELLED = [
+    (Binary(), 2),
+    (Binary(fixed_scale=0.3, axis=None), 2),
+    (Ternary(), 3),
+    (Uniform(bits=2, scale="absmax", group_size=20), 3),
+    (Uniform(bits=3, symmetric=False, scale="absmax"), 8),
+    (LeastSquaresBinary(bits=2, group_size=20), 4),
+    (LeastSquaresBinary(bits=4), 16),
+]
+
+
+@pytest.mark.parametrize(("quantizer", "count"), LEVELLED, ids=repr)
+def test_the_levels_beside_a_weight(weights, quantizer, count):
+    quantized = quantizer.quantize(weights)
+    levels = np.asarray(quantized.levels())
+    assert levels.shape == (count, *quantizer.scale_shape(SHAPE))
+    assert (np.diff(levels, axis=0) >= 0).all()
+    # Each weight's own levels, the scales of a block spread over it.
+    blocks = [size // k for size, k in zip(SHAPE, levels.shape[1:], strict=True)]
+    spread = np.kron(levels, np.ones((1, *blocks)))
+    dequantized = np.asarray(quantized.dequantize())
+    assert (np.abs(spread - dequantized).min(0) == 0).all()
+    below, above = (np.asarray(side) for side in quantized.beside(jnp.asarray(weights)))
+    assert below.dtype == above.dtype == np.float32
+    inside = np.clip(weights, spread[0], spread[-1])
+    # A weight on a level, to rounding, may be taken to be on either side of it.
+    clear = (np.abs(spread - weights).min(0) > 1e-5) | (inside != weights)
+    assert clear.mean() > 0.7
+    np.testing.assert_allclose(
+        below[clear], np.where(spread <= inside, spread, -np.inf).max(0)[clear], rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        above[clear], np.where(spread >= inside, spread, np.inf).min(0)[clear], rtol=1e-6
+    )
+    assert (below <= inside + 1e-5).all()
+    assert (inside <= above + 1e-5).all()
+
+
+def test_rules_quantize_and_describe_it(weights):
+    params = {"kernel": jnp.asarray(weights), "bias": jnp.ones(5)}
+    rules = Rules([("kernel", LeastSquaresBinary(bits=3)), ("bias", None)])
+    quantized = quantize(params, rules)
+    np.testing.assert_array_equal(
+        dequantize(quantized)["kernel"], LeastSquaresBinary(bits=3).quantize(weights).dequantize()
+    )
+    rows = {row.path: row for row in describe(params, rules).rows}
+    # 300 codes of 3 bits, and 3 scales in float32 for each of 5 channels.
+    assert rows["kernel"].bytes_after == -(-300 * 3 // 8) + 3 * 5 * 4
+    assert "LeastSquaresBinary" in str(describe(params, rules))
+
+
+@pytest.mark.parametrize("bits", [0, 5, 2.0, "2"])
+def test_a_width_that_there_is_not_is_refused(bits):
+    with pytest.raises(ValueError, match=r"takes 1 to 4 bits, not bits="):
+        LeastSquaresBinary(bits=bits)
