@@ -12,7 +12,7 @@ import flax.linen as nn
 import ab_jax as ab
 from ab_jax.activations import ACTIVATIONS, ActivationQuantizer
 from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs, keep_input
-from experiments.recipes.methods import Method, Ramp, named
+from experiments.recipes.methods import LayerOrder, Method, Ramp, named
 
 QUANTIZERS: dict[str, ab.Quantizer] = {
     "binary": ab.Binary(),
@@ -20,6 +20,7 @@ QUANTIZERS: dict[str, ab.Quantizer] = {
     "ternary": ab.Ternary(),
     **{f"int{bits}": ab.Uniform(bits=bits) for bits in range(2, 9)},
     **{f"int{bits}_absmax": ab.Uniform(bits=bits, scale="absmax") for bits in range(2, 9)},
+    **{f"least_squares_binary{bits}": ab.LeastSquaresBinary(bits=bits) for bits in range(1, 5)},
 }
 
 
@@ -28,10 +29,12 @@ class Config:
     """Train a CIFAR network with low-precision weights."""
 
     # What the loss sees of the weights: float (the weights), ste (their quantized values), soft_ste
-    # and ab (a blend along the ramp, with the gradient of ste or with its own).
+    # and ab (a blend along the ramp, with the gradient of ste or with its own), ab_compensated (its
+    # gradient enlarged up to --cap times), ab_then_ste (ste once alpha is 1), float_then_ste (float
+    # up to the ramp's stop), ab_layerwise (one layer after another), parq (drawn to the levels).
     method: Method = "ab"
     # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
-    # int8 (least squares), int2_absmax to int8_absmax.
+    # int8 (least squares), int2_absmax to int8_absmax, least_squares_binary1 to 4 (a scale a bit).
     quantizer: str = "binary"
     # relu: 1-bit weights only. sign: 1-bit activations too, with the hard tanh's derivative
     # backward. sign_blend: the same, its gradient scaled by 1 - alpha as the weights' is.
@@ -39,10 +42,13 @@ class Config:
     # 2 to 8 bits for the inputs of layers after a ReLU, up to the running mean of batches' 99.9th
     # percentiles (images: 8, signed); None: they stay in float. Alpha is that of the weights.
     act_bits: int | None = None
-    # How alpha rises from 0 to 1: cubic, linear, cosine, or jump (at the ramp's start).
+    # How alpha rises from 0 to 1: cubic, linear, cosine, sigmoid (PARQ's), or jump (at the ramp's
+    # start; float_then_ste always jumps, at its stop).
     ramp: Ramp = "cubic"
     ramp_start: float = 0.0  # where the ramp starts, in parts of the run
     ramp_stop: float = 0.9  # where alpha is 1, in parts of the run
+    cap: float = 8.0  # of ab_compensated: the most that AB's gradient is enlarged
+    layer_order: LayerOrder = "forward"  # of ab_layerwise: from the images on, or backward
     # Run to start from, as a directory: its last checkpoint's weights and batch statistics.
     init_from: str | None = None
 

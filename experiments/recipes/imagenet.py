@@ -12,7 +12,7 @@ import flax.linen as nn
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs, keep_input
-from experiments.recipes.methods import Method, Ramp
+from experiments.recipes.methods import LayerOrder, Method, Ramp
 
 # Bits of the first and the last layer, weights and activations, which the rules leave alone: they
 # are a small part of the network and lose the most.
@@ -25,7 +25,10 @@ class Config:
     """Train an ImageNet network with low-precision weights and activations."""
 
     # What the loss sees: float (the network itself), ste (quantized values), soft_ste and ab (a
-    # blend along the ramp; weights with the gradient of ste or with the blend's own).
+    # blend along the ramp; weights with the gradient of ste or with the blend's own),
+    # ab_compensated (its gradient enlarged up to --cap times), ab_then_ste (ste once alpha is 1),
+    # float_then_ste (float up to the ramp's stop), ab_layerwise (one layer after another), parq
+    # (weights drawn to the levels beside them, activations as with soft_ste).
     method: Method = "ab"
     weight_bits: int = 8  # 2 to 8; the first and the last layer always have 8
     act_bits: int | None = 8  # 2 to 8 for the inputs of layers; None: activations stay in float
@@ -37,12 +40,15 @@ class Config:
     act_range: Literal["max", "percentile", "fixed"] = "percentile"
     # Their gradient: clipped (1 inside the range, 0 outside at alpha 1) or blended (1 - alpha).
     act_backward: Literal["clipped", "blended"] = "clipped"
-    # How alpha rises from 0 to 1: cubic, linear, cosine, or jump (at the ramp's start).
+    # How alpha rises from 0 to 1: cubic, linear, cosine, sigmoid (PARQ's), or jump (at the ramp's
+    # start; float_then_ste always jumps, at its stop).
     ramp: Ramp = "cubic"
     ramp_start: float = 0.0  # where the ramp starts, in parts of the run
     ramp_stop: float = 0.9  # where alpha is 1, in parts of the run
     act_start: float | None = None  # the same for activations; None: as the weights
     act_stop: float | None = None  # the same for activations; None: as the weights
+    cap: float = 8.0  # of ab_compensated: the most that AB's gradient is enlarged
+    layer_order: LayerOrder = "forward"  # of ab_layerwise: from the images on, or backward
     # Network to start from, which replaces the float phase: the directory of a run, or a file of
     # weights trained elsewhere, of Keras applications (.h5) or timm (.safetensors).
     init_from: str | None = None

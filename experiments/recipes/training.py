@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 import ab_jax as ab
+from ab_jax.blend import AlphaSchedule
 from ab_jax.data import Dataset, steps_per_epoch
 from ab_jax.data.stream import StreamedDataset
 from ab_jax.quantized_inputs import ActivationRules, describe_inputs, layer_paths
@@ -18,7 +19,12 @@ from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.step import Preprocessing
 from experiments.recipes import cifar, imagenet
-from experiments.recipes.methods import ESTIMATORS, alpha_schedule, keep_compiled_programs
+from experiments.recipes.methods import (
+    alpha_schedule,
+    estimator_of,
+    keep_compiled_programs,
+    layerwise_schedule,
+)
 from experiments.recipes.processes import open_run
 
 Flags = cifar.Config | imagenet.Config
@@ -58,6 +64,7 @@ def train_network(
       ValueError: flags that do not fit each other or the data; otherwise as `train`.
     """
     c = flags
+    estimator = estimator_of(c.method, c.cap)
     size = dataset.image_shape[0]
     streamed = isinstance(dataset, StreamedDataset)
     per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
@@ -80,6 +87,19 @@ def train_network(
         table = describe_inputs(layer_paths(model, images, train=False), inputs)
         if is_first():
             print(table)
+    alpha: AlphaSchedule = alpha_schedule(c.method, c.ramp, c.ramp_start, c.ramp_stop, steps)
+    if c.method == "ab_layerwise":
+        fields = {"activation_alpha": alpha, **fields}
+        alpha = layerwise_schedule(
+            model,
+            dataset.image_shape,
+            rules,
+            order=c.layer_order,
+            ramp=c.ramp,
+            start=c.ramp_start,
+            stop=c.ramp_stop,
+            steps=steps,
+        )
     training = Training(
         model=model,
         dataset=dataset,
@@ -91,8 +111,8 @@ def train_network(
             flip=c.flip and not streamed,
         ),
         rules=rules,
-        estimator=ESTIMATORS[c.method],
-        alpha=alpha_schedule(c.method, c.ramp, c.ramp_start, c.ramp_stop, steps),
+        estimator=estimator,
+        alpha=alpha,
         optimizer=make_optimizer(
             c.optimizer,
             learning_rate,

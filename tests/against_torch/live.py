@@ -44,6 +44,7 @@ def test_levels_and_values_are_those_of_torchao(rng, spread, bits):
     assert off.mean() <= 0.005
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_two_bits_lose_no_more_than_torchao_does_for_all_channels_at_once(rng):
     weights = rng.normal(size=SHAPE).astype(np.float32)
     import torch

@@ -163,6 +163,9 @@ def test_alpha_follows_the_flags() -> None:
         assert alphas(**ramp, ramp="linear") == pytest.approx([0, 0, 0.5, 1, 1])
         assert alphas(**ramp, ramp="cosine") == pytest.approx([0, 0, 0.5, 1, 1])
         assert alphas(**ramp, ramp="jump") == [0, 1, 1, 1, 1]
+        assert alphas(**ramp, ramp="sigmoid") == pytest.approx([0, 0, 0.5, 1, 1])
+    for flags in ({}, {"ramp": "jump"}, {"ramp_start": 0.5}):
+        assert alphas(method="float_then_ste", ramp_stop=0.5, **flags) == [0, 0, 1, 1, 1]
 
 
 # The command line
