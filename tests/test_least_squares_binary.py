@@ -15,7 +15,6 @@ from ab_jax import (
     Rules,
     Ternary,
     Uniform,
-    alpha_blend,
     dequantize,
     describe,
     quantize,
@@ -140,8 +139,8 @@ def test_more_bits_lose_less(weights):
         assert (errors[more] < errors[fewer]).all()
 
 
-@pytest.mark.parametrize("bits", [2, 3])
-def test_blocks_are_quantized_as_columns_of_a_matrix_would_be(rng, bits):
+def test_blocks_are_quantized_as_columns_of_a_matrix_would_be(rng):
+    bits = 2
     w = rng.normal(size=(2, 6, 4)).astype(np.float32)
     found = LeastSquaresBinary(bits=bits, group_size=3).quantize(w)
     assert found.scale.shape == (bits, 1, 2, 4)
@@ -152,14 +151,14 @@ def test_blocks_are_quantized_as_columns_of_a_matrix_would_be(rng, bits):
     np.testing.assert_allclose(found.dequantize(), back.reshape(w.shape), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_half_precision_is_quantized_in_float32_and_comes_back(weights, dtype):
-    half = jnp.asarray(weights, dtype)
-    quantized = LeastSquaresBinary(bits=2).quantize(half)
+def test_half_precision_is_quantized_in_float32_and_comes_back(weights):
+    half = jnp.asarray(weights, jnp.bfloat16)
+    quantized = LeastSquaresBinary(bits=3).quantize(half)
     assert quantized.scale.dtype == jnp.float32
-    single = LeastSquaresBinary(bits=2).quantize(half.astype(jnp.float32))
-    np.testing.assert_array_equal(quantized.dequantize(), single.dequantize().astype(dtype))
-    assert alpha_blend(half, LeastSquaresBinary(bits=2), 0.5).dtype == dtype
+    single = LeastSquaresBinary(bits=3).quantize(half.astype(jnp.float32))
+    np.testing.assert_array_equal(
+        quantized.dequantize(), single.dequantize().astype(jnp.bfloat16), strict=True
+    )
 
 
 def test_float64_keeps_its_digits(rng):
@@ -176,7 +175,7 @@ def test_float64_keeps_its_digits(rng):
     np.testing.assert_allclose(found, best, rtol=1e-12)
 
 
-@each_width
+@pytest.mark.parametrize("bits", [2, 4])
 def test_extreme_channels(rng, bits):
     n = SHAPE[0]
     w = rng.normal(size=n)
@@ -190,7 +189,7 @@ def test_extreme_channels(rng, bits):
 
 def test_a_weight_alone_in_its_block_is_kept(rng):
     w = rng.normal(size=(1, 6)).astype(np.float32)
-    for bits in (2, 3, 4):
+    for bits in (2, 3):
         found = LeastSquaresBinary(bits=bits).quantize(w).dequantize()
         np.testing.assert_allclose(found, w, rtol=1e-6)
 
@@ -206,18 +205,20 @@ LEVELLED = [
 ]
 
 
+@jax.jit
+def sides(quantized, w):
+    return quantized.levels(), *quantized.beside(w), quantized.dequantize()
+
+
 @pytest.mark.parametrize(("quantizer", "count"), LEVELLED, ids=repr)
 def test_the_levels_beside_a_weight(weights, quantizer, count):
-    quantized = quantizer.quantize(weights)
-    levels = np.asarray(quantized.levels())
+    levels, below, above, dequantized = map(np.asarray, sides(quantizer.quantize(weights), weights))
     assert levels.shape == (count, *quantizer.scale_shape(SHAPE))
     assert (np.diff(levels, axis=0) >= 0).all()
     # Each weight's own levels, the scales of a block spread over it.
     blocks = [size // k for size, k in zip(SHAPE, levels.shape[1:], strict=True)]
     spread = np.kron(levels, np.ones((1, *blocks)))
-    dequantized = np.asarray(quantized.dequantize())
     assert (np.abs(spread - dequantized).min(0) == 0).all()
-    below, above = (np.asarray(side) for side in quantized.beside(jnp.asarray(weights)))
     assert below.dtype == above.dtype == np.float32
     inside = np.clip(weights, spread[0], spread[-1])
     # A weight on a level, to rounding, may be taken to be on either side of it.

@@ -20,6 +20,7 @@ QUANTIZERS = [
 ]
 each_quantizer = pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
 map_of = jax.jit(parq, static_argnums=1)
+levels_made = jax.jit(lambda w, quantizer: quantizer.quantize(w).levels(), static_argnums=1)
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def weights(rng: np.random.Generator) -> np.ndarray:
 
 
 def levels_of(weights: np.ndarray, quantizer) -> np.ndarray:
-    levels = np.asarray(quantizer.quantize(weights).levels(), np.float64)
+    levels = np.asarray(levels_made(weights, quantizer), np.float64)
     return np.broadcast_to(levels, (len(levels), 1, SHAPE[1]))[:, 0]
 
 
@@ -55,17 +56,22 @@ def test_the_map_is_its_closed_form(rng, weights, quantizer):
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5 / (1 - alpha))
 
 
-@each_quantizer
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_both_ends_are_exact(weights, quantizer, dtype):
+@pytest.mark.parametrize(
+    ("quantizer", "dtype", "apply"),
+    [
+        *((quantizer, "float32", map_of) for quantizer in QUANTIZERS),
+        (Binary(), "bfloat16", map_of),
+        (Binary(), "float32", parq),
+    ],
+    ids=repr,
+)
+def test_both_ends_are_exact(weights, quantizer, dtype, apply):
     weights[3], weights[4, 0], weights[5, 1] = -0.0, 1e-42, 1e25
     w = jnp.asarray(weights, dtype)
-    codes = quantizer.quantize(w).dequantize()
-    for apply in (parq, map_of):
-        for alpha, wanted in ((0.0, w), (1.0, codes)):
-            found = np.asarray(apply(w, quantizer, alpha))
-            assert found.dtype == w.dtype
-            assert found.tobytes() == np.asarray(wanted).tobytes()
+    for alpha, wanted in ((0.0, w), (1.0, quantizer.quantize(w).dequantize())):
+        found = np.asarray(apply(w, quantizer, alpha))
+        assert found.dtype == w.dtype
+        assert found.tobytes() == np.asarray(wanted).tobytes()
 
 
 @each_quantizer
@@ -106,7 +112,7 @@ def test_weights_outside_the_levels_are_at_the_outermost(weights):
     np.testing.assert_allclose(found[0], [scale[0], -scale[1], scale[2]], rtol=1e-6)
 
 
-@each_quantizer
+@pytest.mark.parametrize("quantizer", [Binary(), LeastSquaresBinary(bits=3)], ids=repr)
 def test_the_gradient_reaches_the_weight_whole(rng, weights, quantizer):
     direction = rng.normal(size=SHAPE).astype(np.float32)
     gradient = jax.jit(

@@ -46,20 +46,26 @@ def test_binary_with_a_scale_for_each_bit_by_name() -> None:
         assert QUANTIZERS[f"least_squares_binary{bits}"] == ab.LeastSquaresBinary(bits=bits)
 
 
+class Middle(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.relu(nn.Conv(2, (1, 1), name="inner")(x))
+
+
 class Upwards(nn.Module):
     """Calls its layers against the alphabet, one of them within another module."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         x = nn.Conv(2, (1, 1), name="z")(x)
-        x = nn.Sequential([nn.Conv(2, (1, 1)), nn.relu], name="m")(x)
+        x = Middle(name="m")(x)
         return nn.Dense(3, name="a")(x.reshape(x.shape[0], -1))
 
 
 @pytest.mark.parametrize("order", typing.get_args(LayerOrder))
 @pytest.mark.parametrize(
     ("model", "layers"),
-    [(BinaryNet(num_classes=3, width=1 / 32), BINARYNET), (Upwards(), ["z", "m/layers_0", "a"])],
+    [(BinaryNet(num_classes=3, width=1 / 32), BINARYNET), (Upwards(), ["z", "m/inner", "a"])],
     ids=["BinaryNet", "Upwards"],
 )
 def test_layers_follow_the_calls(model: Any, layers: list[str], order: LayerOrder) -> None:
