@@ -22,6 +22,7 @@ ROOMS: dict[str, set[str]] = {
     "quantizers": {"jax", "numpy"},
     "schedules": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},
+    "learned_scales": {"jax", "numpy"},
     "rules": set(),
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
