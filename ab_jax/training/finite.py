@@ -37,13 +37,13 @@ class FiniteCheck:
     learning_rate: Callable[[int], float]
     last_checkpoint: Callable[[], Path | None]
 
-    def steps(self, metrics: Sequence[Mapping[str, Any]], first: int, params: Any) -> None:
+    def steps(self, metrics: Sequence[Mapping[str, Any]], first: int, trained: Any) -> None:
         """Check what consecutive steps returned.
 
         Args:
           metrics: of each step: `loss`, `alpha`, and `finite` of its gradients' leaves.
           first: the first of the steps.
-          params: a tree of the parameters' structure.
+          trained: a tree of the structure of what is trained.
 
         Raises:
           NonFiniteLossError: names the step, alpha, the learning rate, the first parameter whose
@@ -56,7 +56,7 @@ class FiniteCheck:
             if np.all(finite):
                 gradients = "all gradients are finite"
             else:
-                gradients = f"the gradient of {_paths(params)[np.argmin(finite)]} is not finite"
+                gradients = f"the gradient of {_paths(trained)[np.argmin(finite)]} is not finite"
             self._stop(f"The loss is {loss} and {gradients}", step, float(of_step["alpha"]))
 
     def network(self, state: TrainState, alpha: float) -> None:
@@ -65,7 +65,10 @@ class FiniteCheck:
         Raises:
           NonFiniteLossError: names the first parameter, and the rest as `steps` does.
         """
-        network = jax.device_get({"params": state.params, **state.model_state})
+        network = {"params": state.params, **state.model_state}
+        if state.scales is not None:
+            network["scales"] = state.scales
+        network = jax.device_get(network)
         leaves = jax.tree.leaves(network)
         finite = [bool(np.all(np.isfinite(leaf))) for leaf in leaves]
         if not all(finite):
