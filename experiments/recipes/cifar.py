@@ -28,7 +28,8 @@ class Config:
     """Train a CIFAR network with low-precision weights."""
 
     # What the loss sees of the weights: float (the weights), ste (their quantized values), soft_ste
-    # and ab (a blend along the ramp, with the gradient of ste or with its own).
+    # and ab (a blend along the ramp, with the gradient of ste or with its own), lsq (quantized
+    # values at scales that are trained too).
     method: Method = "ab"
     # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
     # int8 (least squares), int2_absmax to int8_absmax.

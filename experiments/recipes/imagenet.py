@@ -25,7 +25,8 @@ class Config:
     """Train an ImageNet network with low-precision weights and activations."""
 
     # What the loss sees: float (the network itself), ste (quantized values), soft_ste and ab (a
-    # blend along the ramp; weights with the gradient of ste or with the blend's own).
+    # blend along the ramp; weights with the gradient of ste or with the blend's own), lsq (as ste,
+    # with the weights' scales trained too).
     method: Method = "ab"
     weight_bits: int = 8  # 2 to 8; the first and the last layer always have 8
     act_bits: int | None = 8  # 2 to 8 for the inputs of layers; None: activations stay in float

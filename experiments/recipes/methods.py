@@ -8,14 +8,15 @@ import optax
 
 import ab_jax as ab
 
-Method = Literal["float", "ste", "soft_ste", "ab"]
+Method = Literal["float", "ste", "soft_ste", "ab", "lsq"]
 Ramp = Literal["cubic", "linear", "cosine", "jump"]
 
-ESTIMATORS: dict[str, ab.Estimator] = {
+ESTIMATORS: dict[str, ab.Estimator | ab.ScaledEstimator] = {
     "float": ab.full_precision,
     "ste": ab.straight_through,
     "soft_ste": ab.soft_straight_through,
     "ab": ab.alpha_blend,
+    "lsq": ab.learned_step_size,
 }
 
 RAMPS = {"cubic": ab.cubic_ramp, "linear": ab.linear_ramp, "cosine": ab.cosine_ramp}
@@ -24,7 +25,7 @@ RAMPS = {"cubic": ab.cubic_ramp, "linear": ab.linear_ramp, "cosine": ab.cosine_r
 def alpha_schedule(
     method: Method, ramp: Ramp, start: float, stop: float, steps: int
 ) -> optax.Schedule:
-    """Alpha over the steps of a run: 0 for float, 1 for STE, else the ramp.
+    """Alpha over the steps of a run: 0 for float, 1 for STE and LSQ, else the ramp.
 
     Args:
       start, stop: of the ramp, in parts of the run.
@@ -32,7 +33,7 @@ def alpha_schedule(
     """
     if method == "float":
         return optax.constant_schedule(0.0)
-    if method == "ste":
+    if method in ("ste", "lsq"):
         return optax.constant_schedule(1.0)
     if ramp == "jump":
         return ab.jump(round(start * steps))
