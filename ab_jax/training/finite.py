@@ -37,13 +37,13 @@ class FiniteCheck:
     learning_rate: Callable[[int], float]
     last_checkpoint: Callable[[], Path | None]
 
-    def steps(self, metrics: Sequence[Mapping[str, Any]], first: int, trained: Any) -> None:
+    def steps(self, metrics: Sequence[Mapping[str, Any]], first: int, params: Any) -> None:
         """Check what consecutive steps returned.
 
         Args:
           metrics: of each step: `loss`, `alpha`, and `finite` of its gradients' leaves.
           first: the first of the steps.
-          trained: a tree of the structure of what is trained.
+          params: a tree of the structure of what is trained.
 
         Raises:
           NonFiniteLossError: names the step, alpha, the learning rate, the first parameter whose
@@ -56,7 +56,7 @@ class FiniteCheck:
             if np.all(finite):
                 gradients = "all gradients are finite"
             else:
-                gradients = f"the gradient of {_paths(trained)[np.argmin(finite)]} is not finite"
+                gradients = f"the gradient of {_paths(params)[np.argmin(finite)]} is not finite"
             self._stop(f"The loss is {loss} and {gradients}", step, float(of_step["alpha"]))
 
     def network(self, state: TrainState, alpha: float) -> None:
