@@ -4,17 +4,17 @@ Importing `ab_jax` loads jax and optax alone; models, data and training are impo
 """
 
 from ab_jax.blend import (
-    Description,
     blend,
     clip_latent,
     dequantize,
-    describe,
+    initial_scales,
     mean_alpha,
     quantize,
-    quantized_paths,
 )
+from ab_jax.description import Description, describe, quantized_paths
 from ab_jax.estimators import (
     Estimator,
+    ScaledEstimator,
     alpha_blend,
     alpha_blend_then_straight_through,
     compensated_alpha_blend,
@@ -25,6 +25,7 @@ from ab_jax.estimators import (
     straight_through,
 )
 from ab_jax.layerwise import layerwise_ramp
+from ab_jax.learned_scales import keep_scales_positive, learned_step_size
 from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.quantizers import Binary, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from ab_jax.rules import Rules
@@ -41,6 +42,7 @@ __all__ = [
     "Quantized",
     "Quantizer",
     "Rules",
+    "ScaledEstimator",
     "Ternary",
     "Uniform",
     "alpha_blend",
@@ -53,8 +55,11 @@ __all__ = [
     "dequantize",
     "describe",
     "full_precision",
+    "initial_scales",
     "jump",
+    "keep_scales_positive",
     "layerwise_ramp",
+    "learned_step_size",
     "linear_ramp",
     "mean_alpha",
     "parq",

@@ -6,15 +6,18 @@
     effective = blend(params, rules, alpha)     # inside the loss
     deployed = quantize(params, rules)          # integer codes and scales
 
+Scales that are trained themselves are a second tree, made from the first:
+
+    scales = initial_scales(params, rules)
+    effective = blend(params, rules, 1.0, estimator=learned_step_size, scales=scales)
+    deployed = quantize(params, rules, scales=scales)
+
 The path of a leaf is its keys, attribute names and indices joined by `/`: `layers/0/kernel`. A
 trailing `/value` (Flax NNX) is dropped, so that one rule serves every framework. Any tree of arrays
 will do; leaves that are no floating-point arrays (counters, random keys, functions) are left alone
 by a rule that maps them to None.
 """
 
-import dataclasses
-import math
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -24,7 +27,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.estimators import Estimator, alpha_blend
+from ab_jax.assigned import assigned, check_fits
+from ab_jax.description import quantized_paths
+from ab_jax.estimators import Estimator, ScaledEstimator, alpha_blend, check_takes_scale
+from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
 from ab_jax.quantizers import Quantized, Quantizer
 from ab_jax.rules import Rules
 
@@ -33,7 +39,14 @@ Alpha = ArrayLike | Callable[[str], ArrayLike]
 AlphaSchedule = Callable[[ArrayLike], Alpha]  # of the step
 
 
-def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = alpha_blend) -> Tree:
+def blend(
+    params: Tree,
+    rules: Rules,
+    alpha: Alpha,
+    *,
+    estimator: Estimator | ScaledEstimator = alpha_blend,
+    scales: Scales | None = None,
+) -> Tree:
     """Replace each parameter that a rule quantizes by what the loss shall see of it.
 
     At alpha 0 `alpha_blend` returns the parameters, at 1 the dequantized codes, bit for bit.
@@ -44,37 +57,31 @@ def blend(params: Tree, rules: Rules, alpha: Alpha, *, estimator: Estimator = al
       alpha: how far the parameters have moved towards their quantized values: a scalar in [0, 1],
         or a function of the path that returns one, where layers follow ramps of their own.
       estimator: the rule for value and gradient (`ab_jax.estimators`).
+      scales: for an estimator that trains them too (`ab_jax.learned_step_size`): by path, as
+        `initial_scales` makes them.
 
     Returns:
       A tree of the same structure, shapes and dtypes.
 
     Raises:
       ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); an
-        alpha outside [0, 1]. TypeError: a quantizer for a leaf that is not floating point; an
-        alpha that is no number.
+        alpha outside [0, 1]; scales that are not those of the parameters, or given to an estimator
+        that takes none, or missing. TypeError: a quantizer for a leaf that is not floating point;
+        an alpha that is no number.
     """
     if not callable(alpha):
         _check_alpha(alpha, "")
+    check_takes_scale(estimator, scales is not None)
+    estimate: Callable[..., Array] = estimator
 
-    def replace(path: str, leaf: Any, quantizer: Quantizer) -> Array:
+    def replace(path: str, leaf: Any, quantizer: Quantizer, *scale: Array) -> Array:
         if not callable(alpha):
-            return estimator(jnp.asarray(leaf), quantizer, alpha)
+            return estimate(jnp.asarray(leaf), quantizer, alpha, *scale)
         own_alpha = alpha(path)
         _check_alpha(own_alpha, f" for {path}")
-        return estimator(jnp.asarray(leaf), quantizer, own_alpha)
+        return estimate(jnp.asarray(leaf), quantizer, own_alpha, *scale)
 
-    return _map_quantized(replace, params, rules)
-
-
-def quantized_paths(params: Any, rules: Rules) -> list[str]:
-    """Paths of the parameters that a rule quantizes, in the order of the tree.
-
-    Shapes and dtypes are all it needs: the result of `jax.eval_shape` will do for `params`.
-
-    Raises:
-      ValueError, TypeError: as `blend`.
-    """
-    return [row.path for row in describe(params, rules).rows if row.quantizer is not None]
+    return _map_quantized(replace, params, rules, scales)
 
 
 def mean_alpha(params: Any, rules: Rules, alpha: Alpha) -> ArrayLike:
@@ -99,16 +106,49 @@ def mean_alpha(params: Any, rules: Rules, alpha: Alpha) -> ArrayLike:
     return jnp.where(jnp.all(alphas == 1), 1.0, jnp.where(jnp.all(alphas == 0), 0.0, between))
 
 
-def quantize(params: Any, rules: Rules) -> Any:
+def initial_scales(params: Any, rules: Rules) -> dict[str, Array]:
+    """Scales to train beside the parameters, from the weights as they are (LSQ, section 2.1).
+
+    Returns:
+      By the path of each parameter that a rule quantizes, float32 (float64 for float64 weights) of
+      shape `quantizer.scale_shape(parameter.shape)`.
+
+    Raises:
+      ValueError, TypeError: as `blend`; a quantizer whose scale cannot be learned (one with zero
+        points or a fixed scale).
+    """
+    scales: dict[str, Array] = {}
+
+    def note(path: str, leaf: Any, quantizer: Quantizer) -> None:
+        try:
+            scales[path] = initial_scale(jnp.asarray(leaf), quantizer)
+        except ValueError as error:
+            raise ValueError(f"Parameter {path}: {error}") from None
+
+    _map_quantized(note, params, rules)
+    return scales
+
+
+def quantize(params: Any, rules: Rules, *, scales: Scales | None = None) -> Any:
     """The tree with a `Quantized` (codes and scales) in place of each leaf that a rule quantizes.
 
     Made once, these are the codes to evaluate and to export. The same fit compiled into another
     program may differ in the last bit of a scale.
 
+    Args:
+      params, rules: as for `blend`.
+      scales: by path those that were trained; None: the quantizers fit their own.
+
     Raises:
       ValueError, TypeError: as `blend`.
     """
-    return _map_quantized(lambda path, leaf, quantizer: quantizer.quantize(leaf), params, rules)
+
+    def replace(path: str, leaf: Any, quantizer: Quantizer, *scale: Array) -> Quantized:
+        if scale:
+            return quantize_at(jnp.asarray(leaf), *scale, quantizer)
+        return quantizer.quantize(leaf)
+
+    return _map_quantized(replace, params, rules, scales)
 
 
 def dequantize(params: Any) -> Any:
@@ -134,83 +174,6 @@ def clip_latent(params: Tree, rules: Rules, *, limit: float = 1.0) -> Tree:
     return _map_quantized(lambda path, leaf, _: jnp.clip(leaf, -limit, limit), params, rules)
 
 
-@dataclasses.dataclass(frozen=True)
-class Described:
-    """What the rules do to one parameter; `bytes_after` counts packed codes and their scales."""
-
-    path: str
-    shape: tuple[int, ...]
-    rule: str
-    quantizer: Quantizer | None
-    bytes_before: int
-    bytes_after: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """A row for each parameter. `print` shows it as a table."""
-
-    rows: tuple[Described, ...]
-
-    def __str__(self) -> str:
-        table: list[tuple[str, ...]] = [
-            ("path", "shape", "rule", "axis", "quantizer", "bits", "bytes", "after")
-        ]
-        for row in self.rows:
-            shape = "x".join(map(str, row.shape)) or "scalar"
-            sizes = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
-            table.append((row.path, shape, row.rule, *_cells(row.quantizer), *sizes))
-        totals = (
-            sum(row.bytes_before for row in self.rows),
-            sum(row.bytes_after for row in self.rows),
-        )
-        table.append(("total", "", "", "", "", "", *(f"{total:,}" for total in totals)))
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column >= 5 else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-            )
-            for cells in table
-        )
-
-
-def describe(params: Any, rules: Rules) -> Description:
-    """What `rules` do to each parameter: path, shape, rule, axis, bits, bytes before and after.
-
-    Shapes and dtypes are all it needs: the result of `jax.eval_shape` will do for `params`.
-
-    Raises:
-      ValueError, TypeError: as `blend`.
-    """
-    leaves, chosen, _ = _assigned(params, rules)
-    rows = []
-    for (path, leaf), index in zip(leaves, chosen, strict=True):
-        pattern, quantizer = rules.rules[index]
-        before = after = _nbytes(leaf)
-        if quantizer is not None:
-            _check_fits(path, leaf, pattern, quantizer)
-            quantized = jax.eval_shape(quantizer.quantize, leaf)
-            after = math.ceil(quantized.codes.size * quantized.bits / 8)
-            after += _nbytes(quantized.scale) + _nbytes(quantized.zero_point)
-        shape = tuple(getattr(leaf, "shape", ()))
-        rows.append(Described(path, shape, pattern, quantizer, before, after))
-    return Description(tuple(rows))
-
-
-def _cells(quantizer: Quantizer | None) -> tuple[str, str, str]:
-    if quantizer is None:
-        return "", "", ""
-    axis = "tensor" if quantizer.axis is None else str(quantizer.axis)
-    if quantizer.group_size is not None:
-        axis += f", groups of {quantizer.group_size} on {quantizer.group_axis}"
-    return axis, type(quantizer).__name__, str(quantizer.bits)
-
-
-def _nbytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * leaf.dtype.itemsize if hasattr(leaf, "dtype") else 0
-
-
 def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
@@ -230,40 +193,26 @@ def _check_alpha(alpha: ArrayLike, where: str) -> None:
         )
 
 
-def _assigned(params: Any, rules: Rules) -> tuple[list[tuple[str, Any]], list[int], Any]:
-    """The leaves with their paths, the index of each one's rule, and the tree's structure."""
-    with_keys, structure = jax.tree.flatten_with_path(params)
-    leaves = [
-        (jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value"), leaf)
-        for keys, leaf in with_keys
-    ]
-    return leaves, rules.assign([path for path, _ in leaves]), structure
+def _map_quantized(
+    replace: Callable[..., Any], params: Any, rules: Rules, scales: Scales | None = None
+) -> Any:
+    """Replace the leaves that get a quantizer; an error about one of them names its path.
 
-
-def _map_quantized(replace: Callable[[str, Any, Quantizer], Any], params: Any, rules: Rules) -> Any:
-    """Replace the leaves that get a quantizer; an error about one of them names its path."""
-    leaves, chosen, structure = _assigned(params, rules)
+    `replace` gets the path, the leaf, the quantizer, and the leaf's scale if there are scales.
+    """
+    leaves, chosen, structure = assigned(params, rules)
+    quantizers = [rules.rules[index][1] for index in chosen]
+    quantized = {}
+    for (path, leaf), index, quantizer in zip(leaves, chosen, quantizers, strict=True):
+        if quantizer is not None:
+            check_fits(path, leaf, rules.rules[index][0], quantizer)
+            quantized[path] = leaf, quantizer
+    if scales is not None:
+        check_scales(scales, quantized)
     new_leaves = []
-    for (path, leaf), index in zip(leaves, chosen, strict=True):
-        pattern, quantizer = rules.rules[index]
-        if quantizer is None:
-            new_leaves.append(leaf)
-            continue
-        _check_fits(path, leaf, pattern, quantizer)
-        new_leaves.append(replace(path, leaf, quantizer))
+    for (path, leaf), quantizer in zip(leaves, quantizers, strict=True):
+        if quantizer is not None:
+            scale = () if scales is None else (jnp.asarray(scales[path]),)
+            leaf = replace(path, leaf, quantizer, *scale)
+        new_leaves.append(leaf)
     return jax.tree.unflatten(structure, new_leaves)
-
-
-def _check_fits(path: str, leaf: Any, pattern: str, quantizer: Quantizer) -> None:
-    """Refuse a leaf that the quantizer of its rule cannot take."""
-    dtype = getattr(leaf, "dtype", None)
-    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(
-            f"Rule {pattern!r} gives {path} the quantizer {quantizer}, but it is "
-            f"{'no array' if dtype is None else dtype}, not floating point. Add the rule "
-            f"({re.escape(path)!r}, None) before it."
-        )
-    try:
-        quantizer.scale_shape(leaf.shape)
-    except ValueError as error:
-        raise ValueError(f"Rule {pattern!r}, parameter {path}: {error}") from None

@@ -13,12 +13,17 @@ and by what factor the gradient passes back:
                              (1 - alpha) * w + alpha * Q(w)   factor 1 - alpha; 1 at alpha 1
     parq                     w drawn to the levels beside it  factor 1
 
+One that trains the scales too has them as a fourth argument, `scale`: `learned_step_size` of
+`ab_jax.learned_scales`.
+
 To add one, write such a function: `ab_jax.blend` takes it as it is. `quantizer.quantize(w)` gives
 the codes and their values; `replace_value` keeps a gradient while it sets the value.
 """
 
+import inspect
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +38,37 @@ class Estimator(Protocol):
 
     def __call__(self, w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
         """The array that stands for `w` in the loss."""
+
+
+class ScaledEstimator(Protocol):
+    """The same with scales that are trained: `(w, quantizer, alpha, scale) -> w_eff`."""
+
+    def __call__(self, w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: Array) -> Array:
+        """The array that stands for `w` in the loss; gradients reach `w` and `scale`."""
+
+
+def takes_scale(estimator: Callable[..., Any]) -> bool:
+    """Whether an estimator has a parameter `scale`: it is a `ScaledEstimator`."""
+    return "scale" in inspect.signature(estimator).parameters
+
+
+def check_takes_scale(estimator: Callable[..., Any], given: bool) -> None:
+    """Refuse an estimator that needs scales without them, and one that takes none with them.
+
+    Raises:
+      ValueError: it is so.
+    """
+    name = getattr(estimator, "__name__", repr(estimator))
+    if takes_scale(estimator) and not given:
+        raise ValueError(
+            f"The estimator {name} needs the scales that are trained. Make them once by "
+            f"ab_jax.initial_scales(params, rules), and give them as scales=."
+        )
+    if given and not takes_scale(estimator):
+        raise ValueError(
+            f"The estimator {name} takes no scales. Omit scales=, or train them by "
+            f"estimator=ab_jax.learned_step_size."
+        )
 
 
 def full_precision(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:

@@ -24,7 +24,10 @@ ROOMS: dict[str, set[str]] = {
     "schedules": {"jax", "numpy", "optax"},
     "layerwise": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},
+    "learned_scales": {"jax", "numpy"},
     "rules": set(),
+    "assigned": {"jax"},
+    "description": {"jax"},
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
     "activations": {"jax", "numpy", "flax"},

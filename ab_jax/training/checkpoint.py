@@ -2,6 +2,7 @@
 
     checkpoints/STEP/network     parameters and model state, what another run can start from
     checkpoints/STEP/rest        step, optimizer state and random key
+    checkpoints/STEP/scales      scales of the weights, in runs that train them
     checkpoints/STEP/interval    where a run stopped between two evaluations: see `Interval`
     checkpoints/STEP/about.json  the validation accuracy, by which the best is known
     checkpoints/STEP/MANIFEST    SHA-256 of each of these files, written last
@@ -33,9 +34,11 @@ from ab_jax.training.retention import (
 from ab_jax.training.state import TrainState
 
 # The network is an item of its own, so that another run can start from it whatever its optimizer.
-_NETWORK_FIELDS = ("params", "model_state")
-_REST_FIELDS = ("step", "opt_state", "key")
-_ITEMS = ("network", "rest", "interval")
+_FIELDS = {
+    "network": ("params", "model_state"),
+    "rest": ("step", "opt_state", "key"),
+    "scales": ("scales",),  # of runs that train them
+}
 
 
 class Checkpoints:
@@ -60,7 +63,7 @@ class Checkpoints:
         self._keep = keep
         self._newest: int | None = None  # of those known to be whole
         self._looked = False
-        items = {name: ocp.StandardCheckpointHandler() for name in _ITEMS}
+        items = {name: ocp.StandardCheckpointHandler() for name in (*_FIELDS, "interval")}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
         self._sealing: concurrent.futures.Future[None] | None = None
@@ -123,8 +126,7 @@ class Checkpoints:
         if step == self.latest_step:
             return
         items = {
-            "network": ocp.args.StandardSave(to_global(_fields(state, _NETWORK_FIELDS))),
-            "rest": ocp.args.StandardSave(to_global(_fields(state, _REST_FIELDS))),
+            item: ocp.args.StandardSave(to_global(tree)) for item, tree in _items(state).items()
         }
         if interval is not None:
             items["interval"] = ocp.args.StandardSave(interval.to_tree())
@@ -147,12 +149,11 @@ class Checkpoints:
             in structure or shapes; names the first such leaf.
         """
         path = self._existing()
-        wanted = {"network": _fields(like, _NETWORK_FIELDS), "rest": _fields(like, _REST_FIELDS)}
-        stored = self._orbax.metadata(path).item_metadata
-        for item, tree in wanted.items():
-            self._check_same_shapes(stored[item].tree, tree)
+        wanted, stored = _items(like), self._stored(path)
+        for item in ("scales", "network", "rest"):  # whether there are scales decides on the rest
+            self._check_same_shapes(stored.get(item, {}), wanted.get(item, {}))
         restored = self._restore(path, **{item: _abstract(tree) for item, tree in wanted.items()})
-        return TrainState(**to_own(restored["network"]), **to_own(restored["rest"]))
+        return TrainState(**{k: v for item in wanted for k, v in to_own(restored[item]).items()})
 
     def restore_interval(self) -> Interval | None:
         """What the newest whole checkpoint holds beside its state; None: it is of an evaluation.
@@ -161,9 +162,9 @@ class Checkpoints:
           FileNotFoundError: there is no checkpoint. ValueError: none is whole.
         """
         path = self._existing()
-        if not (path / "interval").is_dir():
+        stored = self._stored(path).get("interval")
+        if stored is None:
             return None
-        stored = self._orbax.metadata(path).item_metadata["interval"].tree
         return Interval.from_tree(self._restore(path, interval=_host_arrays(stored))["interval"])
 
     def restore_network(self, like: TrainState) -> TrainState:
@@ -177,8 +178,8 @@ class Checkpoints:
             another structure or of other shapes.
         """
         path = self._existing()
-        stored = self._orbax.metadata(path).item_metadata["network"].tree
-        wanted = _fields(like, _NETWORK_FIELDS)
+        stored = self._stored(path)["network"]
+        wanted = _items(like)["network"]
         self._check_same_shapes(_without_ranges(stored), _without_ranges(wanted))
         network = _abstract(_without_ranges(wanted))
         if RANGES in stored["model_state"]:  # Orbax restores all of an item or nothing
@@ -193,14 +194,17 @@ class Checkpoints:
         return dataclasses.replace(like, **restored)
 
     def network(self) -> dict[str, Any]:
-        """`params` and `model_state` of the newest whole checkpoint as they are, in NumPy arrays.
+        """`params` and `model_state` of the newest whole checkpoint as they are, in NumPy arrays;
+        and `scales`, of a run that trained them.
 
         Raises:
           FileNotFoundError: there is no checkpoint. ValueError: none is whole.
         """
         path = self._existing()
-        stored = self._orbax.metadata(path).item_metadata["network"].tree
-        return self._restore(path, network=_host_arrays(stored))["network"]
+        stored = self._stored(path)
+        items = [item for item in ("network", "scales") if item in stored]
+        restored = self._restore(path, **{item: _host_arrays(stored[item]) for item in items})
+        return {name: tree for item in items for name, tree in restored[item].items()}
 
     def _find_newest(self) -> int | None:
         """The first process looks, and tells the others."""
@@ -258,6 +262,11 @@ class Checkpoints:
             f"space or mend the disk, then give the same command again."
         )
 
+    def _stored(self, path: Path) -> dict[str, Any]:
+        """The trees of shapes and dtypes of the items that there are."""
+        metadata = self._orbax.metadata(path).item_metadata
+        return {item: metadata[item].tree for item in metadata if (path / item).is_dir()}
+
     def _restore(self, path: Path, **wanted: Any) -> Any:
         args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
         return self._orbax.restore(path, args=ocp.args.Composite(**args))
@@ -274,8 +283,13 @@ class Checkpoints:
             )
 
 
-def _fields(state: TrainState, names: tuple[str, ...]) -> dict[str, Any]:
-    return {name: getattr(state, name) for name in names}
+def _items(state: TrainState) -> dict[str, dict[str, Any]]:
+    """What each item of a checkpoint holds of a state."""
+    return {
+        item: {name: getattr(state, name) for name in names}
+        for item, names in _FIELDS.items()
+        if item != "scales" or state.scales is not None
+    }
 
 
 def _without_ranges(network: dict[str, Any]) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class FiniteCheck:
         Args:
           metrics: of each step: `loss`, `alpha`, and `finite` of its gradients' leaves.
           first: the first of the steps.
-          params: a tree of the parameters' structure.
+          params: a tree of the structure of what is trained.
 
         Raises:
           NonFiniteLossError: names the step, alpha, the learning rate, the first parameter whose
@@ -65,7 +65,10 @@ class FiniteCheck:
         Raises:
           NonFiniteLossError: names the first parameter, and the rest as `steps` does.
         """
-        network = jax.device_get({"params": state.params, **state.model_state})
+        network = {"params": state.params, **state.model_state}
+        if state.scales is not None:
+            network["scales"] = state.scales
+        network = jax.device_get(network)
         leaves = jax.tree.leaves(network)
         finite = [bool(np.all(np.isfinite(leaf))) for leaf in leaves]
         if not all(finite):

@@ -14,11 +14,12 @@ import optax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ab_jax.blend import Alpha, AlphaSchedule, describe, mean_alpha
+from ab_jax.blend import Alpha, AlphaSchedule, initial_scales, mean_alpha
 from ab_jax.data.batches import steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
-from ab_jax.estimators import Estimator
+from ab_jax.description import describe
+from ab_jax.estimators import Estimator, ScaledEstimator, takes_scale
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
@@ -45,7 +46,8 @@ class Training:
       model: a Linen module as `make_train_step` takes it.
       dataset: images in memory, or a stream of photographs.
       preprocessing: how they are augmented and normalized.
-      rules, estimator: what the loss sees of the weights.
+      rules, estimator: what the loss sees of the weights; an estimator that takes scales has them
+        trained, from those of the weights that the run starts with.
       alpha: the ramp, a schedule over steps, of all weights or by path (see `make_train_step`).
       activation_alpha: the ramp of quantized activations; None: the same.
       optimizer: an optax optimizer.
@@ -69,7 +71,7 @@ class Training:
     dataset: Dataset | StreamedDataset
     preprocessing: Preprocessing
     rules: Rules
-    estimator: Estimator
+    estimator: Estimator | ScaledEstimator
     alpha: AlphaSchedule
     optimizer: optax.GradientTransformation
     learning_rate: optax.Schedule
@@ -143,7 +145,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         def look() -> None:
             nonlocal looked_at
             recent[looked_at:] = jax.device_get(parallel.unreplicate(recent[looked_at:]))
-            finite.steps(recent[looked_at:], done - len(recent) + looked_at, state.params)
+            finite.steps(recent[looked_at:], done - len(recent) + looked_at, state.trained)
             looked_at = len(recent)
             checkpoints.check()
 
@@ -239,7 +241,10 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
                 f"Train that run first, or correct --init_from."
             )
     image_shape = training.dataset.image_shape
-    state = create_state(training.model, training.optimizer, image_shape, training.seed)
+    scale_rules = training.rules if takes_scale(training.estimator) else None
+    state = create_state(
+        training.model, training.optimizer, image_shape, training.seed, scale_rules=scale_rules
+    )
     if checkpoints.latest_step is not None:
         return checkpoints.restore(state)
     if source is None:
@@ -248,9 +253,13 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
         network = {"params": state.params, **state.model_state}
         network = load_pretrained(source, network, new_head=training.new_head)
         params = network.pop("params")
-        return dataclasses.replace(state, params=params, model_state=network)
-    with Checkpoints(source) as others:
-        return others.restore_network(state)
+        state = dataclasses.replace(state, params=params, model_state=network)
+    else:
+        with Checkpoints(source) as others:
+            state = others.restore_network(state)
+    if scale_rules is None:
+        return state
+    return dataclasses.replace(state, scales=initial_scales(state.params, scale_rules))
 
 
 @contextlib.contextmanager

@@ -5,6 +5,8 @@ from collections.abc import Callable, Mapping
 import jax
 import optax
 
+from ab_jax.training.state import Trained
+
 # Adding an optimizer is one line: a function of the learning-rate schedule, the momentum, the
 # weight decay and the mask of what decays.
 Factory = Callable[..., optax.GradientTransformation]
@@ -49,7 +51,7 @@ def make_optimizer(
     clip_norm: float | None = None,
     accumulate: int = 1,
 ) -> optax.GradientTransformation:
-    """An optax optimizer with weight decay on kernels only.
+    """An optax optimizer with weight decay on kernels only, none on their scales.
 
     Args:
       name: one of `OPTIMIZERS`.
@@ -81,6 +83,8 @@ def make_optimizer(
 
 
 def _kernels(params: optax.Params) -> optax.Params:
+    if isinstance(params, Trained):
+        return Trained(_kernels(params.params), dict.fromkeys(params.scales, False))
     return jax.tree.map_with_path(
         lambda path, _: jax.tree_util.keystr(path[-1:], simple=True) == "kernel", params
     )

@@ -8,7 +8,7 @@ import numpy as np
 from ab_jax.blend import Alpha, blend, dequantize, quantize
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
-from ab_jax.estimators import Estimator
+from ab_jax.estimators import Estimator, ScaledEstimator
 from ab_jax.quantizers import Quantized
 from ab_jax.rules import Rules
 from ab_jax.training.evaluation import Evaluator
@@ -38,7 +38,7 @@ class Readings:
         dataset: Dataset | StreamedDataset,
         *,
         rules: Rules,
-        estimator: Estimator,
+        estimator: Estimator | ScaledEstimator,
         watch: str | None = None,
     ) -> None:
         self._evaluator = evaluator
@@ -56,15 +56,15 @@ class Readings:
         Raises:
           ValueError: the parameter to watch is none that is quantized.
         """
-        quantized = quantize(state.params, self._rules)
+        quantized = self._quantized(state)
         if self._watch is not None:
             _check_watched(quantized, self._watch)
         self.codes = _codes(quantized)
 
     def metrics(self, state: TrainState, alpha: Alpha, activation_alpha: float) -> dict[str, Any]:
         """The metrics of one evaluation on the validation part, for a state at these alphas."""
-        effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
-        quantized = quantize(state.params, self._rules)
+        effective = self._effective(state, alpha)
+        quantized = self._quantized(state)
         values = dequantize(quantized)
         metrics: dict[str, Any] = {}
         if self._validation is not None:
@@ -104,8 +104,8 @@ class Readings:
           lines: the metrics written on the way, for the histograms.
           read_test: whether to read the test set; a trial that chooses among settings must not.
         """
-        effective = blend(state.params, self._rules, alpha, estimator=self._estimator)
-        values = dequantize(quantize(state.params, self._rules))
+        effective = self._effective(state, alpha)
+        values = dequantize(self._quantized(state))
         networks = {
             "blended": (effective, state.model_state, activation_alpha),
             "blended_recalibrated": (
@@ -137,6 +137,14 @@ class Readings:
                 ],
             }
         return summary
+
+    def _effective(self, state: TrainState, alpha: Alpha) -> Any:
+        return blend(
+            state.params, self._rules, alpha, estimator=self._estimator, scales=state.scales
+        )
+
+    def _quantized(self, state: TrainState) -> Any:
+        return quantize(state.params, self._rules, scales=state.scales)
 
     def _recalibrated(self, params: Any, state: TrainState, alpha: float) -> Any:
         return self._evaluator.recalibrate(

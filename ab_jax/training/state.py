@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -10,10 +10,20 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from ab_jax.blend import initial_scales
+from ab_jax.rules import Rules
+
+
+class Trained(NamedTuple):
+    """What an optimizer updates where scales are trained too."""
+
+    params: Any
+    scales: Any
+
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "model_state", "opt_state", "key"),
+    data_fields=("step", "params", "model_state", "opt_state", "key", "scales"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +34,10 @@ class TrainState:
       step: int32 scalar, the number of steps (batches) done; alpha is a function of it.
       params: the full-precision (latent) parameters.
       model_state: the model's other collections, such as `batch_stats`.
-      opt_state: the optimizer's state.
+      opt_state: the optimizer's state, of `trained`.
       key: the key data (uint32) that augmentation derives its random numbers from.
+      scales: by path the scales of quantized parameters, where they are trained (see
+        `ab_jax.learned_scales`); None: they are not.
     """
 
     step: Array
@@ -33,6 +45,18 @@ class TrainState:
     model_state: Any
     opt_state: Any
     key: Array
+    scales: dict[str, Array] | None = None
+
+    @property
+    def trained(self) -> Any:
+        """What the optimizer updates: the parameters, or `Trained`, these and their scales."""
+        return self.params if self.scales is None else Trained(self.params, self.scales)
+
+    def with_trained(self, trained: Any) -> "TrainState":
+        """The same state with other values of `trained`."""
+        if self.scales is None:
+            return dataclasses.replace(self, params=trained)
+        return dataclasses.replace(self, params=trained.params, scales=trained.scales)
 
 
 def create_state(
@@ -40,6 +64,8 @@ def create_state(
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: int,
+    *,
+    scale_rules: Rules | None = None,
 ) -> TrainState:
     """A fresh state; the same seed gives the same weights.
 
@@ -48,15 +74,21 @@ def create_state(
       optimizer: an optax optimizer.
       image_shape: [height, width, channels].
       seed: of the initial weights and the augmentation.
+      scale_rules: of the weights whose scales are trained too; None: no scales are.
+
+    Raises:
+      ValueError, TypeError: such rules that do not fit, as `ab_jax.initial_scales`.
     """
     weights_key, augment_key = jax.random.split(jax.random.key(seed))
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = jax.jit(functools.partial(model.init, train=False))(weights_key, images)
     params = variables.pop("params")
-    return TrainState(
+    state = TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         model_state=variables,
-        opt_state=optimizer.init(params),
+        opt_state=None,
         key=jax.random.key_data(augment_key),
+        scales=None if scale_rules is None else initial_scales(params, scale_rules),
     )
+    return dataclasses.replace(state, opt_state=optimizer.init(state.trained))

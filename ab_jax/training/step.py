@@ -17,7 +17,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.blend import Alpha, AlphaSchedule, blend, clip_latent, mean_alpha
 from ab_jax.data.augment import augment, normalize
-from ab_jax.estimators import Estimator
+from ab_jax.estimators import Estimator, ScaledEstimator
+from ab_jax.learned_scales import keep_scales_positive
 from ab_jax.rules import Rules
 from ab_jax.training.finite import finite_leaves
 from ab_jax.training.parallel import AXIS
@@ -57,7 +58,7 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     rules: Rules,
-    estimator: Estimator,
+    estimator: Estimator | ScaledEstimator,
     alpha: AlphaSchedule,
     activation_alpha: optax.Schedule | None = None,
     preprocessing: Preprocessing,
@@ -70,7 +71,8 @@ def make_train_step(
       model: takes images, `train` and `alpha`; synchronizes its batch statistics over `AXIS`, or
         over groups of it (`axis_index_groups`, as our models have it).
       optimizer: applied to gradients averaged over the devices.
-      rules, estimator: what the loss sees of each parameter.
+      rules, estimator: what the loss sees of each parameter; an estimator that takes scales has
+        those of the state, which are trained with the parameters.
       alpha: a schedule of the step, for the parameters; it may give a function of the path, where
         layers follow ramps of their own (`ab_jax.layerwise_ramp`).
       activation_alpha: another one for what the model is given as `alpha`; None: the same, or the
@@ -87,14 +89,15 @@ def make_train_step(
     """
 
     def loss_fn(
-        params: Any,
+        trained: Any,
         state: TrainState,
         images: Array,
         labels: Array,
         alpha_now: Alpha,
         of_activations: ArrayLike,
     ) -> tuple[Array, tuple[Any, Array]]:
-        effective = blend(params, rules, alpha_now, estimator=estimator)
+        at = state.with_trained(trained)
+        effective = blend(at.params, rules, alpha_now, estimator=estimator, scales=at.scales)
         logits, model_state = model.apply(
             {"params": effective, **state.model_state},
             images,
@@ -119,21 +122,25 @@ def make_train_step(
         targets = labels[indices]
         # shard_map sums the gradient of replicated parameters by itself, pmap does not. Parameters
         # that differ by device in type get their device's own gradient from both.
-        params = jax.lax.pcast(state.params, AXIS, to="varying")
+        trained = jax.lax.pcast(state.trained, AXIS, to="varying")
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (model_state, logits)), grads = gradient(
-            params, state, preprocessing.normalize(batch), targets, alpha_now, of_activations
+            trained, state, preprocessing.normalize(batch), targets, alpha_now, of_activations
         )
         correct = jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
         grads, loss, accuracy = jax.lax.pmean((grads, loss, correct), AXIS)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        new_params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+        updated = state.with_trained(optax.apply_updates(state.trained, updates))
+        params, scales = updated.params, updated.scales
         if latent_limit is not None:
-            new_params = clip_latent(new_params, rules, limit=latent_limit)
+            params = clip_latent(params, rules, limit=latent_limit)
+        if scales is not None:
+            scales = keep_scales_positive(scales, state.scales)
         new_state = dataclasses.replace(
             state,
             step=state.step + 1,
-            params=new_params,
+            params=params,
+            scales=scales,
             model_state=_equal_on_all_devices(model, model_state),
             opt_state=opt_state,
         )

@@ -79,7 +79,8 @@ class Network:
       description: JSON values, of which `rebuilt` makes the model and the rules again: experiment,
         config, classes and image_shape; and what else is known: the data (with the names of the
         classes and the mean and std by which images are normalized, where the run's code noted
-        them), the revision, the step, the rules of activations as text.
+        them), the revision, the step, the rules of activations as text, and
+        `scales: learned` where the codes are at scales that the run trained.
     """
 
     model: nn.Module
@@ -144,7 +145,10 @@ def read_run(path: Path, image_size: int | None = None) -> Network:
         "step": step,
     }
     model, rules, of_activations = rebuilt(description)
-    variables = {"params": ab.quantize(params, rules), **stored["model_state"]}
+    scales = stored.get("scales")  # of a run that trained them
+    if scales is not None:
+        description["scales"] = "learned"
+    variables = {"params": ab.quantize(params, rules, scales=scales), **stored["model_state"]}
     _check_fits(model, image_shape, variables)
     if of_activations is not None:
         description["activation_rules"] = readable(of_activations)

@@ -31,7 +31,8 @@ class Config:
     # What the loss sees of the weights: float (the weights), ste (their quantized values), soft_ste
     # and ab (a blend along the ramp, with the gradient of ste or with its own), ab_compensated (its
     # gradient enlarged up to --cap times), ab_then_ste (ste once alpha is 1), float_then_ste (float
-    # up to the ramp's stop), ab_layerwise (one layer after another), parq (drawn to the levels).
+    # up to the ramp's stop), ab_layerwise (one layer after another), parq (drawn to the levels),
+    # lsq (quantized values at scales that are trained too).
     method: Method = "ab"
     # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
     # int8 (least squares), int2_absmax to int8_absmax, least_squares_binary1 to 4 (a scale a bit).

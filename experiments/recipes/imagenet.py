@@ -28,7 +28,8 @@ class Config:
     # blend along the ramp; weights with the gradient of ste or with the blend's own),
     # ab_compensated (its gradient enlarged up to --cap times), ab_then_ste (ste once alpha is 1),
     # float_then_ste (float up to the ramp's stop), ab_layerwise (one layer after another), parq
-    # (weights drawn to the levels beside them, activations as with soft_ste).
+    # (weights drawn to the levels beside them, activations as with soft_ste), lsq (as
+    # ste, with the weights' scales trained too).
     method: Method = "ab"
     weight_bits: int = 8  # 2 to 8; the first and the last layer always have 8
     act_bits: int | None = 8  # 2 to 8 for the inputs of layers; None: activations stay in float

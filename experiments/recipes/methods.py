@@ -25,11 +25,12 @@ Method = Literal[
     "float_then_ste",
     "ab_layerwise",
     "parq",
+    "lsq",
 ]
 Ramp = Literal["cubic", "linear", "cosine", "sigmoid", "jump"]
 LayerOrder = Literal["forward", "backward"]
 
-ESTIMATORS: dict[str, ab.Estimator] = {
+ESTIMATORS: dict[str, ab.Estimator | ab.ScaledEstimator] = {
     "float": ab.full_precision,
     "ste": ab.straight_through,
     "soft_ste": ab.soft_straight_through,
@@ -39,6 +40,7 @@ ESTIMATORS: dict[str, ab.Estimator] = {
     "float_then_ste": ab.soft_straight_through,  # along a jump
     "ab_layerwise": ab.alpha_blend,
     "parq": ab.parq,
+    "lsq": ab.learned_step_size,
 }
 
 RAMPS: dict[str, Callable[[int, int], optax.Schedule]] = {
@@ -50,7 +52,7 @@ RAMPS: dict[str, Callable[[int, int], optax.Schedule]] = {
 }
 
 
-def estimator_of(method: Method, cap: float) -> ab.Estimator:
+def estimator_of(method: Method, cap: float) -> ab.Estimator | ab.ScaledEstimator:
     """What the loss sees of the weights; `cap` is that of `ab_compensated`.
 
     Raises:
@@ -66,7 +68,7 @@ def estimator_of(method: Method, cap: float) -> ab.Estimator:
 def alpha_schedule(
     method: Method, ramp: Ramp, start: float, stop: float, steps: int
 ) -> optax.Schedule:
-    """Alpha over the steps of a run: 0 for float, 1 for STE, else the ramp.
+    """Alpha over the steps of a run: 0 for float, 1 for STE and LSQ, else the ramp.
 
     From float to STE it jumps where the ramp would stop. Layer by layer this is the ramp of the
     whole, which the activations follow.
@@ -77,7 +79,7 @@ def alpha_schedule(
     """
     if method == "float":
         return optax.constant_schedule(0.0)
-    if method == "ste":
+    if method in ("ste", "lsq"):
         return optax.constant_schedule(1.0)
     if method == "float_then_ste":
         return ab.jump(round(stop * steps))

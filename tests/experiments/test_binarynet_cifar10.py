@@ -17,7 +17,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from ab_jax.data import load
+from ab_jax.export.packed import read_packed
 from ab_jax.quantized_inputs import RANGES
+from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory
 from experiments import binarynet_cifar10, export
 from experiments.binarynet_cifar10 import Config
@@ -77,7 +79,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 # Small runs
 
 
-@pytest.mark.parametrize("method", ["float", "ste", "soft_ste", "ab"])
+@pytest.mark.parametrize("method", ["float", "ste", "soft_ste", "ab", "lsq"])
 def test_each_method_runs_to_its_record(
     tiny: Config, first_losses: dict[str, float], method: Any
 ) -> None:
@@ -91,7 +93,7 @@ def test_each_method_runs_to_its_record(
     lines, summary = record["metrics"], record["summary"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
     ramp = [1 - (2 / 3) ** 3, 1 - (1 / 3) ** 3, 1, 1]  # from step 0 to step 3
-    alphas = {"float": [0] * 4, "ste": [1] * 4}.get(method, ramp)
+    alphas = {"float": [0] * 4, "ste": [1] * 4, "lsq": [1] * 4}.get(method, ramp)
     np.testing.assert_allclose([line["alpha"] for line in lines], alphas, rtol=1e-6)
     # With alpha 1 the network as trained is the one of the codes.
     for line, alpha in zip(lines, alphas, strict=True):
@@ -112,13 +114,18 @@ def test_each_method_runs_to_its_record(
         assert levels == 2 if alpha == 1 else levels > 2
 
     # Runs of one seed are paired: same weights, same images. What differs in the first step of a
-    # ramp, where alpha is 0, is nothing; STE differs from the start.
+    # ramp, where alpha is 0, is nothing; STE and LSQ differ from the start. (From each other by
+    # their scales, which batch norm takes out but for its epsilon: that is not looked at.)
     first_losses[method] = lines[0]["train_loss"]
     for other, loss in first_losses.items():
-        alike = other == method or "ste" not in (other, method)
+        if {other, method} == {"ste", "lsq"}:
+            continue
+        alike = other == method or not {"ste", "lsq"} & {other, method}
         assert (loss == pytest.approx(lines[0]["train_loss"], rel=1e-5)) == alike
-    if method == "ab":
+    if method in ("ab", "lsq"):
         check_export(directory, summary["test"]["quantized"])
+    if method == "lsq":
+        check_learned_scales(directory)
 
 
 def check_export(directory: Path, accuracy: float) -> None:
@@ -132,6 +139,20 @@ def check_export(directory: Path, accuracy: float) -> None:
     right = np.sum(np.argmax(np.asarray(logits), axis=1) == dataset.test.labels)
     # Another program rounds otherwise: an image on the border may fall to the other side.
     assert abs(right - accuracy * len(dataset.test)) < 2.5
+
+
+def check_learned_scales(directory: Path) -> None:
+    """The exported file has the scales of the checkpoint, and the signs of its weights."""
+    with Checkpoints(directory / "checkpoints") as checkpoints:
+        trained = checkpoints.network()
+    packed = read_packed(directory / "net.safetensors")
+    assert packed.network["scales"] == "learned"
+    assert len(trained["scales"]) == 9
+    for path, scale in trained["scales"].items():
+        layer = path.removesuffix("/kernel")
+        weights, found = trained["params"][layer]["kernel"], packed.variables["params"][layer]
+        np.testing.assert_array_equal(found["kernel"].scale, scale, strict=True)
+        np.testing.assert_array_equal(found["kernel"].codes, np.where(weights >= 0, 1, -1))
 
 
 def test_act_bits_quantizes_the_input_of_every_layer() -> None:
@@ -156,7 +177,7 @@ def test_alpha_follows_the_flags() -> None:
         return [float(schedule(step)) for step in (0, 20, 50, 80, 100)]
 
     assert alphas(method="float") == [0, 0, 0, 0, 0]
-    assert alphas(method="ste") == [1, 1, 1, 1, 1]
+    assert alphas(method="ste") == alphas(method="lsq") == [1, 1, 1, 1, 1]
     for method in ("soft_ste", "ab"):
         ramp = {"method": method, "ramp_start": 0.2, "ramp_stop": 0.8}
         assert alphas(**ramp) == pytest.approx([0, 0, 0.875, 1, 1])
@@ -199,7 +220,7 @@ def plain(text: str) -> str:
     ("flags", "messages"),
     [
         (["--learning_rat=0.1"], ["--learning_rat", "--learning_rate"]),
-        (["--method=admm"], ["--method", "admm", "float, ste, soft_ste, ab"]),
+        (["--method=admm"], ["--method", "admm", "float, ste, soft_ste, ab, lsq"]),
         (["--epochs=many"], ["--epochs", "many"]),
         (["--quantizer=int9"], ["--quantizer=int9 is not known", "binary", "int8_absmax"]),
         (["--activation=tanh"], ["--activation=tanh is not known", "relu, sign, sign_blend"]),
@@ -213,7 +234,7 @@ def test_an_unknown_flag_or_value_is_named(
 ) -> None:
     error = stderr_of(*flags)
     for message in messages:
-        if message == "float, ste, soft_ste, ab":
+        if message == "float, ste, soft_ste, ab, lsq":
             assert all(choice in error for choice in message.split(", "))
         else:
             assert message in error
@@ -231,6 +252,7 @@ def test_an_unknown_flag_or_value_is_named(
         (["--batch_size=63"], "A batch of 63 cannot be shared evenly by 2 devices"),
         (["--init_from=nowhere"], "There is no run to start from in nowhere"),
         (["--image_size=3"], "image_size"),
+        (["--method=lsq", "--quantizer=binary_fixed"], "The scales of Binary(axis=-1"),
         (["--watch=conv9/kernel"], "no quantized parameter 'conv9/kernel' to watch"),
     ],
 )

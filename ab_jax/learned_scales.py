@@ -1,0 +1,193 @@
+"""Learned step sizes (LSQ, arXiv 1902.08153): the scale of a quantizer as a trained parameter.
+
+With codes from -Q to Q and the scale s of a block of N weights (sections 2 to 2.2 of the paper):
+
+    value              v = round(clip(w / s, -Q, Q)) * s
+    gradient to w      1 where -Q < w / s < Q, else 0
+    gradient to s      g * (round(w / s) - w / s) there, g * -Q below and g * Q above
+    gradient scale     g = 1 / sqrt(N * Q)
+    first scale        s = 2 * mean|w| / sqrt(Q)
+
+Our choice, where the paper is silent or the house has its own way: levels are the same on both
+sides of 0 (the paper has one more below); a block is what the quantizer's `axis` and `group_size`
+say (the paper: the whole tensor); one bit has the codes -1 and +1, with the formulas at Q = 1; and
+an update at most halves a scale, so that it stays positive.
+
+What is trained is a second tree beside the parameters, a dictionary from a parameter's path to its
+scales. `ab_jax.initial_scales` makes it, `ab_jax.blend` and `ab_jax.quantize` take it.
+"""
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ab_jax.estimators import replace_value
+from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
+
+Scales = Mapping[str, Array]
+
+# Far below any scale of use, and far above the numbers that devices flush to zero.
+_SMALLEST = 2.0**-100
+
+
+def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: Array) -> Array:
+    """The value of the codes of `w` at a trained scale, with the gradients of the paper.
+
+    Args:
+      w: a floating-point weight of any shape.
+      quantizer: `Binary`, `Ternary` or a symmetric `Uniform`. It gives the levels and says which
+        weights share a scale; how it would fit the scale plays no part.
+      alpha: plays no part: the forward pass is quantized from the start.
+      scale: of shape `quantizer.scale_shape(w.shape)`, positive; float32 (float64 for float64 `w`).
+
+    Returns:
+      An array of the shape and dtype of `w`.
+
+    Raises:
+      ValueError: a quantizer whose scale cannot be learned.
+    """
+    highest = highest_level(quantizer)
+    value = quantize_at(*jax.lax.stop_gradient((w, scale)), quantizer)
+    relative = jax.lax.stop_gradient(w.astype(scale.dtype) / _spread(scale, w.shape))
+    inside = jnp.abs(relative) < highest
+    codes = value.codes.astype(scale.dtype)
+    slope = jnp.where(inside, codes - relative, codes)
+    per_block = w.size // math.prod(scale.shape)
+    # Its value is of no account, its gradients are those above: to a scale, `slope` times g.
+    scaled = scale / math.sqrt(per_block * highest)
+    graph = jnp.where(inside, w.astype(scale.dtype), 0) + slope * _spread(scaled, w.shape)
+    return replace_value(graph.astype(w.dtype), value.dequantize())
+
+
+def highest_level(quantizer: Quantizer) -> int:
+    """Q: the highest code, and the lowest with its sign changed.
+
+    Raises:
+      ValueError: a quantizer whose scale cannot be learned.
+    """
+    match quantizer:
+        case Binary(fixed_scale=None) | Ternary():
+            return 1
+        case Uniform(symmetric=True):
+            return int(2 ** (quantizer.bits - 1) - 1)
+    raise ValueError(
+        f"The scales of {quantizer} cannot be learned: that takes Binary without fixed_scale, "
+        f"Ternary or a symmetric Uniform."
+    )
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def initial_scale(w: Array, quantizer: Quantizer) -> Array:
+    """`2 * mean|w| / sqrt(Q)` of each block; 1 where that is too small to divide by.
+
+    Args:
+      w: a floating-point weight of any shape.
+      quantizer: as for `learned_step_size`.
+
+    Returns:
+      float32 (float64 for float64 `w`) of shape `quantizer.scale_shape(w.shape)`.
+    """
+    shape = quantizer.scale_shape(w.shape)
+    split = [n for size, count in zip(w.shape, shape, strict=True) for n in (count, size // count)]
+    blocks = jnp.abs(w.astype(_dtype(w.dtype))).reshape(split)
+    per_block = w.size // math.prod(shape)
+    # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
+    mean = jnp.sum(blocks / per_block, tuple(range(1, len(split), 2)))
+    scale = 2 / math.sqrt(highest_level(quantizer)) * mean
+    return jnp.where(scale < _SMALLEST, 1, scale)
+
+
+@functools.partial(jax.jit, static_argnames="quantizer")
+def quantize_at(w: Array, scale: Array, quantizer: Quantizer) -> Quantized:
+    """Codes of `w` at these scales; jitted, so that every caller gets the same integers.
+
+    Args:
+      w, quantizer, scale: as for `learned_step_size`.
+
+    Raises:
+      ValueError: a quantizer whose scale cannot be learned.
+    """
+    highest = highest_level(quantizer)
+    if isinstance(quantizer, Binary):
+        codes = jnp.where(w >= 0, 1, -1)
+    else:
+        relative = w.astype(scale.dtype) / _spread(scale, w.shape)
+        codes = jnp.round(jnp.clip(relative, -highest, highest))
+    return Quantized(
+        codes=codes.astype(jnp.int8),
+        scale=scale,
+        zero_point=None,
+        bits=quantizer.bits,
+        dtype=w.dtype.name,
+    )
+
+
+def keep_scales_positive(scales: Any, previous: Any) -> Any:
+    """The scales after an update, none below half of what it was.
+
+    A step past zero would turn the signs of a block's weights, or divide by zero. With this it
+    halves the scale, and the gradients that follow can raise it again.
+
+    Args:
+      scales: what `optax.apply_updates` returned, a tree of arrays.
+      previous: the positive scales before the update, a tree like it.
+    """
+    return jax.tree.map(
+        lambda new, old: jnp.maximum(new, jnp.maximum(old / 2, _SMALLEST)), scales, previous
+    )
+
+
+def check_scales(scales: Scales, quantized: Mapping[str, tuple[Any, Quantizer]]) -> None:
+    """Refuse scales that are not those of the parameters.
+
+    Args:
+      scales: by path.
+      quantized: by path the parameter that a rule quantizes, and its quantizer.
+
+    Raises:
+      ValueError: names the first path whose scale is missing, in excess, of another shape or dtype,
+        or (where its numbers are at hand) not positive and finite.
+    """
+    again = "Make them by ab_jax.initial_scales(params, rules), of these parameters and rules."
+    for path in sorted({*scales, *quantized}):
+        if path not in scales:
+            raise ValueError(f"There is no scale for {path}, which a rule quantizes. {again}")
+        if path not in quantized:
+            raise ValueError(f"There is a scale for {path}, which no rule quantizes. {again}")
+        (leaf, quantizer), scale = quantized[path], scales[path]
+        wanted = quantizer.scale_shape(leaf.shape), jnp.dtype(_dtype(leaf.dtype))
+        found = jnp.shape(scale), jnp.result_type(scale)
+        if found != wanted:
+            raise ValueError(
+                f"The scale of {path} is {found[1]}{list(found[0])}, not "
+                f"{wanted[1]}{list(wanted[0])}. {again}"
+            )
+        # A traced scale cannot be looked at, nor one that lies with other processes.
+        known = not isinstance(scale, jax.core.Tracer)
+        if known and getattr(scale, "is_fully_addressable", True):
+            numbers = np.asarray(scale)
+            if not (np.all(numbers > 0) and np.all(np.isfinite(numbers))):
+                raise ValueError(
+                    f"The scale of {path} holds what is not positive and finite. Call "
+                    f"ab_jax.keep_scales_positive after each update, or lower the learning rate."
+                )
+
+
+def _dtype(dtype: Any) -> Any:
+    """Of the scales of weights of this dtype."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
+    """The scale of each weight: what a block has, repeated over it."""
+    for i, (count, size) in enumerate(zip(scale.shape, shape, strict=True)):
+        if count != size:
+            scale = jnp.repeat(scale, size // count, axis=i)
+    return scale
