@@ -140,7 +140,9 @@ def test_the_gradient_of_a_loss_over_the_whole_tree(params):
         jax.tree.leaves_with_path(found), jax.tree.leaves(plain), strict=True
     ):
         factor = 1 - alpha if "kernel" in str(path) else 1
-        np.testing.assert_allclose(g, factor * g_plain, rtol=1e-5, atol=1e-6)
+        # Compiled by itself the blend may differ in its last bit, 5e-7 of a weight up to 8, and the
+        # loss's gradient by 9 times that.
+        np.testing.assert_allclose(g, factor * g_plain, rtol=1e-5, atol=1e-5)
 
 
 def test_rules_and_estimators_are_static_arguments(params):

@@ -48,7 +48,7 @@ def test_every_table_is_known_here() -> None:
     [
         (bench_step, ["batch32", "batch128"]),
         (bench_data, ["imagenet2012", "tiny_imagenet"]),
-        (bench_deploy, ["mobilenet_v1_100"]),
+        (bench_deploy, ["mobilenet_v1_100", "resnet50_v1"]),
     ],
 )
 def test_the_readme_shows_the_tables_of_the_benchmarks(
