@@ -15,6 +15,8 @@ from PIL import Image
 
 import ab_jax as ab
 from ab_jax.data.prepare import prepare_image_folder
+from ab_jax.models.resnet import TIMM_V2, TORCHVISION
+from experiments import resnet50_imagenet
 from experiments.recipes.generated_imagenet import prepare_generated_imagenet
 from experiments.recipes.imagenet import Config, activation_rules, stem_for, weight_rules
 from tests.fast_compilation import FAST_COMPILATION
@@ -103,18 +105,18 @@ def test_mobilenet_trains_from_scratch_and_from_another_run(flags: list[str]) ->
     check_two_phases(flags, "m88")
 
 
-@pytest.mark.parametrize(("version", "weight_bits", "act_bits"), [(1, 4, 4), (2, 4, 8)])
-def test_both_resnets_train(
-    flags: list[str], version: int, weight_bits: int, act_bits: int
-) -> None:
-    name = f"r{version}"
-    bits = [f"--weight_bits={weight_bits}", f"--act_bits={act_bits}"]
-    done = run("resnet50_imagenet", *flags, *bits, f"--version={version}", f"--name={name}")
+def test_both_resnets_are_made_and_the_second_trains(flags: list[str]) -> None:
+    for version, variant in ((1, TORCHVISION), (2, TIMM_V2)):
+        config = resnet50_imagenet.Config(version=version)
+        model = resnet50_imagenet.make_model(config, num_classes=3, image_size=8)
+        assert (model.variant, model.stage_sizes) == (variant, (3, 4, 6, 3))
+    bits = ["--weight_bits=4", "--act_bits=8", "--version=2", "--name=r2"]
+    done = run("resnet50_imagenet", *flags, *bits)
     assert done.returncode == 0, done.stderr
-    record = record_of(flags, name)
-    assert record["config"]["version"] == version
-    check_quantized(record, weight_bits, act_bits)
-    check_two_phases(flags, name)
+    record = record_of(flags, "r2")
+    assert record["config"]["version"] == 2
+    check_quantized(record, 4, 8)
+    check_two_phases(flags, "r2")
 
 
 def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) -> None:
