@@ -19,6 +19,7 @@ TABLES = [
     ("README.md", "binarynet_cifar10"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_resnet50"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),
+    ("docs/findings.md", "binarynet_methods"),
 ]
 
 
@@ -135,3 +136,34 @@ def test_the_trials_of_the_ramp_are_told_as_they_came_out() -> None:
     assert f"0.9 of the run, {table};" in text
     assert f"settle longer, {accuracies('tiny_imagenet_ramps/ramp_stop0.6')};" in text
     assert f"are quantized, {accuracies('tiny_imagenet_ramps/act_stop0.3')}." in text
+
+
+def test_what_the_trials_of_methods_say_is_told_as_it_came_out() -> None:
+    text = " ".join((ROOT / "docs/findings.md").read_text(encoding="utf-8").split())
+    found: dict[str, dict[tuple[float, float], float]] = {}
+    for path in sorted((ROOT / "results/binarynet_methods/trials").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        config = record["config"]
+        setting = config["learning_rate"], config["ramp_stop"]
+        accuracy = 100 * record["summary"]["validation"]["quantized_recalibrated"]
+        found.setdefault(config["method"], {})[setting] = accuracy
+    assert {len(trials) for trials in found.values()} == {8}
+    best = {method: max(trials.values()) for method, trials in found.items()}
+    others = [best[method] for method in best if method not in ("float", "ste", "ab_layerwise")]
+    assert f"is {best['ste']:.1f} for STE and {min(others):.1f} to {max(others):.1f} for" in text
+    assert max(best, key=lambda method: best[method] * (method != "float")) == "ab"
+    ab, compensated = found["ab"], found["ab_compensated"]
+    assert ab[0.2, 0.9] == best["ab"]
+    lower = [best["ab"] - ab[rate, 0.9] for rate in (0.05, 0.1)]
+    assert f"at 0.05 and 0.1 it is {lower[0]:.1f} and {lower[1]:.1f} points lower" in text
+    lost, lost_too = (
+        [trials[rate, 0.9] - trials[rate, 0.5] for rate in (0.05, 0.1, 0.2, 0.4)]
+        for trials in (ab, compensated)
+    )
+    assert f"it loses {min(lost):.1f} to {max(lost):.1f} points, compensated" in text
+    assert f"compensated {min(lost_too):.1f} to {max(lost_too):.1f}:" in text
+    assert f"falls to {found['ab_then_ste'][0.4, 0.5]:.0f}." in text
+    early = [found["float_then_ste"][rate, 0.9] for rate in (0.05, 0.1, 0.2, 0.4)]
+    assert f"it stays at {min(early):.0f} to {max(early):.0f}" in text
+    layers = found["ab_layerwise"].values()
+    assert f"does not pay** here: {min(layers):.0f} to {max(layers):.0f}." in text
