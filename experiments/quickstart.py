@@ -2,6 +2,11 @@
 
     python -m experiments.quickstart        (or: make quickstart)
 
+With --runs_dir=runs/quickstart the networks stay, to be exported:
+
+    python -m experiments.export runs/quickstart/ab --format=onnx --out=digits.onnx
+    python -m experiments.classify digits.onnx digit.png
+
 The images (8 x 8 pixels, 1,797 of them) come with scikit-learn. A float network is trained first;
 from it each method goes on to a network with 1-bit weights, for the same number of epochs. It
 prints a table and writes `report.html`: accuracy and alpha as training goes on, and the weights of
@@ -9,6 +14,7 @@ one layer falling onto their levels. One seed of a small set tells methods apart
 comparison see `experiments.binarynet_cifar10` and the README.
 """
 
+import contextlib
 import dataclasses
 import tempfile
 from pathlib import Path
@@ -43,14 +49,16 @@ class Config:
     width: float = 0.125  # of the network
     seed: int = 0
     out: Path = Path()  # the directory in which report.html goes
+    runs_dir: Path | None = None  # where the runs stay, to be exported or resumed; None: nowhere
 
 
 def run(config: Config) -> list[Record]:
     """Train every method, print the table, write the report; returns the records."""
-    with tempfile.TemporaryDirectory() as directory:
+    keep = config.runs_dir
+    with tempfile.TemporaryDirectory() if keep is None else contextlib.nullcontext(keep) as runs:
         base = binarynet_cifar10.Config(
             dataset="digits",
-            runs_dir=directory,
+            runs_dir=str(runs),
             width=config.width,
             seed=config.seed,
             batch_size=64,
@@ -73,10 +81,10 @@ def run(config: Config) -> list[Record]:
                     method=method,
                     epochs=config.epochs,
                     learning_rate=config.learning_rate * (4 if method == "ab" else 1),
-                    init_from=str(Path(directory) / "start"),
+                    init_from=str(Path(runs) / "start"),
                 )
             )
-            records += read_records([Path(directory) / method / "record.json"])
+            records += read_records([Path(runs) / method / "record.json"])
     Console().print(accuracy_table(records))
     report = write_report(records, config.out, title="ab_jax quickstart: digits")
     print(f"Curves and histograms: {report}")

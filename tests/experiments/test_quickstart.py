@@ -2,15 +2,20 @@
 
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from PIL import Image
 from rich.console import Console
+from sklearn.datasets import load_digits
 
-from experiments import quickstart
+from experiments import export, quickstart
 from experiments.quickstart import Config, accuracy_table
 from experiments.reporting.readings import Record
 
@@ -55,6 +60,7 @@ def test_a_small_run_writes_table_and_page(
             epochs=2.5,
             width=1 / 32,
             out=tmp_path,
+            runs_dir=tmp_path / "runs",
         )
         records = quickstart.run(config)
     finally:
@@ -73,6 +79,16 @@ def test_a_small_run_writes_table_and_page(
     accuracy = by_method["float"].accuracy("test", "blended")
     assert accuracy is not None
     assert accuracy > 20
+
+    # The network stays, and answers as an ONNX file.
+    net = tmp_path / "net.onnx"
+    export.run(export.Config(run=tmp_path / "runs/ab", format="onnx", out=net))
+    digit = tmp_path / "digit.png"
+    pixels = np.round(load_digits().images[0] * (255 / 16)).astype(np.uint8)
+    Image.fromarray(pixels).save(digit)
+    classify = [sys.executable, "-m", "experiments.classify", str(net), str(digit), "--top=10"]
+    answer = subprocess.run(classify, capture_output=True, text=True, check=True).stdout
+    assert {word for word in answer.split() if word in set("0123456789")} == set("0123456789")
 
     printed = capsys.readouterr().out
     assert "AB, 1-bit weights" in printed
