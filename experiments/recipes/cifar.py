@@ -20,6 +20,10 @@ QUANTIZERS: dict[str, ab.Quantizer] = {
     "ternary": ab.Ternary(),
     **{f"int{bits}": ab.Uniform(bits=bits) for bits in range(2, 9)},
     **{f"int{bits}_absmax": ab.Uniform(bits=bits, scale="absmax") for bits in range(2, 9)},
+    **{
+        f"int{bits}_tensor_absmax": ab.Uniform(bits=bits, scale="absmax", axis=None)
+        for bits in range(2, 9)
+    },
     **{f"least_squares_binary{bits}": ab.LeastSquaresBinary(bits=bits) for bits in range(1, 5)},
 }
 
@@ -35,7 +39,8 @@ class Config:
     # lsq (quantized values at scales that are trained too).
     method: Method = "ab"
     # What the weights become: binary (scale mean |w|), binary_fixed (scale 1), ternary, int2 to
-    # int8 (least squares), int2_absmax to int8_absmax, least_squares_binary1 to 4 (a scale a bit).
+    # int8 (least squares), int2_absmax to int8_absmax, int2_tensor_absmax to int8_tensor_absmax
+    # (one scale a tensor), least_squares_binary1 to 4 (a scale a bit).
     quantizer: str = "binary"
     # relu: 1-bit weights only. sign: 1-bit activations too, with the hard tanh's derivative
     # backward. sign_blend: the same, its gradient scaled by 1 - alpha as the weights' is.

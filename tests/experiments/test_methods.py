@@ -87,3 +87,15 @@ def test_layers_follow_the_calls(model: Any, layers: list[str], order: LayerOrde
         alphas = [float(schedule(middle)(f"{other}/kernel")) for other in in_order]
         np.testing.assert_allclose(alphas, [1.0] * i + [0.5] + [0.0] * (n - i - 1), atol=1e-6)
         assert float(schedule(100 * n)(f"{layer}/kernel")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"), [("int4_absmax", (0, 1, 2)), ("int4_tensor_absmax", (0, 1, 2, 3))]
+)
+def test_scales_at_the_largest_magnitude_of_a_channel_or_the_tensor(
+    name: str, axes: tuple[int, ...], rng: np.random.Generator
+) -> None:
+    w = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
+    quantized = QUANTIZERS[name].quantize(jnp.asarray(w))
+    largest = np.abs(w).max(axes, keepdims=True)
+    np.testing.assert_allclose(quantized.scale, largest / 7, rtol=1e-6)
