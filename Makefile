@@ -4,17 +4,20 @@
 PYTHON ?= python3
 VENV ?= .venv
 JOBS ?= 2
+API ?= build/api
 
 PY := $(VENV)/bin/python
 TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
+# Rooms of the library. The one named like a function is found through the package.
+ROOMS := $(filter-out ab_jax/__% %.typed ab_jax/blend.py,$(wildcard ab_jax/*))
 TORCH_VENV := $(VENV)-torch
 TORCH := $(TORCH_VENV)/.installed-torch
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-torch stress lint format clean distclean
+.PHONY: help quickstart test test-torch stress lint format docs clean distclean
 
 help: ## show this list
 	@echo "Targets:"
@@ -42,6 +45,11 @@ lint: $(TEST) ## check the style and the types
 format: $(TEST) ## put the sources into the house's format
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
+
+docs: $(TEST) ## write the API reference into build/api, from the docstrings
+	$(PY) -W error -m pdoc --docformat google --no-show-source --output-directory $(API) ab_jax \
+		$(subst /,.,$(basename $(ROOMS)))
+	@echo "Open $(API)/index.html"
 
 clean: ## remove caches and build leftovers; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import tyro
 import yaml
 
+import ab_jax
 from experiments import plan
 
 ROOT = Path(__file__).parents[1]
@@ -144,3 +146,28 @@ def test_plans_are_shown() -> None:
 def test_links_lead_somewhere(path: Path) -> None:
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text(encoding="utf-8")):
         assert (path.parent / link).exists(), link
+
+
+# The API reference
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make docs` writes, in the environment that runs the tests."""
+    pages = tmp_path_factory.mktemp("api")
+    made = ("-o", ".venv/.installed-test")  # no environment is made for it
+    command = ["make", "docs", *made, f"PY={sys.executable}", f"API={pages}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return pages
+
+
+def test_the_reference_holds_every_public_name(reference: Path) -> None:
+    page = (reference / "ab_jax.html").read_text(encoding="utf-8")
+    for name in ab_jax.__all__:
+        assert f'id="{name}"' in page, name
+
+
+def test_the_reference_has_a_page_for_every_room(reference: Path) -> None:
+    rooms = {path.stem for path in ROOT.glob("ab_jax/[a-z]*") if path.name != "py.typed"}
+    assert rooms == {path.stem for path in reference.glob("ab_jax/*.html")}

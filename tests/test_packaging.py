@@ -5,10 +5,12 @@ The wheel is built from a copy of the tree by the backend at hand, without netwo
 
 import email
 import email.message
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -37,9 +39,18 @@ def requirements(name: str) -> dict[str, Requirement]:
     return {requirement.name: requirement for requirement in found}
 
 
+def build(kind: str, source: Path) -> Path:
+    """The wheel or sdist that the build backend makes of a tree."""
+    code = f"from setuptools.build_meta import build_{kind}; print(build_{kind}('.'))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=source, check=True, capture_output=True, text=True
+    )
+    return source / done.stdout.splitlines()[-1]
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]:
-    """The wheel built from this tree; folders that must stay out of it are copied as well."""
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of this tree, with the folders that must stay out of a wheel as well."""
     source = tmp_path_factory.mktemp("source")
     for name in INPUTS:
         shutil.copy(ROOT / name, source)
@@ -47,14 +58,12 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[zipfile.ZipFile]
         if (ROOT / name).exists():
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, source / name, ignore=ignore)
-    subprocess.run(
-        [sys.executable, "-c", "from setuptools.build_meta import build_wheel; build_wheel('.')"],
-        cwd=source,
-        check=True,
-        capture_output=True,
-    )
-    (path,) = source.glob("*.whl")
-    with zipfile.ZipFile(path) as archive:
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path) -> Iterator[zipfile.ZipFile]:
+    with zipfile.ZipFile(build("wheel", source)) as archive:
         yield archive
 
 
@@ -73,6 +82,31 @@ def test_wheel_holds_the_library_and_nothing_else(wheel: zipfile.ZipFile) -> Non
     }
     assert packed == on_disk
     assert {"ab_jax/__init__.py", "ab_jax/py.typed"} <= packed
+
+
+def test_what_is_installed_stands_alone(source: Path, wheel: zipfile.ZipFile) -> None:
+    """Installed from the wheel, away from this tree, the library is imported and blends."""
+    site = source / "site"
+    wheel.extractall(site)
+    code = """
+import ab_jax as ab, jax.numpy as jnp
+rules = ab.Rules([("kernel", ab.Binary())])
+print(ab.__file__, ab.blend({"kernel": jnp.asarray([[1.0], [-3.0]])}, rules, 1.0)["kernel"].ravel())
+"""
+    alone = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", code], env=alone, cwd=site, capture_output=True, text=True
+    )
+    assert done.stdout.split() == [str(site / "ab_jax/__init__.py"), "[", "2.", "-2.]"], done.stderr
+
+
+def test_sdist_makes_the_same_wheel(source: Path, wheel: zipfile.ZipFile) -> None:
+    with tarfile.open(build("sdist", source)) as archive:
+        archive.extractall(source / "unpacked", filter="data")
+    (tree,) = (source / "unpacked").iterdir()
+    with zipfile.ZipFile(build("wheel", tree)) as again:
+        one, other = ({i.filename: i.CRC for i in w.infolist()} for w in (wheel, again))
+    assert one == other
 
 
 def test_wheel_carries_the_license(wheel: zipfile.ZipFile) -> None:
@@ -118,5 +152,7 @@ def test_version_and_python_come_from_one_place(metadata: email.message.Message)
     assert metadata["Version"] == ab_jax.__version__
     assert re.fullmatch(r"\d+\.\d+\.\d+", ab_jax.__version__)
     assert metadata["Requires-Python"] == ">=3.11"
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert re.findall(r"^## (\S+),? ", changelog, re.MULTILINE)[0].strip(",") == metadata["Version"]
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert "version" not in project
