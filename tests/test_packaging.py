@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 EXTRAS = {
     "train": "requirements.txt",
     "test": "requirements-test.txt",
+    "export": "requirements-export.txt",
     "qwix": "requirements-qwix.txt",
     "onnx": "requirements-onnx.txt",
     "litert": "requirements-litert.txt",
