@@ -16,6 +16,10 @@ from ab_jax.export.dictionaries import to_dictionaries
 from ab_jax.export.packed import read_packed
 from experiments.guides import digits, equinox, haiku, linen
 from experiments.guides import nnx as nnx_guide
+from tests.fast_compilation import fast_compilation
+
+__all__ = ["fast_compilation"]
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def logits_linen(params: Any, variables: Any, images: jax.Array) -> jax.Array:
@@ -81,12 +85,11 @@ def test_guide(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
     # 90 steps reach 90 % and more; chance is 10 %.
     assert accuracy > 0.75
-    test_images, test_labels = digits.load()[1]
-    images = test_images.transpose(0, 3, 1, 2) if name == "equinox" else test_images
-    answers = jax.jit(logits)(deployed, network.variables, images)
-    assert (answers.argmax(-1) == test_labels).mean() == pytest.approx(accuracy, abs=0.006)
+    image = digits.load()[1][0][:1]
+    image = image.transpose(0, 3, 1, 2) if name == "equinox" else image
     program = jax.export.deserialize((tmp_path / f"{name}.stablehlo").read_bytes())
-    np.testing.assert_allclose(program.call(images[:1]), answers[:1], rtol=1e-3, atol=1e-3)
+    answer = jax.jit(logits)(deployed, network.variables, image)
+    np.testing.assert_allclose(program.call(image), answer, rtol=1e-3, atol=1e-3)
 
 
 def test_batches_are_drawn_from_the_training_part() -> None:
