@@ -1,6 +1,6 @@
 """A small transformer on text, its kernels ternary: AB against STE, soft STE, float and rounding.
 
-    python -m experiments.decoder_text --method=float --steps=2000 --name=start/seed0
+    python -m experiments.decoder_text --method=float --steps=1500 --name=start/seed0
     python -m experiments.decoder_text --method=ab --init_from=runs/start/seed0
 
 (about a minute each on one core). Two blocks of width 64 predict the next byte of Python's own help
@@ -15,7 +15,7 @@ model reaches that knows each byte's frequency alone stands in the record.
 
 The whole study, of which `results/decoder_text` holds the records (about 40 minutes on one core):
 
-    python -m experiments.sweep decoder_text -- --method=float --seed=0..2,100 --steps=2000 \\
+    python -m experiments.sweep decoder_text -- --method=float --seed=0..2,100 --steps=1500 \\
         --learning_rate=0.003 --name='decoder_text/start/seed{seed}'
     python -m experiments.sweep decoder_text --keep=results -- --method=float,ste,soft_ste,ab \\
         --learning_rate=0.0005,0.0015,0.005,0.015 --seed=100 \\
@@ -63,7 +63,7 @@ class Config:
     ramp: Ramp = "cubic"  # of alpha
     ramp_start: float = 0.0  # in parts of the run
     ramp_stop: float = 0.9  # in parts of the run
-    steps: int = 1200  # updates
+    steps: int = 1000  # updates
     batch_size: int = 16  # stretches of text
     context: int = 64  # bytes that a prediction sees at most
     learning_rate: float = 0.003  # peak, of Adam
