@@ -19,6 +19,7 @@ from experiments import decoder_text
 from experiments.decoding import table, text, training
 from experiments.decoding.model import RULES, Decoder
 from experiments.reporting.readings import ReportError, read_records
+from experiments.sweeping.plan import plan
 from tests.fast_compilation import fast_compilation
 
 __all__ = ["fast_compilation"]
@@ -29,8 +30,8 @@ SMALL = {"width": 32, "layers": 1, "heads": 2, "context": 16, "batch_size": 16}
 
 
 @pytest.fixture(scope="module")
-def decoder() -> Decoder:
-    return Decoder(width=16, heads=2, layers=1, context=16, rngs=nnx.Rngs(0))
+def decoder(fast_compilation: None) -> Decoder:
+    return Decoder(width=32, heads=2, layers=1, context=16, rngs=nnx.Rngs(0))
 
 
 @pytest.fixture(scope="module")
@@ -106,14 +107,14 @@ def test_attention_has_a_scale_for_each_output_channel(decoder: Decoder) -> None
     codes = to_dictionaries(ab_nnx.quantize(decoder, RULES))
     attention = codes["blocks"]["0"]["attention"]
     kernel = decoder.blocks[0].attention.query.kernel[...]  # [features, heads, head size]
-    assert attention["query"]["kernel"].scale.shape == (1, 2, 8)
-    assert attention["out"]["kernel"].scale.shape == (1, 1, 16)  # [heads, head size, features]
-    flat = ab.Ternary().quantize(kernel.reshape(16, 16))
-    np.testing.assert_array_equal(attention["query"]["kernel"].codes.reshape(16, 16), flat.codes)
+    assert attention["query"]["kernel"].scale.shape == (1, 2, 16)
+    assert attention["out"]["kernel"].scale.shape == (1, 1, 32)  # [heads, head size, features]
+    flat = ab.Ternary().quantize(kernel.reshape(32, 32))
+    np.testing.assert_array_equal(attention["query"]["kernel"].codes.reshape(32, 32), flat.codes)
     np.testing.assert_allclose(attention["query"]["kernel"].scale.ravel(), flat.scale.ravel())
-    out = decoder.blocks[0].attention.out.kernel[...].reshape(16, 16)
+    out = decoder.blocks[0].attention.out.kernel[...].reshape(32, 32)
     flat = ab.Ternary().quantize(out)
-    np.testing.assert_array_equal(attention["out"]["kernel"].codes.reshape(16, 16), flat.codes)
+    np.testing.assert_array_equal(attention["out"]["kernel"].codes.reshape(32, 32), flat.codes)
     assert codes["embed"]["embedding"].scale.shape == (256, 1)
     rows = {row.path: row for row in ab.describe(nnx.state(decoder, nnx.Param), RULES).rows}
     assert rows["blocks/0/attention/value/kernel"].quantizer == ab.Ternary(axis=(-2, -1))
@@ -124,7 +125,7 @@ def test_the_output_layer_is_the_embedding(decoder: Decoder) -> None:
     """One parameter with one path, of which both places see the codes at alpha 1."""
     blended = ab_nnx.blended(decoder, RULES, 1.0)
     table_of = np.asarray(blended.embed.embedding[...])
-    hidden = jnp.ones((1, 16))
+    hidden = jnp.ones((1, 32))
     np.testing.assert_allclose(blended.embed.attend(hidden)[0], table_of.sum(1), rtol=1e-4)
     codes = ab_nnx.quantize(decoder, RULES)["embed"]["embedding"].get_raw_value()
     np.testing.assert_array_equal(table_of, codes.dequantize())
@@ -134,15 +135,17 @@ def test_the_output_layer_is_the_embedding(decoder: Decoder) -> None:
 
 
 @pytest.fixture(scope="module")
-def runs(python_text: text.Text, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(
+    fast_compilation: None, python_text: text.Text, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A float run, and AB from it."""
     path = tmp_path_factory.mktemp("runs")
     flags: dict[str, Any] = {**SMALL, "runs_dir": str(path), "learning_rate": 0.03}
     few = text.split(python_text.train[:20_000].tobytes().decode(errors="replace"))
-    start = decoder_text.Config(method="float", steps=150, eval_every=150, name="start", **flags)
+    start = decoder_text.Config(method="float", steps=120, eval_every=120, name="start", **flags)
     decoder_text.run(start, few)
     flags |= {"init_from": str(path / "start"), "read_test": True}
-    decoder_text.run(decoder_text.Config(steps=40, eval_every=20, name="ab", **flags), few)
+    decoder_text.run(decoder_text.Config(steps=30, eval_every=15, name="ab", **flags), few)
     return path
 
 
@@ -266,8 +269,6 @@ def test_the_page_shows_the_table_of_the_records() -> None:
 
 
 def test_the_commands_of_the_study_are_as_sweeps_take_them() -> None:
-    from experiments.sweeping.plan import plan
-
     told = re.sub(r"\\\n\s*", " ", str(decoder_text.__doc__))
     commands = re.findall(r"experiments\.sweep decoder_text .*?-- ([^(\n]*)", told)
     assert len(commands) == 3
