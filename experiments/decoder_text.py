@@ -16,13 +16,13 @@ model reaches that knows each byte's frequency alone stands in the record.
 The whole study, of which `results/decoder_text` holds the records (about 40 minutes on one core):
 
     python -m experiments.sweep decoder_text --keep=results -- --method=float --steps=1500 \\
-        --seed=0..2,100 --name='decoder_text_start/seed{seed}'
+        --seed=0..4,100 --name='decoder_text_start/seed{seed}'
     python -m experiments.sweep decoder_text --keep=results -- --method=float,ste,soft_ste,ab \\
-        --learning_rate=0.003,0.006,0.012,0.024 --seed=100 \\
+        --learning_rate=0.003,0.006,0.012,0.024,0.048 --seed=100 \\
         --init_from='runs/decoder_text_start/seed{seed}' \\
         --name='decoder_text/trials/{method}_lr{learning_rate}_seed{seed}'
     python -m experiments.decoding.table results/decoder_text      (the best rate of each method)
-    python -m experiments.sweep decoder_text --keep=results -- --method=ab --seed=0..2 \\
+    python -m experiments.sweep decoder_text --keep=results -- --method=ab --seed=0..4 \\
         --read_test --learning_rate=BEST --init_from='runs/decoder_text_start/seed{seed}' \\
         --name='decoder_text/final/{method}_seed{seed}'            (and so for each method)
     python -m experiments.decoding.table results/decoder_text --page=docs/frameworks.md

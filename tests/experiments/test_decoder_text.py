@@ -278,4 +278,4 @@ def test_the_commands_of_the_study_are_as_sweeps_take_them() -> None:
         for one in plan("decoder_text", words):
             assert one.flags.keys() <= known
     trials = plan("decoder_text", commands[1].replace("'", "").split())
-    assert len(trials) == 16
+    assert len(trials) == 20
