@@ -13,11 +13,13 @@ from ab_jax.rules import Rules
 def assigned(params: Any, rules: Rules) -> tuple[list[tuple[str, Any]], list[int], Any]:
     """The leaves with their paths, the index of each one's rule, and the tree's structure."""
     with_keys, structure = jax.tree.flatten_with_path(params)
-    leaves = [
-        (jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value"), leaf)
-        for keys, leaf in with_keys
-    ]
+    leaves = [(path_of(keys), leaf) for keys, leaf in with_keys]
     return leaves, rules.assign([path for path, _ in leaves]), structure
+
+
+def path_of(keys: Any) -> str:
+    """A leaf's keys, attributes and indices joined by `/`, without a trailing `/value` (NNX)."""
+    return jax.tree_util.keystr(keys, simple=True, separator="/").removesuffix("/value")
 
 
 def check_fits(path: str, leaf: Any, pattern: str, quantizer: Quantizer) -> None:

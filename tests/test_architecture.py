@@ -32,6 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "__init__": set(),  # the package itself: the core's public names, gathered
     "activations": {"jax", "numpy", "flax"},
     "quantized_inputs": {"jax", "numpy", "flax"},
+    "nnx": {"jax", "flax"},
     "models": {"jax", "numpy", "flax", "h5py", "safetensors"},
     "files": set(),
     "data": {

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 POD = (DOCS / "pod.md").read_text(encoding="utf-8")
 DEPLOY = (DOCS / "deploy.md").read_text(encoding="utf-8")
+FRAMEWORKS = (DOCS / "frameworks.md").read_text(encoding="utf-8")
 JOBSET = (DOCS / "jobset.yaml").read_text(encoding="utf-8")
 SLURM = (DOCS / "slurm.sh").read_text(encoding="utf-8")
 
@@ -28,7 +29,7 @@ SLURM = (DOCS / "slurm.sh").read_text(encoding="utf-8")
 def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
     """Each `python -m experiments.NAME flags ...`: the name and its words, up to the line's end."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    for name, rest in re.findall(r"python3? -m experiments\.(\w+)([^`\n]*)", joined):
+    for name, rest in re.findall(r"python3? -m experiments\.(\w+)(?![\w.])([^`\n]*)", joined):
         words = rest.partition("#")[0].partition(" || ")[0].rstrip("'& ")
         yield name, shlex.split(words.partition(" -- ")[0])
 
@@ -51,7 +52,10 @@ def jobset_command() -> tuple[str, list[str]]:
     return module.removeprefix("experiments."), words
 
 
-COMMANDS = [*commands_in(POD), *commands_in(SLURM), *commands_in(DEPLOY), jobset_command()]
+COMMANDS = [
+    *(command for text in (POD, SLURM, DEPLOY, FRAMEWORKS) for command in commands_in(text)),
+    jobset_command(),
+]
 
 
 @pytest.mark.parametrize(

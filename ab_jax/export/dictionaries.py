@@ -1,0 +1,85 @@
+"""Any framework's tree of parameters as nested dictionaries, which packed files hold, and back.
+
+    write_packed("net.safetensors", {"params": to_dictionaries(quantize(params, rules))})
+    network = read_packed("net.safetensors")
+    params = from_dictionaries(network.variables["params"], like=params)
+
+Each part of a leaf's path (`ab_jax.blend`) becomes a key: attributes of an Equinox module, indices
+of a list, what is between slashes in the module names of Haiku. None is no leaf and leaves no
+trace. Leave out what is no array (functions, settings), by `equinox.partition` say.
+"""
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+
+from ab_jax.assigned import path_of
+from ab_jax.quantized import Quantized
+
+Tree = TypeVar("Tree")
+
+
+def to_dictionaries(tree: Any) -> dict[str, Any]:
+    """Nested dictionaries of the leaves; a `Quantized` is one leaf.
+
+    Raises:
+      ValueError: two leaves of one path, a leaf that others lie within, a tree that is one leaf.
+    """
+    result: dict[str, Any] = {}
+    for path, leaf in _leaves(tree):
+        *parents, last = path.split("/")
+        branch = result
+        for parent in parents:
+            branch = branch.setdefault(parent, {})
+            if not isinstance(branch, dict):
+                raise ValueError(f"{path} lies within another leaf. Rename one of the two.")
+        if not last or last in branch:
+            raise ValueError(
+                f"The path {path!r} is that of two leaves, or of none. Each needs one of its own: "
+                f"rename a key, or put the leaf into a dictionary."
+            )
+        branch[last] = leaf
+    return result
+
+
+def from_dictionaries(dictionaries: Mapping[str, Any], like: Tree) -> Tree:
+    """The tree with the structure of `like` and the leaves of the dictionaries.
+
+    Args:
+      dictionaries: as `to_dictionaries` makes them of a tree of that structure.
+      like: its leaves may be arrays, `Quantized`, or the results of `jax.eval_shape`; of them only
+        the path and the shape count.
+
+    Raises:
+      ValueError: a leaf that is missing, one too many, or one of another shape; names it.
+    """
+    leaves = dict(_leaves(dictionaries))
+    wanted = _leaves(like)
+    paths = [path for path, _ in wanted]
+    missing = [path for path in paths if path not in leaves]
+    unknown = sorted(set(leaves) - set(paths))
+    if missing or unknown:
+        what = f"have no {missing[0]}" if missing else f"have {unknown[0]}, which the tree has not"
+        raise ValueError(f"The dictionaries {what}. Give those of a tree of the same structure.")
+    for path, leaf in wanted:
+        if _shape(leaf) != _shape(leaves[path]):
+            raise ValueError(
+                f"{path} has the shape {_shape(leaves[path])} in the dictionaries and "
+                f"{_shape(leaf)} in the tree. Give those of a tree of the same sizes."
+            )
+    structure = jax.tree.structure(like, is_leaf=_is_quantized)
+    return jax.tree.unflatten(structure, [leaves[path] for path in paths])
+
+
+def _leaves(tree: Any) -> list[tuple[str, Any]]:
+    with_keys = jax.tree.leaves_with_path(tree, is_leaf=_is_quantized)
+    return [(path_of(keys), leaf) for keys, leaf in with_keys]
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _shape(leaf: Any) -> tuple[int, ...]:
+    return (leaf.codes if isinstance(leaf, Quantized) else leaf).shape

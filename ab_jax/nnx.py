@@ -1,0 +1,111 @@
+"""Flax NNX modules, blended and quantized in one line, since they hold their own parameters.
+
+    def loss_fn(model, batch, step):                 # under nnx.value_and_grad and nnx.jit
+        logits = ab_nnx.blended(model, rules, alpha(step))(batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+
+    codes = ab_nnx.quantize(model, rules)            # an nnx.State of integer codes and scales
+    deployed = ab_nnx.with_params(model, codes)      # the module that computes with their values
+
+A blended module is a new one around new parameters, and every other Variable in it (batch
+statistics, random streams, caches) is the model's own: what a call writes there reaches the model.
+What a call adds to the module itself, as `sow` does, stays with the blended one.
+
+A Variable that hangs in two places (tied weights) is one parameter with one path, the first in the
+order in which `nnx.split` meets it, and remains one in the new module. Paths are shown by
+`ab.describe(nnx.state(model, nnx.Param), rules)`. Source: `nnx.split` and `nnx.merge`, which this
+file joins.
+"""
+
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+
+import ab_jax as ab
+from ab_jax.assigned import path_of
+from ab_jax.blend import Alpha
+from ab_jax.learned_scales import Scales
+
+Module = TypeVar("Module", bound=nnx.Module)
+
+
+def blended(
+    model: Module,
+    rules: ab.Rules,
+    alpha: Alpha,
+    *,
+    estimator: ab.Estimator | ab.ScaledEstimator = ab.alpha_blend,
+    scales: Scales | None = None,
+    only: Any = nnx.Param,
+) -> Module:
+    """The module with what the loss shall see of its parameters; `model` is left as it is.
+
+    The gradient passes through to the parameters of `model`.
+
+    Args:
+      model: any NNX module.
+      rules, alpha, estimator, scales: as for `ab.blend`, over `nnx.state(model, only)`.
+      only: an NNX filter, which Variables the rules speak of. `nnx.Param` includes its subclasses,
+        such as `nnx.LoRAParam`.
+
+    Raises:
+      TypeError: `model` is no NNX module. Otherwise as `ab.blend`.
+    """
+    structure, params, rest = _split(model, only)
+    params = ab.blend(params, rules, alpha, estimator=estimator, scales=scales)
+    return nnx.merge(structure, params, rest)
+
+
+def quantize(
+    model: nnx.Module, rules: ab.Rules, *, scales: Scales | None = None, only: Any = nnx.Param
+) -> nnx.State:
+    """The state of the parameters with a `Quantized` in each Variable that a rule quantizes.
+
+    Args:
+      model, rules, scales, only: as for `blended`.
+
+    Raises:
+      As `blended`.
+    """
+    _, params, _ = _split(model, only)
+    return ab.quantize(params, rules, scales=scales)
+
+
+def with_params(model: Module, params: nnx.State, *, only: Any = nnx.Param) -> Module:
+    """The module around other parameters, with the values of codes where there are codes.
+
+    Args:
+      model: gives the structure and, shared with it, all other Variables.
+      params: what `quantize` or `nnx.state(model, only)` returns.
+      only: as it was there.
+
+    Raises:
+      TypeError: `model` is no NNX module. ValueError: parameters of another structure or shape.
+    """
+    structure, own, rest = _split(model, only)
+    params = ab.dequantize(params)
+    wanted, found = _shapes(own), _shapes(params)
+    if wanted != found:
+        different = sorted(set(wanted.items()) ^ set(found.items()))
+        path = different[0][0]
+        raise ValueError(
+            f"These are not the parameters of {type(model).__name__}: {path} has the shape "
+            f"{wanted.get(path, 'of none')} in the model and {found.get(path, 'of none')} here. "
+            f"Give what ab_jax.nnx.quantize or nnx.state makes of the same model and filter."
+        )
+    return nnx.merge(structure, params, rest)
+
+
+def _split(model: Module, only: Any) -> tuple[nnx.GraphDef[Module], nnx.State, nnx.State]:
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"ab_jax.nnx takes an nnx.Module, not {type(model).__name__}. For a tree of parameters "
+            f"use ab_jax.blend and ab_jax.quantize."
+        )
+    structure, params, *rest = nnx.split(model, only, ...)
+    return structure, params, rest[0]
+
+
+def _shapes(params: nnx.State) -> dict[str, tuple[int, ...]]:
+    return {path_of(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(params)}

@@ -1,0 +1,1 @@
+"""The parts of `experiments.decoder_text`: text, model, training, table."""

@@ -1,0 +1,95 @@
+"""Trees of several frameworks as nested dictionaries and back."""
+
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import ab_jax as ab
+from ab_jax.export.dictionaries import from_dictionaries, to_dictionaries
+from ab_jax.export.packed import read_packed, write_packed
+
+
+class Layer(NamedTuple):
+    kernel: jax.Array
+    bias: jax.Array | None
+
+
+@pytest.fixture
+def tree(rng) -> dict:
+    """Lists, a named tuple, None, and slashes within a key, as Haiku has them."""
+
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    layers = [Layer(normal(3, 4), normal(4)), Layer(normal(4, 2), None)]
+    return {"layers": layers, "net/~/linear": {"w": normal(2, 2)}}
+
+
+RULES = ab.Rules([(".*(kernel|w)", ab.Ternary()), (".*", None)])
+
+
+def test_parts_of_paths_are_keys(tree):
+    nested = to_dictionaries(tree)
+    assert nested["layers"]["0"]["kernel"] is tree["layers"][0].kernel
+    assert nested["net"]["~"]["linear"]["w"] is tree["net/~/linear"]["w"]
+    assert set(nested["layers"]["1"]) == {"kernel"}  # None leaves no trace
+
+
+def test_codes_come_back_from_a_file_bit_for_bit(tree, tmp_path):
+    codes = ab.quantize(tree, RULES)
+    write_packed(tmp_path / "net", {"params": to_dictionaries(codes)})
+    variables = read_packed(tmp_path / "net").variables
+    found = from_dictionaries(variables["params"], like=codes)
+    assert jax.tree.structure(found) == jax.tree.structure(codes)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(codes), strict=True):
+        assert (one.dtype, one.tobytes()) == (other.dtype, other.tobytes())
+    # The shapes of the weights do as well, as a reader has them who has not trained.
+    shapes = jax.eval_shape(lambda: tree)
+    again = from_dictionaries(variables["params"], like=shapes)
+    assert isinstance(again["layers"][0].kernel, ab.Quantized)
+
+
+@pytest.mark.parametrize("make", ["equinox", "nnx"])
+def test_modules(make, key):
+    if make == "equinox":
+        model = eqx.filter(eqx.nn.MLP(3, 2, 4, 1, key=key), eqx.is_array)
+        path = ("layers", "1", "weight")
+    else:
+        model = nnx.state(nnx.List([nnx.Linear(3, 4, rngs=nnx.Rngs(0)) for _ in range(2)]))
+        path = ("1", "kernel")
+    leaf = to_dictionaries(model)
+    for part in path:
+        leaf = leaf[part]
+    assert isinstance(leaf, jax.Array)
+    back = from_dictionaries(to_dictionaries(model), like=model)
+    assert jax.tree.structure(back) == jax.tree.structure(model)
+    for one, other in zip(jax.tree.leaves(back), jax.tree.leaves(model), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_paths_that_clash_are_refused():
+    ones = np.ones(2)
+    with pytest.raises(ValueError, match="'a/b' is that of two leaves"):
+        to_dictionaries({"a": {"b": ones}, "a/b": ones})
+    with pytest.raises(ValueError, match="a/b lies within another leaf"):
+        to_dictionaries({"a": ones, "a/b": ones})
+    with pytest.raises(ValueError, match="'x' is that of two leaves"):
+        to_dictionaries({"x": {"y": ones}, "x/value": ones})
+    with pytest.raises(ValueError, match="or of none"):
+        to_dictionaries(ones)
+
+
+def test_dictionaries_of_another_tree_are_refused(tree):
+    nested = to_dictionaries(tree)
+    with pytest.raises(ValueError, match="have no layers/1/bias"):
+        from_dictionaries(nested, like={**tree, "layers": [tree["layers"][0]] * 2})
+    with pytest.raises(ValueError, match="have net/~/linear/w, which the tree has not"):
+        from_dictionaries(nested, like={"layers": tree["layers"]})
+    wrong = {**tree, "net/~/linear": {"w": np.ones((3, 2))}}
+    with pytest.raises(ValueError, match=r"linear/w has the shape \(2, 2\) in the dictionaries"):
+        from_dictionaries(nested, like=wrong)
