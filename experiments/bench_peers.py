@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import tyro
 
@@ -31,7 +30,7 @@ from experiments.peers import gradients, timing
 from experiments.peers.libraries import LIBRARIES, Bits
 from experiments.peers.lines import SNIPPETS, lines_to_write
 from experiments.peers.networks import CLASSES, NETWORKS, SHORT_NETWORKS
-from experiments.peers.steps import generated_images
+from experiments.peers.steps import generated_images, generated_variables
 from experiments.peers.tables import table
 from experiments.recipes.methods import named
 
@@ -106,7 +105,9 @@ def _gradients(c: Config, name: str, quantized: tuple[Bits, ...]) -> Iterator[di
             definition = gradients.DEFINITIONS[library]
             applied = LIBRARIES[library](model, bits)
             try:
-                variables = jax.jit(applied.init)(jax.random.key(0), images)
+                variables, images = gradients.led_by_positive(
+                    generated_variables(applied, images), images
+                )
                 given = gradients.kernel_gradients(
                     applied, variables, images, labels, definition.alpha
                 )

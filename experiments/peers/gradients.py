@@ -62,6 +62,27 @@ DEFINITIONS: dict[str, Definition] = {
 ALPHA = {name: definition.alpha for name, definition in DEFINITIONS.items()}
 
 
+def led_by_positive(variables: Variables, images: Array) -> tuple[Variables, Array]:
+    """The same with the sign turned of each output channel and image whose extreme is negative.
+
+    Qwix puts the extreme half-way between two codes. At a negative one both are there, and the last
+    bit of a division decides: no definition says which. At a positive one the upper is cut off.
+    """
+
+    def turn(path: Any, leaf: Array) -> Array:
+        if path[-1].key != "kernel":
+            return leaf
+        return leaf * _sign_of_extreme(leaf, tuple(range(leaf.ndim - 1)))
+
+    turned = {**variables, "params": jax.tree.map_with_path(turn, variables["params"])}
+    return turned, images * _sign_of_extreme(images, tuple(range(1, images.ndim)))
+
+
+def _sign_of_extreme(x: Array, axes: tuple[int, ...]) -> Array:
+    low, high = jnp.min(x, axes, keepdims=True), jnp.max(x, axes, keepdims=True)
+    return jnp.where(-low > high, -1, 1).astype(x.dtype)
+
+
 def is_defined(library: str, bits: Bits) -> bool:
     """Whether the definition here is that library's: Qwix ODML quantizes other activations."""
     return bits.activations is None or library != "Qwix ODML"
