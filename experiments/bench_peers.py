@@ -27,7 +27,7 @@ import tyro
 
 from ab_jax.training.records import describe_run, write_json
 from experiments.peers import gradients, timing
-from experiments.peers.libraries import LIBRARIES, Bits
+from experiments.peers.libraries import LIBRARIES, Bits, is_comparable
 from experiments.peers.lines import SNIPPETS, lines_to_write
 from experiments.peers.networks import CLASSES, NETWORKS, SHORT_NETWORKS
 from experiments.peers.steps import generated_images, generated_variables
@@ -99,7 +99,7 @@ def _gradients(c: Config, name: str, quantized: tuple[Bits, ...]) -> Iterator[di
     defined: dict[Any, dict[str, np.ndarray]] = {}
     for bits in quantized:
         for library in c.libraries:
-            if library not in gradients.DEFINITIONS:
+            if library not in gradients.DEFINITIONS or not is_comparable(library, bits):
                 continue
             about = {"network": name, "library": library, "bits": str(bits)}
             definition = gradients.DEFINITIONS[library]
@@ -114,13 +114,11 @@ def _gradients(c: Config, name: str, quantized: tuple[Bits, ...]) -> Iterator[di
             except Exception as error:  # whatever a library raises is what is to be told
                 yield {**about, "raises": timing.in_short(error)}
                 continue
-            errors: dict[str, float] = {}
-            if gradients.is_defined(library, bits):
-                if (definition, bits) not in defined:
-                    defined[definition, bits] = gradients.defined_gradients(
-                        model, variables, images, labels, definition, bits
-                    )
-                errors = gradients.relative_errors(given, defined[definition, bits])
+            if (definition, bits) not in defined:
+                defined[definition, bits] = gradients.defined_gradients(
+                    model, variables, images, labels, definition, bits
+                )
+            errors = gradients.relative_errors(given, defined[definition, bits])
             yield {**about, "errors": errors, "fault": gradients.fault(given, errors)}
 
 

@@ -83,11 +83,6 @@ def _sign_of_extreme(x: Array, axes: tuple[int, ...]) -> Array:
     return jnp.where(-low > high, -1, 1).astype(x.dtype)
 
 
-def is_defined(library: str, bits: Bits) -> bool:
-    """Whether the definition here is that library's: Qwix ODML quantizes other activations."""
-    return bits.activations is None or library != "Qwix ODML"
-
-
 def kernel_gradients(
     applied: Applied, variables: Variables, images: Array, labels: Array, alpha: float
 ) -> dict[str, np.ndarray]:

@@ -118,7 +118,7 @@ def by_qwix(model: nn.Module, bits: Bits) -> Applied:
 
 
 def by_qwix_odml(model: nn.Module, bits: Bits) -> Applied:
-    """Qwix's fake quantization for LiteRT: with activations, that of every operation's result."""
+    """Qwix's fake quantization for LiteRT; see `is_comparable`."""
     return _plain(qwix.quantize_model(model, qwix.OdmlQatProvider([_qwix_rule(bits)])))
 
 
@@ -222,6 +222,15 @@ LIBRARIES: dict[str, Library] = {
     "AQT": by_aqt,
     "AQT, mended": by_aqt_mended,
 }
+
+
+def is_comparable(library: str, bits: Bits) -> bool:
+    """Whether a library quantizes what the others do with these bits.
+
+    Qwix ODML does with weights alone: of activations it quantizes what operations give out, all of
+    them, and not what layers take in.
+    """
+    return bits.activations is None or library != "Qwix ODML"
 
 
 def loss(logits: Array, labels: Array) -> Array:

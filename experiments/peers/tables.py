@@ -9,6 +9,7 @@ from experiments.peers.timing import FLOAT
 from experiments.reporting.paired_statistics import median_interval
 
 Record = dict[str, Any]
+NONE = "–"  # a library that does not quantize the same
 
 
 def table(records: Sequence[Record]) -> str:
@@ -53,9 +54,11 @@ def _step_table(records: Sequence[Record], cell: Any) -> str:
             row = [TITLES.get(network, network), bits, str(size)]
             for library in libraries:
                 step = next(
-                    s for s in here if s["library"] == library and s["bits"] in (bits, FLOAT)
+                    (s for s in here if s["library"] == library and s["bits"] in (bits, FLOAT)),
+                    None,
                 )
-                row.append(cell(step, base, faults.get((network, library, bits), "")))
+                fault = faults.get((network, library, bits), "")
+                row.append(NONE if step is None else cell(step, base, fault))
             rows.append(row)
     return _markdown(["network", "bits", "batch", *libraries], rows, left=2)
 
@@ -87,19 +90,19 @@ def _gradient_table(records: Sequence[Record]) -> str:
     for record in records:
         found = {(g["network"], g["bits"], g["library"]): g for g in record["gradients"]}
         for network, bits in _distinct((g["network"], g["bits"]) for g in record["gradients"]):
-            cells = [_gradient_cell(found[network, bits, library]) for library in libraries]
+            cells = [_gradient_cell(found.get((network, bits, library))) for library in libraries]
             rows.append([TITLES.get(network, network), bits, *cells])
     return _markdown(["network", "bits", *libraries], rows, left=2)
 
 
-def _gradient_cell(found: Record) -> str:
+def _gradient_cell(found: Record | None) -> str:
+    if found is None:
+        return NONE
     if "raises" in found:
         return _raised(found)
     if found["fault"]:
         return f"invalid: {found['fault']}"
     errors = list(found["errors"].values())
-    if not errors:
-        return "another definition"
     return f"{statistics.median(errors):.0e}, {max(errors):.0e}"
 
 

@@ -1,16 +1,18 @@
 """Steps of one network under all libraries, timed in turns."""
 
+import dataclasses
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 from experiments.peers.gradients import ALPHA
-from experiments.peers.libraries import LIBRARIES, Bits
+from experiments.peers.libraries import LIBRARIES, Bits, is_comparable
 from experiments.peers.steps import Compiled, State, compile_step
 
 FLOAT = "float"
@@ -29,7 +31,8 @@ def time_steps(
 
     Args:
       model: a Linen network.
-      libraries: names of `LIBRARIES`; float, which has no bits, is taken once.
+      libraries: names of `LIBRARIES`; the first is float, and
+        float, which has no bits, is compiled once.
       quantized: the bits of the others.
       images, labels: the batch of every step.
       rounds: measurements of each, after a round to warm up.
@@ -40,9 +43,10 @@ def time_steps(
       `seconds` by round.
     """
     cases = [
-        (name, "float" if name.startswith(FLOAT) else str(bits), bits)
+        (name, FLOAT if name.startswith(FLOAT) else str(bits), bits)
         for name in libraries
         for bits in (quantized[:1] if name.startswith(FLOAT) else quantized)
+        if is_comparable(name, bits)
     ]
     found: dict[int, dict[str, Any]] = {}
     steps: dict[int, Compiled] = {}
@@ -50,8 +54,11 @@ def time_steps(
     for i, (name, label, bits) in enumerate(cases):
         found[i] = {"library": name, "bits": label}
         try:
-            applied = LIBRARIES[name](model, bits)
-            steps[i] = compile_step(applied, images, labels, ALPHA.get(name, 1.0))
+            if label == FLOAT and i:  # the same program, from a state of its own
+                steps[i] = dataclasses.replace(steps[0], state=jax.tree.map(jnp.copy, states[0]))
+            else:
+                applied = LIBRARIES[name](model, bits)
+                steps[i] = compile_step(applied, images, labels, ALPHA.get(name, 1.0))
         except Exception as error:  # whatever a library raises is what is to be told
             found[i]["raises"] = in_short(error)
             continue
