@@ -12,7 +12,7 @@ symmetric, the largest magnitude at the end of the range) and differ in three th
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -78,11 +78,14 @@ def in_float(model: nn.Module, bits: Bits) -> Applied:
     return _plain(model)
 
 
-def by_ab(estimator: ab.Estimator) -> Library:
-    """Ours: kernels blended in the loss, inputs of layers quantized by an interceptor."""
+def by_ab(estimator: ab.Estimator, scale: Literal["absmax", "least_squares"] = "absmax") -> Library:
+    """Ours: kernels blended in the loss, inputs of layers quantized by an interceptor.
+
+    `scale` is that of the kernels; `least_squares`, which the peers do not have, is our default.
+    """
 
     def apply_library(model: nn.Module, bits: Bits) -> Applied:
-        kernels = ab.Uniform(bits=bits.weights, scale="absmax")
+        kernels = ab.Uniform(bits=bits.weights, scale=scale)
         rules = ab.Rules([(r"(.*/)?kernel", kernels), (r".*", None)])
         inputs = None
         if bits.activations is not None:

@@ -15,8 +15,9 @@ def test_the_code_of_the_page_does_what_it_says() -> None:
     runner.run(page, out=wrong.append)
     versions = {name: importlib.metadata.version(name) for name in ("qwix", "aqtp", "jax")}
     assert not wrong, (
-        f"With {versions} a library does something else than docs/peers.md says. If a newer release "
-        f"mends a failure: how good. Take it off the page and out of the tables.\n{''.join(wrong)}"
+        f"With {versions} a library does something else than docs/peers.md says. If a newer "
+        f"release mends a failure: how good. Take it off the page, and make the tables anew.\n"
+        f"{''.join(wrong)}"
     )
 
 
