@@ -86,8 +86,11 @@ class Trainer:
         """The variables after so many epochs."""
         per_epoch = len(images) // config.batch_size
         steps = epochs * per_epoch
-        rates = warmup_cosine(rate, per_epoch, steps)
-        alphas = ab.cubic_ramp(0, round(config.ramp_stop * steps))
+        numbers = np.arange(steps, dtype=np.int32)
+        rates = np.asarray(warmup_cosine(rate, per_epoch, steps)(numbers))
+        alphas = np.ones(steps, np.float32)
+        if self.blends:
+            alphas = np.asarray(ab.cubic_ramp(0, round(config.ramp_stop * steps))(numbers))
         moments = jax.tree.map(jnp.zeros_like, variables["params"])
         rng = np.random.default_rng(seed)
         for number in range(steps):
@@ -95,9 +98,8 @@ class Trainer:
                 order = rng.permutation(len(images))
             first = number % per_epoch * config.batch_size
             batch = images[order[first : first + config.batch_size]]
-            alpha = alphas(number) if self.blends else 1.0
             variables, moments = self.step(
-                variables, moments, normalized(batch), batch.labels, rates(number), alpha
+                variables, moments, normalized(batch), batch.labels, rates[number], alphas[number]
             )
         return variables
 
