@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import compare_peers
 from experiments.compare_peers import CASES, Config, make_trainer, run, table
+from experiments.peers.libraries import LIBRARIES, Bits
+from experiments.peers.steps import generated_variables
 
 
 class Tiny(nn.Module):
@@ -46,9 +47,9 @@ def test_a_kernel_without_gradient_stays_and_a_mended_one_moves(tiny, rng) -> No
     images = rng.integers(0, 256, (8, 8, 8, 1)).astype(np.uint8)
     batch = compare_peers.Images(images, rng.integers(0, 10, 8).astype(np.int32))
     config = Config(batch_size=4)
+    before = generated_variables(LIBRARIES["float"](Tiny(), Bits(2)), jnp.zeros((1, 8, 8, 1)))
     for name, moves in (("AQT", False), ("AQT, mended", True)):
         trainer = make_trainer(config, name)
-        before = trainer.init(jax.random.key(0))
         after = trainer.train(before, batch, config, epochs=2, rate=0.1, seed=0)
         moved = {
             layer: bool(
