@@ -1,6 +1,8 @@
 """ab_jax beside Qwix and AQT: time of a training step, compile time, memory, gradients.
 
-    python -m experiments.bench_peers        (about fifteen minutes on two idle cores)
+    pip install ".[peers]"
+    python -m experiments.bench_peers        (about fifteen minutes on two idle cores, most of them
+                                              to compile; --networks=resnet50 is half of it)
 
 The same Linen networks with the same bits under each library (`experiments.peers.libraries` says
 what differs), all in one process: in every round each step runs once, in an order drawn anew, so
@@ -49,7 +51,7 @@ class Config:
     batch_sizes: tuple[int, ...] = (16, 64)  # images
     gradient_width: float = 0.0625  # of the networks whose gradients are compared
     gradient_images: int = 8  # in the batch for that
-    rounds: int = 11  # measurements of each step, after a round to warm up
+    rounds: int = 9  # measurements of each step, after a round to warm up
     seed: int = 0  # of the order in which a round runs the steps
     out: Path = Path("results/bench_peers/w8.json")
 

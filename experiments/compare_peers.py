@@ -1,5 +1,6 @@
 """Accuracy after equal training under ab_jax, Qwix and AQT: a small network on handwritten digits.
 
+    pip install ".[peers]"
     python -m experiments.compare_peers        (about six minutes on two idle cores)
 
 BinaryNet at an eighth of its width on scikit-learn's digits, weights of 2 bits by default, where
