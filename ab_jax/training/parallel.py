@@ -164,7 +164,7 @@ class Parallel:
           donate: the arguments whose memory the results may take over.
         """
         donate_argnums = tuple(donate)
-        options = _cpu_options() if self.devices[0].platform == "cpu" else None
+        options = cpu_options() if self.devices[0].platform == "cpu" else None
         if self.mode == "pmap":
             mapped = jax.pmap(
                 step, axis_name=AXIS, devices=self.devices, donate_argnums=donate_argnums
@@ -184,7 +184,7 @@ class Parallel:
         return jax.jit(mapped, donate_argnums=donate_argnums, compiler_options=options)
 
 
-def _cpu_options() -> dict[str, str] | None:
+def cpu_options() -> dict[str, str] | None:
     """How a step is compiled for CPUs; None where the user or the XLA at hand decides otherwise."""
     chosen = "scheduler" in os.environ.get("XLA_FLAGS", "")
     return _CPU_OPTIONS if not chosen and _cpu_options_are_known() else None

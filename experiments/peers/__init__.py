@@ -1,0 +1,1 @@
+"""ab_jax beside the libraries that people would reach for instead: Qwix and AQT."""

@@ -1,0 +1,222 @@
+"""The comparison with Qwix and AQT: gradients by definition, a small run, its tables."""
+
+import difflib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import bench_peers
+from experiments.bench_peers import Config, run, table
+from experiments.peers import gradients
+from experiments.peers.gradients import Definition, defined_gradients, fault, relative_errors
+from experiments.peers.libraries import LIBRARIES, Bits
+from experiments.peers.lines import SNIPPETS, lines_to_write
+from experiments.peers.snippets import plain
+from experiments.peers.steps import generated_variables
+from experiments.reporting.paired_statistics import median_interval
+
+
+class Small(nn.Module):
+    """A convolution and a dense layer."""
+
+    dtype: Any = jnp.float32
+    depthwise: bool = False
+
+    @nn.compact
+    def __call__(self, x, train):
+        groups = x.shape[-1] if self.depthwise else 1
+        features = x.shape[-1] if self.depthwise else 4
+        x = nn.Conv(
+            features,
+            (3, 3),
+            use_bias=False,
+            feature_group_count=groups,
+            dtype=self.dtype,
+            name="conv0",
+        )(x)
+        x = nn.relu(x)
+        return nn.Dense(5, use_bias=False, dtype=self.dtype, name="head")(x.mean((1, 2)))
+
+
+class Linear(nn.Module):
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = x.reshape(x.shape[0], -1)
+        return nn.Dense(5, use_bias=False, dtype=self.dtype, name="head")(x)
+
+
+def drawn(rng, size=4):
+    images = jnp.asarray(rng.standard_normal((6, size, size, 3)), jnp.float32)
+    return images, jnp.asarray(rng.integers(0, 5, 6), jnp.int32)
+
+
+@pytest.mark.parametrize("blended", [False, True])
+def test_the_definition_is_that_of_one_linear_layer(rng, blended):
+    """Of cross-entropy, in closed form: inputs times what probabilities are above the targets."""
+    images, labels = drawn(rng, size=2)
+    w = rng.standard_normal((12, 5)).astype(np.float32)
+    definition = Definition(beyond=0.5, image_ranges=True, alpha=0.75, blended=blended)
+    variables = {"params": {"head": {"kernel": jnp.asarray(w)}}}
+    found = defined_gradients(Linear(), variables, images, labels, definition, Bits(3, 4))
+
+    def seen(x, bits, axis):
+        step = np.abs(x).max(axis, keepdims=True) / (2 ** (bits - 1) - 0.5)
+        highest = 2 ** (bits - 1) - 1
+        return 0.25 * x + 0.75 * step * np.clip(np.round(x / step), -highest, highest)
+
+    x = seen(np.asarray(images, np.float64).reshape(6, 12), 4, 1)
+    logits = x @ seen(w.astype(np.float64), 3, 0)
+    shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    expected = x.T @ (shares - np.eye(5)[np.asarray(labels)]) / 6
+    factor = 0.25 if blended else 1.0
+    np.testing.assert_allclose(found["head"], factor * expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("library", "bits", "tolerance"),
+    [
+        ("ab_jax, AB", Bits(8, 8), 0.01),  # an input on a tie may fall otherwise in float32
+        ("ab_jax, STE", Bits(4), 1e-4),
+        ("Qwix", Bits(8, 8), 0.03),  # Dense keeps its operands as they were
+        ("Qwix ODML", Bits(4), 1e-4),
+        ("AQT, mended", Bits(8, 8), 0.03),
+    ],
+)
+def test_gradients_are_those_of_their_definition(rng, library, bits, tolerance):
+    images, labels = drawn(rng)
+    applied = LIBRARIES[library](Small(), bits)
+    variables, images = gradients.led_by_positive(generated_variables(applied, images), images)
+    definition = gradients.DEFINITIONS[library]
+    given = gradients.kernel_gradients(applied, variables, images, labels, definition.alpha)
+    defined = defined_gradients(Small(), variables, images, labels, definition, bits)
+    errors = relative_errors(given, defined)
+    assert errors.keys() == {"conv0", "head"}
+    assert max(errors.values()) < tolerance, errors
+    assert fault(given, errors) == ""
+
+
+def test_a_fault_is_told():
+    right = {"a": np.ones(3), "b": np.ones(3)}
+    for given, told in [
+        ({"a": np.zeros(3), "b": np.ones(3)}, "1 of 2 kernels get no gradient"),
+        ({"a": np.full(3, np.nan), "b": np.ones(3)}, "gradients are not finite"),
+        ({"a": -np.ones(3), "b": np.ones(3)}, "1 of 2 kernels get another gradient"),
+    ]:
+        assert fault(given, relative_errors(given, right)) == told
+
+
+def test_a_run_tells_times_failures_and_dead_gradients(tmp_path: Path, monkeypatch) -> None:
+    for networks in (bench_peers.NETWORKS, bench_peers.SHORT_NETWORKS):
+        monkeypatch.setitem(networks, "mobilenet", lambda width: Small(depthwise=True))
+    out = tmp_path / "new" / "record.json"
+    config = Config(
+        networks=("mobilenet",),
+        libraries=("float", "float, again", "Qwix", "AQT"),
+        image_size=8,
+        batch_sizes=(2,),
+        gradient_images=2,
+        rounds=3,
+        out=out,
+    )
+    record = run(config)
+    assert json.loads(out.read_text()) == record
+    steps = {(s["library"], s["bits"]): s for s in record["steps"]}
+    assert list(steps) == [
+        ("float", "float"),
+        ("float, again", "float"),
+        *((library, bits) for library in ("Qwix", "AQT") for bits in ("W8", "W8A8")),
+    ]
+    for (library, _), step in steps.items():
+        if library == "Qwix":
+            assert step["raises"].startswith("ValueError: conv_general_dilated")
+        else:
+            assert len(step["seconds"]) == 3
+            assert min(step["seconds"]) > 0
+            assert step["peak_bytes"] > 8 * 8 * 3 * 2 * 4, "at least the images are held"
+    told = {(g["library"], g["bits"]): g for g in record["gradients"]}
+    assert told["AQT", "W8A8"]["fault"] == "1 of 2 kernels get no gradient"
+    assert told["AQT", "W8A8"]["errors"]["conv0"] == 1.0
+    text = table([record])
+    assert text.count("| raises ValueError |") == 6
+    assert text.count("| invalid (") == 4
+
+
+def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
+    seconds = {name: rng.uniform(1, 2, 5).tolist() for name in ("float", "Qwix", "AQT")}
+    about = {"network": "resnet50", "batch_size": 16, "compile_seconds": 4.0, "peak_bytes": 10**7}
+    steps = [{**about, "library": name, "seconds": times} for name, times in seconds.items()]
+    for step in steps:
+        step["bits"] = "float" if step["library"] == "float" else "W8"
+    steps[1] |= {"compile_seconds": 5.0, "peak_bytes": 2 * 10**7}
+    errors = {"a": 1e-3, "b": 2e-3, "c": 3e-2}
+    found = {"network": "resnet50", "bits": "W8", "errors": errors, "fault": ""}
+    record = {
+        "config": {"image_size": 32, "rounds": 5, "width": 0.25, "gradient_width": 0.125},
+        "hardware": "a machine",
+        "packages": {"jax": "1.2.3"},
+        "peers": {"qwix": "4.5", "aqtp": "6.7"},
+        "steps": steps,
+        "gradients": [
+            {**found, "library": "Qwix"},
+            {**found, "library": "AQT", "fault": "3 of 3 kernels get no gradient"},
+        ],
+        "lines": {"Qwix": {"network": 0, "all": 3}},
+    }
+    lines = table([record]).splitlines()
+    cells = {}
+    for name in ("Qwix", "AQT"):
+        ratios = np.array(seconds[name]) / np.array(seconds["float"])
+        low, high = median_interval(ratios.tolist())
+        cells[name] = f"{np.median(ratios):.3f} [{low:.3f}, {high:.3f}]"
+    base = f"1 ({1e3 * np.median(seconds['float']):.0f} ms)"
+    assert f"| ResNet-50 | W8 | 16 | {base} | {cells['Qwix']} | invalid ({cells['AQT']}) |" in lines
+    cost = "1 (4.0 s), 1 (10 MB) | 1.25, 2.00 | invalid (1.00, 1.00)"
+    assert f"| ResNet-50 | W8 | 16 | {cost} |" in lines
+    assert "| ResNet-50 | W8 | 2e-03, 3e-02 | invalid: 3 of 3 kernels get no gradient |" in lines
+    assert "| Qwix | 0 | 3 |" in lines
+
+
+@pytest.mark.parametrize("name", SNIPPETS)
+def test_lines_are_those_by_which_a_snippet_differs_and_it_runs(name: str, rng) -> None:
+    snippet = SNIPPETS[name]
+    before, after = (
+        [
+            line
+            for line in inspect.getsource(module).partition('"""\n')[2].splitlines()
+            if line.strip()
+        ]
+        for module in (plain, snippet)
+    )
+    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    kept = sum(block.size for block in matcher.get_matching_blocks())
+    lines = lines_to_write(snippet)
+    assert lines["all"] == len(after) - kept
+    assert lines["network"] == (2 if name.startswith("AQT") else 0)
+    images, labels = drawn(rng)
+    spec = jax.eval_shape(snippet.init, jax.random.key(0), images)
+    state = {collection: spec[collection] for collection in spec if collection != "params"}
+    loss, changed = jax.eval_shape(snippet.loss_fn, spec["params"], state, images, labels, 0)
+    assert loss.shape == ()
+    assert jax.tree.map(jnp.shape, changed) == jax.tree.map(jnp.shape, state)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"rounds": 0}, r"--rounds=0"),
+        ({"networks": ("vgg",)}, r"--networks=vgg is not known"),
+        ({"libraries": ("Qwix",)}, r"--libraries must begin with float"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused(flags, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        run(Config(**flags))
