@@ -44,7 +44,7 @@ def compile_step(applied: Applied, images: Array, labels: Array, alpha: float) -
     variables = generated_variables(applied, images)
     state = variables, optimizer.init(variables["params"])
 
-    def step(state: State, images: Array, labels: Array) -> tuple[State, Array]:
+    def step(state: State, images: Array, labels: Array, alpha: Array) -> tuple[State, Array]:
         variables, moments = state
 
         def of(params: Any) -> tuple[Array, Variables]:
@@ -56,11 +56,13 @@ def compile_step(applied: Applied, images: Array, labels: Array, alpha: float) -
         params = optax.apply_updates(variables["params"], updates)
         return ({**variables, **changed, "params": params}, moments), value
 
+    # An argument as in training, where a ramp gives it: what holds for one alpha alone is not used.
+    at = jnp.float32(alpha)
     options = cpu_options() if jax.default_backend() == "cpu" else None
     started = time.perf_counter()
     compiled = (
         jax.jit(step, donate_argnums=0, compiler_options=options)
-        .lower(state, images, labels)
+        .lower(state, images, labels, at)
         .compile()
     )
     took = time.perf_counter() - started
@@ -71,7 +73,9 @@ def compile_step(applied: Applied, images: Array, labels: Array, alpha: float) -
         + memory.output_size_in_bytes
         - memory.alias_size_in_bytes
     )
-    return Compiled(compiled, state, took, int(peak))
+    return Compiled(
+        lambda state, images, labels: compiled(state, images, labels, at), state, took, int(peak)
+    )
 
 
 def generated_variables(applied: Applied, images: Array) -> Variables:
