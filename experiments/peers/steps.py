@@ -97,8 +97,10 @@ def generated_variables(applied: Applied, images: Array) -> Variables:
     return jax.tree.map_with_path(draw, shapes)  # random numbers go to the kernels alone
 
 
-def generated_images(batch_size: int, image_size: int, classes: int) -> tuple[Array, Array]:
+def generated_images(
+    batch_size: int, image_size: int, classes: int, seed: int = 0
+) -> tuple[Array, Array]:
     """Normal noise, float32 [batch, size, size, 3], and labels, int32 [batch]."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     images = rng.standard_normal((batch_size, image_size, image_size, 3), np.float32)
     return jnp.asarray(images), jnp.asarray(rng.integers(0, classes, batch_size), jnp.int32)

@@ -128,7 +128,8 @@ def _caption(records: Sequence[Record]) -> str:
         f"{config['width']:g}, {pixels} x {pixels} images, float32. Compile times are single "
         f"measurements; memory is the compiler's count. Gradients: at width "
         f"{config['gradient_width']:g} (ResNet with two blocks), against straight-through training "
-        f"in float64, where an input on a tie between two codes may fall otherwise. "
+        f"in float64; with quantized activations on that of {config['gradient_batches']} batches "
+        f"where they are least, since an activation on a tie between two codes may fall otherwise. "
         f"{first['hardware']}; {peers}, jax {first['packages']['jax']}."
     )
 

@@ -114,6 +114,29 @@ def test_a_fault_is_told():
         assert fault(given, relative_errors(given, right)) == told
 
 
+@pytest.mark.parametrize(
+    ("bits", "errors", "images"),
+    [
+        (Bits(8, 8), [0.3, 0.02, 0.1], 1),  # none without a tie: the least
+        (Bits(8, 8), [0.3, 1e-6], 1),  # it ends there
+        (Bits(8), [0.3], 0),  # kernels have no ties that change from batch to batch
+    ],
+)
+def test_gradients_are_read_where_no_tie_falls_otherwise(
+    bits: Bits, errors: list[float], images: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = iter(errors)
+    nothing = lambda *_: {}  # noqa: E731
+    for name in ("kernel_gradients", "defined_gradients"):
+        monkeypatch.setattr(gradients, name, nothing)
+    monkeypatch.setattr(gradients, "relative_errors", lambda *_: {"kernel": next(left)})
+    config = Config(image_size=8, gradient_images=2, gradient_batches=3)
+    found = bench_peers._least_error(config, Small(), "ab_jax, STE", bits)
+    assert found["images"] == images
+    assert found["errors"] == {"kernel": errors[images]}
+    assert next(left, None) is None
+
+
 def test_a_run_tells_times_failures_and_dead_gradients(tmp_path: Path, monkeypatch) -> None:
     for networks in (bench_peers.NETWORKS, bench_peers.SHORT_NETWORKS):
         monkeypatch.setitem(networks, "mobilenet", lambda width: Small(depthwise=True))
@@ -160,7 +183,13 @@ def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
     errors = {"a": 1e-3, "b": 2e-3, "c": 3e-2}
     found = {"network": "resnet50", "bits": "W8", "errors": errors, "fault": ""}
     record = {
-        "config": {"image_size": 32, "rounds": 5, "width": 0.25, "gradient_width": 0.125},
+        "config": {
+            "image_size": 32,
+            "rounds": 5,
+            "width": 0.25,
+            "gradient_width": 0.125,
+            "gradient_batches": 3,
+        },
         "hardware": "a machine",
         "packages": {"jax": "1.2.3"},
         "peers": {"qwix": "4.5", "aqtp": "6.7"},
