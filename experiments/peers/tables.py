@@ -28,6 +28,11 @@ def table(records: Sequence[Record]) -> str:
     return "\n\n".join(parts)
 
 
+def times(records: Sequence[Record]) -> str:
+    """The table of times alone, for the README."""
+    return f"{_time_table(records)}\n\nTime of a step / float. {_caption(records)}"
+
+
 def _time_table(records: Sequence[Record]) -> str:
     return _step_table(records, _time_cell)
 
