@@ -1,12 +1,16 @@
 """The tables of the README and of docs/ are those of the records in `results/`."""
 
 import json
+import statistics
+from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 import pytest
 
-from experiments import bench_data, bench_deploy, bench_step, compare_exports
+from experiments import bench_data, bench_deploy, bench_step, compare_exports, compare_peers
+from experiments.peers import tables as peers
+from experiments.reporting.paired_statistics import paired_difference
 from experiments.reporting.readings import read_records
 from experiments.reporting.readme_blocks import readme_blocks, renew_readme
 from experiments.reporting.tables import readme_table
@@ -45,24 +49,26 @@ def test_every_table_is_known_here() -> None:
 
 
 @pytest.mark.parametrize(
-    ("benchmark", "names"),
+    ("file", "name", "made", "records"),
     [
-        (bench_step, ["batch32", "batch128"]),
-        (bench_data, ["imagenet2012", "tiny_imagenet"]),
-        (bench_deploy, ["mobilenet_v1_100", "resnet50_v1"]),
+        ("README.md", "bench_step", bench_step.table, ["batch32", "batch128"]),
+        ("README.md", "bench_data", bench_data.table, ["imagenet2012", "tiny_imagenet"]),
+        ("README.md", "bench_deploy", bench_deploy.table, ["mobilenet_v1_100", "resnet50_v1"]),
+        ("README.md", "bench_peers", peers.times, ["w8"]),
+        ("docs/peers.md", "bench_peers", peers.table, ["w8"]),
+        ("docs/peers.md", "compare_peers", compare_peers.table, ["digits_w2"]),
     ],
 )
-def test_the_readme_shows_the_tables_of_the_benchmarks(
-    benchmark: ModuleType, names: list[str]
+def test_tables_of_benchmarks_are_those_of_their_records(
+    file: str, name: str, made: Callable[[Any], str], records: list[str]
 ) -> None:
-    name = benchmark.__name__.rpartition(".")[2]
-    records = [
+    read = [
         json.loads((ROOT / f"results/{name}/{record}.json").read_text(encoding="utf-8"))
-        for record in names
+        for record in records
     ]
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    text = (ROOT / file).read_text(encoding="utf-8")
     block = text.partition(f"<!-- {name} -->\n")[2].partition(f"\n<!-- /{name} -->")[0]
-    assert block == benchmark.table(records), f"replace it by experiments.{name}.table of these"
+    assert block == made(read), f"replace it by {made.__module__}.{made.__name__} of these"
 
 
 def test_the_differences_of_exports_are_told_as_they_were_counted() -> None:
@@ -167,3 +173,31 @@ def test_what_the_trials_of_methods_say_is_told_as_it_came_out() -> None:
     assert f"it stays at {min(early):.0f} to {max(early):.0f}" in text
     layers = found["ab_layerwise"].values()
     assert f"does not pay** here: {min(layers):.0f} to {max(layers):.0f}." in text
+
+
+def test_what_the_final_runs_of_methods_say_is_told_as_it_came_out() -> None:
+    """The words of docs/findings.md on who is ahead of STE, behind it, or neither."""
+    found: dict[str, dict[int, float]] = {}
+    for path in sorted((ROOT / "results/binarynet_methods/final").glob("*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        accuracy = 100 * record["summary"]["test"]["quantized_recalibrated"]
+        found.setdefault(record["config"]["method"], {})[record["config"]["seed"]] = accuracy
+    interval = {}
+    for method in found.keys() - {"float", "ste"}:
+        difference = paired_difference(found[method], found["ste"])
+        assert difference is not None
+        assert difference.half_width is not None
+        low, high = (difference.mean + sign * difference.half_width for sign in (-1, 1))
+        interval[method] = low, high
+        assert difference.n == (20 if method in ("ab", "parq") else 5)
+    assert interval["ab"][0] < 0 < interval["ab"][1] < 0.9
+    assert interval["parq"][0] > 0.1
+    assert sum(interval["parq"]) / 2 < 0.5
+    for method in ("soft_ste", "lsq", "float_then_ste", "ab_compensated"):
+        assert interval[method][0] < 0 < interval[method][1], method
+    for method in ("ab_then_ste", "ab_layerwise"):
+        assert sum(interval[method]) / 2 < -0.4, method
+    scatter = {method: statistics.stdev(of.values()) for method, of in found.items()}
+    assert scatter["ab"] > scatter["ste"]
+    first = {seed: found["parq"][seed] - found["ste"][seed] for seed in range(5)}
+    assert sum(first.values()) > 0
