@@ -24,6 +24,7 @@ TABLES = [
     ("docs/tiny_imagenet.md", "tiny_imagenet_resnet50"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),
     ("docs/findings.md", "binarynet_methods"),
+    ("docs/findings.md", "binarynet_w1a1"),
 ]
 
 
