@@ -15,6 +15,7 @@ may be several directories by comma: `<!-- table: study/final,study/ramps ablati
     --tuned=learning_rate,ramp_stop     what trials chose for each method: their table, and columns
     --columns=quantizer:binary,int3     methods over levels, "not run" where there is no record
     --ablation=final/ste_,final/ab_     what single changes to the runs so named make of them
+    --epochs=3,4                        the runs at these epochs, on validation images
 """
 
 import os
@@ -53,6 +54,7 @@ class Config:
     columns: str = DEFAULTS.columns
     # a table of single changes to the runs whose names begin so, as final/ste_,final/ab_
     ablation: str = DEFAULTS.ablation
+    epochs: str = ",".join(DEFAULTS.epochs)  # a table of the runs at these epochs, by comma
     readme: Path | None = None  # file whose block `<!-- table: DIRECTORY -->` is renewed
     results: Path = Path("results")  # what the names of blocks are directories of, to renew all
 

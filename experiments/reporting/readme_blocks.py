@@ -114,7 +114,9 @@ def parse_options(words: Mapping[str, str]) -> TableOptions:
             f"it may hold: {', '.join(sorted(known))}"
         )
     values: dict[str, Any] = {
-        name: word if isinstance(getattr(DEFAULTS, name), str) else tuple(word.split(","))
+        name: word
+        if isinstance(getattr(DEFAULTS, name), str)
+        else tuple(filter(None, word.split(",")))
         for name, word in words.items()
     }
     return TableOptions(**values)

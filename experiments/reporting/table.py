@@ -37,6 +37,8 @@ class TableOptions:
         `quantizer`, or `quantizer:binary,ternary` for these levels in this order; empty: none.
       ablation: how the names of the default setting's runs begin, such as `final/` or
         `final/ste_,final/ab_`; every other setting is compared with it; empty: no such table.
+      epochs: when the runs are compared, for a table on validation images through training; none:
+        no such table.
     """
 
     group_by: tuple[str, ...] = ("method",)
@@ -45,12 +47,14 @@ class TableOptions:
     tuned: tuple[str, ...] = ("learning_rate",)
     columns: str = ""
     ablation: str = ""
+    epochs: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if "method" not in self.group_by:
             raise ReportError("--group_by must hold method: rows are compared by their method")
-        if self.columns and self.ablation:
-            raise ReportError("--columns and --ablation are tables of their own: omit one of them")
+        asked = {"columns": self.columns, "ablation": self.ablation, "epochs": self.epochs}
+        if len(several := [f"--{name}" for name, value in asked.items() if value]) > 1:
+            raise ReportError(f"{' and '.join(several)} are tables of their own: give one of them")
         if self.columns.partition(":")[0] == "method":
             raise ReportError("--columns=method: the methods are the rows; name another flag")
 

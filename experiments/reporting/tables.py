@@ -35,6 +35,7 @@ from experiments.reporting.table import (
     lines_of,
     partner,
 )
+from experiments.reporting.through_training import through_training_table
 
 
 def study_tables(records: Sequence[Record], options: TableOptions | None = None) -> StudyTables:
@@ -52,6 +53,9 @@ def study_tables(records: Sequence[Record], options: TableOptions | None = None)
         records = of_these_levels(records, options)
     finals = [record for record in records if record.is_final]
     groups = group_records(finals, options.groups, options.ignore)
+    if options.epochs:
+        table = through_training_table(groups, options)
+        return StudyTables((table,), None, commands(list(groups.values())))
     if options.columns:
         accuracies = tables_across_levels(records, groups, options)
     else:
