@@ -20,11 +20,19 @@ OPTIMIZERS: Mapping[str, Factory] = {
 }
 
 
-def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Schedule:
-    """Learning rate: up to `peak` in `warmup_steps` in a line, then down to 0 along a cosine.
+def warmup_cosine(
+    peak: float, warmup_steps: int, total_steps: int, final: float = 0.0
+) -> optax.Schedule:
+    """Learning rate: up to `peak` in `warmup_steps` in a line, then down along a cosine.
+
+    Args:
+      peak: the highest rate.
+      warmup_steps, total_steps: how long the line is, and both together.
+      final: the rate at the end, in parts of the peak; 1: it stays there.
 
     Raises:
-      ValueError: a peak that is not positive, or a warm-up that leaves no step.
+      ValueError: a peak that is not positive, a warm-up that leaves no step, or an end outside
+        [0, 1].
     """
     if peak <= 0:
         raise ValueError(f"learning_rate={peak}: the learning rate must be positive.")
@@ -33,12 +41,15 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int) -> optax.Sch
             f"A warm-up of {warmup_steps} steps does not fit into {total_steps} steps of training. "
             f"Train longer or warm up less."
         )
+    if not 0 <= final <= 1:
+        raise ValueError(f"final_rate={final} must lie in [0, 1]: it is in parts of the peak.")
     # Without warm-up the first step is already at the peak.
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0 if warmup_steps else peak,
         peak_value=peak,
         warmup_steps=warmup_steps,
         decay_steps=total_steps,
+        end_value=final * peak,
     )
 
 

@@ -78,7 +78,8 @@ class Config:
     optimizer: Literal["sgd", "adamw"] = "sgd"  # sgd has momentum; adamw is AdamW
     float_learning_rate: float = 0.1  # at the peak, in the float phase
     learning_rate: float = 0.02  # at the peak, in the method's phase
-    warmup: float = 1.0  # epochs of linear warm-up in each phase; a cosine down to 0 follows
+    warmup: float = 1.0  # epochs of linear warm-up in each phase; a cosine follows
+    final_rate: float = 0.0  # learning rate at the end of the cosine, in parts of the peak
     momentum: float = 0.9  # of SGD; the first moment's decay of AdamW
     weight_decay: float = 1e-4  # on kernels only
     label_smoothing: float = 0.0  # share of the target that goes to all classes alike

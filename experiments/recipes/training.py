@@ -73,6 +73,7 @@ def train_network(
         c.learning_rate,
         round(c.warmup * per_epoch) // c.accumulate,
         max(1, steps // c.accumulate),
+        c.final_rate,
     )
     parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     model = make_model(

@@ -29,6 +29,8 @@ UNREAD = {
     "lsq": _RAMP,
     "float_then_ste": _RAMP - {"ramp_stop", "act_stop"},
 }
+# Flags that records of earlier versions lack, and what those versions did.
+ADDED_LATER = {"final_rate": 0.0}
 NO_VALUE = "–"  # what a table shows of such a flag
 Group = tuple[Any, ...]
 
@@ -76,7 +78,7 @@ class Record:
     def template(self, flag: str) -> Any:
         """A flag's value; `seed3` in its text becomes `seed{seed}`, so that runs that differ by
         their seed alone have equal ones."""
-        value = self.config.get(flag)
+        value = self.config.get(flag, ADDED_LATER.get(flag))
         if isinstance(value, str):
             return value.replace(f"seed{self.seed}", "seed{seed}")
         return value

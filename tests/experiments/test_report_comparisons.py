@@ -285,6 +285,15 @@ def test_an_ablation_by_value(rng: np.random.Generator) -> None:
     assert tables.commands.count("experiments.sweep") == len(expected)
 
 
+def test_a_flag_that_older_records_lack_has_the_value_it_had_then() -> None:
+    """A default from before `final_rate`, compared with runs from after it."""
+    records = [run("ab", 0, 60, name="final/ab"), run("ab", 0, 50, name="a/ab", final_rate=1.0)]
+    rows = study_tables(records, TableOptions(ablation="final/")).accuracy.rows
+    assert [row[0] for row in rows] == ["default", "`final_rate=1`"]
+    alike = [run("ab", 0, 60, name="a"), run("ab", 1, 60, name="b", final_rate=0.0)]
+    assert [row[3] for row in study_tables(alike).accuracy.rows] == ["60.00 ± 0.00"]
+
+
 def test_an_ablation_by_trials_is_read_on_validation_images() -> None:
     records = [
         run("ab", seed, 60 + seed + 2 * (stop == 0.5), trial=True, ramp_stop=stop)

@@ -159,8 +159,9 @@ def test_numbers_that_make_no_sense_are_refused(settings: dict[str, Any], messag
 # The learning rate
 
 
+@pytest.mark.parametrize("final", [0.0, 0.25, 1.0])
 @pytest.mark.parametrize("warmup", [0, 1, 7])
-def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine(warmup: int) -> None:
+def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine(warmup: int, final: float) -> None:
     peak, total = 0.3, 40
     expected = []
     for step in range(total + 5):
@@ -168,8 +169,9 @@ def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine(warmup: int) -> 
             expected.append(peak * step / warmup)
         else:
             part = min(1, (step - warmup) / (total - warmup))
-            expected.append(peak * (1 + math.cos(math.pi * part)) / 2)
-    schedule = warmup_cosine(peak, warmup, total)
+            cosine = (1 + math.cos(math.pi * part)) / 2
+            expected.append(peak * (final + (1 - final) * cosine))
+    schedule = warmup_cosine(peak, warmup, total, final)
     steps = jnp.arange(total + 5)
     for rates in ([schedule(step) for step in steps], jax.jit(jax.vmap(schedule))(steps)):
         np.testing.assert_allclose(np.asarray(rates), expected, rtol=1e-5, atol=1e-7)
@@ -182,10 +184,12 @@ def test_learning_rate_rises_in_a_line_and_falls_along_a_cosine(warmup: int) -> 
         ((-0.1, 1, 10), r"learning_rate=-0\.1: the learning rate must be positive"),
         ((0.1, 10, 10), r"warm-up of 10 steps does not fit into 10 steps"),
         ((0.1, -1, 10), r"warm-up of -1 steps does not fit into 10 steps"),
+        ((0.1, 1, 10, -0.1), r"final_rate=-0\.1 must lie in \[0, 1\]"),
+        ((0.1, 1, 10, 1.1), r"final_rate=1\.1 must lie in \[0, 1\]"),
     ],
 )
 def test_a_learning_rate_that_cannot_be_is_refused(
-    arguments: tuple[float, int, int], message: str
+    arguments: tuple[float, ...], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
         warmup_cosine(*arguments)
