@@ -33,6 +33,19 @@ def times(records: Sequence[Record]) -> str:
     return f"{_time_table(records)}\n\nTime of a step / float. {_caption(records)}"
 
 
+def processor_times(records: Sequence[Record]) -> str:
+    """The same of processor time, in which cores that wait for each other do not count."""
+    counted = [
+        {**record, "steps": [_by_processor(step) for step in record["steps"]]} for record in records
+    ]
+    told = "Processor time of a step, of all cores together, / float."
+    return f"{_time_table(counted)}\n\n{told} {_caption(records)}"
+
+
+def _by_processor(step: Record) -> Record:
+    return step if "raises" in step else {**step, "seconds": step["processor_seconds"]}
+
+
 def _time_table(records: Sequence[Record]) -> str:
     return _step_table(records, _time_cell)
 

@@ -39,8 +39,8 @@ def time_steps(
       seed: of the orders.
 
     Returns:
-      For each `library`, `bits`, and either `raises`, or `compile_seconds`, `peak_bytes` and
-      `seconds` by round.
+      For each `library`, `bits`, and either `raises`, or `compile_seconds`, `peak_bytes`, and by
+      round `seconds` and `processor_seconds`, the latter of all cores together.
     """
     cases = [
         (name, FLOAT if name.startswith(FLOAT) else str(bits), bits)
@@ -67,14 +67,17 @@ def time_steps(
             "compile_seconds": steps[i].compile_seconds,
             "peak_bytes": steps[i].peak_bytes,
             "seconds": [],
+            "processor_seconds": [],
         }
     rng = np.random.default_rng(seed)
     for number in range(rounds + 1):
         for i in rng.permutation(list(steps)):
-            started = time.perf_counter()
+            started = time.perf_counter(), time.process_time()
             states[i], _ = jax.block_until_ready(steps[i].step(states[i], images, labels))
+            took = time.perf_counter() - started[0], time.process_time() - started[1]
             if number:  # the first round warms up
-                found[i]["seconds"].append(time.perf_counter() - started)
+                found[i]["seconds"].append(took[0])
+                found[i]["processor_seconds"].append(took[1])
     return list(found.values())
 
 

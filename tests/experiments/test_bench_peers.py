@@ -20,6 +20,7 @@ from experiments.peers.libraries import LIBRARIES, Bits
 from experiments.peers.lines import SNIPPETS, lines_to_write
 from experiments.peers.snippets import plain
 from experiments.peers.steps import generated_variables
+from experiments.peers.tables import processor_times
 from experiments.reporting.paired_statistics import median_interval
 
 
@@ -164,6 +165,8 @@ def test_a_run_tells_times_failures_and_dead_gradients(tmp_path: Path, monkeypat
         else:
             assert len(step["seconds"]) == 3
             assert min(step["seconds"]) > 0
+            assert len(step["processor_seconds"]) == 3
+            assert sum(step["processor_seconds"]) > 0
             assert step["peak_bytes"] > 8 * 8 * 3 * 2 * 4, "at least the images are held"
     told = {(g["library"], g["bits"]): g for g in record["gradients"]}
     assert told["AQT", "W8A8"]["fault"] == "1 of 2 kernels get no gradient"
@@ -210,6 +213,11 @@ def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
     assert f"| ResNet-50 | W8 | 16 | {base} | {cells['Qwix']} | invalid ({cells['AQT']}) |" in lines
     cost = "1 (4.0 s), 1 (10 MB) | 1.25, 2.00 | invalid (1.00, 1.00)"
     assert f"| ResNet-50 | W8 | 16 | {cost} |" in lines
+    # The same ratios, of the processor's time.
+    for step in steps:
+        step["processor_seconds"] = step.pop("seconds")
+    times = processor_times([record]).splitlines()
+    assert f"| ResNet-50 | W8 | 16 | {base} | {cells['Qwix']} | invalid ({cells['AQT']}) |" in times
     assert "| ResNet-50 | W8 | 2e-03, 3e-02 | invalid: 3 of 3 kernels get no gradient |" in lines
     assert "| Qwix | 0 | 3 |" in lines
 
