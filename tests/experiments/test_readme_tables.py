@@ -58,6 +58,12 @@ def test_every_table_is_known_here() -> None:
         ("README.md", "bench_peers", peers.times, ["w8_one_core"]),
         ("docs/peers.md", "bench_peers", peers.table, ["w8_one_core"]),
         ("docs/peers.md", "bench_peers, two cores", peers.times, ["w8"]),
+        (
+            "docs/peers.md",
+            "bench_peers, processor",
+            peers.processor_times,
+            ["w8_binarynet_two_cores"],
+        ),
         ("docs/peers.md", "compare_peers", compare_peers.table, ["digits_w2"]),
     ],
 )
