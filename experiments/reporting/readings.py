@@ -156,7 +156,8 @@ def group_records(
     """
     groups: dict[Group, list[Record]] = {}
     for record in records:
-        if missing := [flag for flag in group_by if flag not in record.config]:
+        known = record.config.keys() | ADDED_LATER
+        if missing := [flag for flag in group_by if flag not in known]:
             raise ReportError(
                 f"--group_by: {record.name} has no flag {', '.join(missing)}; "
                 f"it has: {', '.join(sorted(record.config))}"

@@ -56,9 +56,12 @@ def study_tables(records: Sequence[Record], options: TableOptions | None = None)
     if options.epochs:
         table = through_training_table(groups, options)
         return StudyTables((table,), None, commands(list(groups.values())))
+    accuracies: tuple[
+        Table, ...
+    ] = ()  # of trials alone there is nothing to say but what they chose
     if options.columns:
         accuracies = tables_across_levels(records, groups, options)
-    else:
+    elif finals:
         accuracies = (_accuracy_table(records, groups, options),)
     selection = selection_table(records, groups, options)
     return StudyTables(accuracies, selection, commands(list(groups.values())))

@@ -294,6 +294,22 @@ def test_a_flag_that_older_records_lack_has_the_value_it_had_then() -> None:
     assert [row[3] for row in study_tables(alike).accuracy.rows] == ["60.00 ± 0.00"]
 
 
+def test_trials_alone_tell_what_they_chose_and_nothing_else() -> None:
+    trials = [
+        run("ab", 100, 60, trial=True),
+        run("ab", 100, 61, trial=True, learning_rate=0.2),
+        run("ab", 100, 50, trial=True, final_rate=1.0),
+    ]
+    found = study_tables(trials, TableOptions(group_by=("final_rate", "method")))
+    assert found.accuracies == ()
+    assert found.selection is not None
+    assert found.selection.rows == (
+        ("AB", "0", "60.00", "**61.00**", "2", "not run"),
+        ("AB", "1", "**50.00**", "not run", "1", "not run"),
+    )
+    assert found.to_markdown().startswith("**Validation accuracy")
+
+
 def test_an_ablation_by_trials_is_read_on_validation_images() -> None:
     records = [
         run("ab", seed, 60 + seed + 2 * (stop == 0.5), trial=True, ramp_stop=stop)
