@@ -1,7 +1,6 @@
 """The tables of the README and of docs/ are those of the records in `results/`."""
 
 import json
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import pytest
 
 from experiments import bench_data, bench_deploy, bench_step, compare_exports, compare_peers
 from experiments.peers import tables as peers
-from experiments.reporting.paired_statistics import paired_difference
 from experiments.reporting.readings import read_records
 from experiments.reporting.readme_blocks import readme_blocks, renew_readme
 from experiments.reporting.tables import readme_table
@@ -24,7 +22,11 @@ TABLES = [
     ("docs/tiny_imagenet.md", "tiny_imagenet_resnet50"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),
     ("docs/findings.md", "binarynet_methods"),
+    ("docs/findings.md", "binarynet_methods/final"),
+    ("docs/findings.md", "binarynet_methods/final,binarynet_ablations/final"),
+    ("docs/findings.md", "binarynet_ablations/trials"),
     ("docs/findings.md", "binarynet_w1a1"),
+    ("docs/findings.md", "resnet20_methods"),
 ]
 
 
@@ -151,62 +153,3 @@ def test_the_trials_of_the_ramp_are_told_as_they_came_out() -> None:
     assert f"0.9 of the run, {table};" in text
     assert f"settle longer, {accuracies('tiny_imagenet_ramps/ramp_stop0.6')};" in text
     assert f"are quantized, {accuracies('tiny_imagenet_ramps/act_stop0.3')}." in text
-
-
-def test_what_the_trials_of_methods_say_is_told_as_it_came_out() -> None:
-    text = " ".join((ROOT / "docs/findings.md").read_text(encoding="utf-8").split())
-    found: dict[str, dict[tuple[float, float], float]] = {}
-    for path in sorted((ROOT / "results/binarynet_methods/trials").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        config = record["config"]
-        setting = config["learning_rate"], config["ramp_stop"]
-        accuracy = 100 * record["summary"]["validation"]["quantized_recalibrated"]
-        found.setdefault(config["method"], {})[setting] = accuracy
-    assert {len(trials) for trials in found.values()} == {8}
-    best = {method: max(trials.values()) for method, trials in found.items()}
-    others = [best[method] for method in best if method not in ("float", "ste", "ab_layerwise")]
-    assert f"is {best['ste']:.1f} for STE and {min(others):.1f} to {max(others):.1f} for" in text
-    assert max(best, key=lambda method: best[method] * (method != "float")) == "ab"
-    ab, compensated = found["ab"], found["ab_compensated"]
-    assert ab[0.2, 0.9] == best["ab"]
-    lower = [best["ab"] - ab[rate, 0.9] for rate in (0.05, 0.1)]
-    assert f"at 0.05 and 0.1 it is {lower[0]:.1f} and {lower[1]:.1f} points lower" in text
-    lost, lost_too = (
-        [trials[rate, 0.9] - trials[rate, 0.5] for rate in (0.05, 0.1, 0.2, 0.4)]
-        for trials in (ab, compensated)
-    )
-    assert f"it loses {min(lost):.1f} to {max(lost):.1f} points, compensated" in text
-    assert f"compensated {min(lost_too):.1f} to {max(lost_too):.1f}:" in text
-    assert f"falls to {found['ab_then_ste'][0.4, 0.5]:.0f}." in text
-    early = [found["float_then_ste"][rate, 0.9] for rate in (0.05, 0.1, 0.2, 0.4)]
-    assert f"it stays at {min(early):.0f} to {max(early):.0f}" in text
-    layers = found["ab_layerwise"].values()
-    assert f"does not pay** here: {min(layers):.0f} to {max(layers):.0f}." in text
-
-
-def test_what_the_final_runs_of_methods_say_is_told_as_it_came_out() -> None:
-    """The words of docs/findings.md on who is ahead of STE, behind it, or neither."""
-    found: dict[str, dict[int, float]] = {}
-    for path in sorted((ROOT / "results/binarynet_methods/final").glob("*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        accuracy = 100 * record["summary"]["test"]["quantized_recalibrated"]
-        found.setdefault(record["config"]["method"], {})[record["config"]["seed"]] = accuracy
-    interval = {}
-    for method in found.keys() - {"float", "ste"}:
-        difference = paired_difference(found[method], found["ste"])
-        assert difference is not None
-        assert difference.half_width is not None
-        low, high = (difference.mean + sign * difference.half_width for sign in (-1, 1))
-        interval[method] = low, high
-        assert difference.n == (20 if method in ("ab", "parq") else 5)
-    assert interval["ab"][0] < 0 < interval["ab"][1] < 0.9
-    assert interval["parq"][0] > 0.1
-    assert sum(interval["parq"]) / 2 < 0.5
-    for method in ("soft_ste", "lsq", "float_then_ste", "ab_compensated"):
-        assert interval[method][0] < 0 < interval[method][1], method
-    for method in ("ab_then_ste", "ab_layerwise"):
-        assert sum(interval[method]) / 2 < -0.4, method
-    scatter = {method: statistics.stdev(of.values()) for method, of in found.items()}
-    assert scatter["ab"] > scatter["ste"]
-    first = {seed: found["parq"][seed] - found["ste"][seed] for seed in range(5)}
-    assert sum(first.values()) > 0

@@ -1,0 +1,205 @@
+"""The words of docs/findings.md are held to the records: every number, and who is ahead of whom."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.reporting.paired_statistics import difference_cell, paired_difference
+
+ROOT = Path(__file__).parents[2]
+FRESH, RUNNING = "quantized_recalibrated", "quantized"
+
+
+@pytest.fixture(scope="module")
+def text() -> str:
+    return " ".join((ROOT / "docs/findings.md").read_text(encoding="utf-8").split())
+
+
+def records(pattern: str) -> list[dict[str, Any]]:
+    paths = sorted((ROOT / "results").glob(pattern))
+    assert paths, pattern
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def accuracies(pattern: str, key: str = FRESH) -> dict[int, float]:
+    """Test accuracy by seed, in percent."""
+    return {r["config"]["seed"]: 100 * r["summary"]["test"][key] for r in records(pattern)}
+
+
+def at_epoch(pattern: str, epoch: float, key: str) -> dict[int, float]:
+    """A reading of one evaluation by seed, in percent."""
+    return {
+        r["config"]["seed"]: 100 * m[key]
+        for r in records(pattern)
+        for m in r["metrics"]
+        if m["epoch"] == epoch
+    }
+
+
+def interval(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float]:
+    found = paired_difference(values, baseline)
+    assert found is not None
+    assert found.half_width is not None
+    return found.mean - found.half_width, found.mean + found.half_width
+
+
+def mean(values: Mapping[int, float]) -> float:
+    return statistics.fmean(values.values())
+
+
+STE = "binarynet_methods/final/ste_*.json"
+AB = "binarynet_methods/final/ab_lr*.json"
+PARQ = "binarynet_methods/final/parq_*.json"
+
+
+def test_the_tie_of_ab_and_ste(text: str) -> None:
+    difference = difference_cell(accuracies(AB), accuracies(STE))
+    assert len(accuracies(AB)) == len(accuracies(STE)) == 20
+    assert f"AB minus STE is {difference} points" in text
+    low, high = interval(accuracies(AB), accuracies(STE))
+    assert low < 0 < high < 0.9, "a tie, and the paper's gain lies outside"
+    signs = "binarynet_w1a1/final/{}_*.json".format
+    one_bit = difference_cell(accuracies(signs("ab")), accuracies(signs("ste")))
+    resnet = "resnet20_methods/final/{}_binary_*.json".format
+    with_resnet = difference_cell(accuracies(resnet("ab")), accuracies(resnet("ste")))
+    assert f"it is {one_bit} (five seeds), in ResNet-20 {with_resnet} (three)" in text
+    assert len(accuracies(signs("ab"))) == 5
+    assert len(accuracies(resnet("ab"))) == 3
+    scatter = [statistics.stdev(accuracies(runs).values()) for runs in (AB, STE)]
+    assert scatter[0] > scatter[1], "AB's accuracies do not scatter less"
+
+
+def test_the_lead_of_ab_before_the_end(text: str) -> None:
+    running, fresh = (
+        difference_cell(at_epoch(AB, 3, key), at_epoch(STE, 3, key))
+        for key in ("quantized_accuracy", "recalibrated_accuracy")
+    )
+    assert f"{running} with running statistics, {fresh} with re-estimated ones" in text
+    changed = [mean(at_epoch(runs, 4, "changed_codes")) for runs in (AB, STE)]
+    assert f"{changed[0]:.1f} % of AB's codes change and {changed[1]:.1f} % of STE's" in text
+
+
+def test_the_lead_of_parq(text: str) -> None:
+    resnet = "resnet20_methods/final/{}_binary_*.json".format
+    binary = difference_cell(accuracies(PARQ), accuracies(STE))
+    assert len(accuracies(PARQ)) == 20
+    assert f"{binary} over STE on the same twenty seeds" in text
+    assert (
+        f"{difference_cell(accuracies(resnet('parq')), accuracies(resnet('ste')))} on three" in text
+    )
+    of_float = accuracies(resnet("float"), "blended_recalibrated")
+    gaps = [mean(of_float) - mean(accuracies(resnet(method))) for method in ("parq", "ab")]
+    assert f"Its gap to float there is {gaps[0]:.2f} points, AB's {gaps[1]:.2f}" in text
+    for runs, baseline in ((PARQ, STE), (resnet("parq"), resnet("ste"))):
+        assert interval(accuracies(runs), accuracies(baseline))[0] > 0
+
+
+def test_the_others(text: str) -> None:
+    final = "binarynet_methods/final/{}_lr*.json".format
+    for method in ("soft_ste", "lsq", "float_then_ste", "ab_compensated"):
+        low, high = interval(accuracies(final(method)), accuracies(STE))
+        assert low < 0 < high, method
+    handed, layers = (
+        difference_cell(accuracies(final(method)), accuracies(STE))
+        for method in ("ab_then_ste", "ab_layerwise_forward")
+    )
+    assert f"mends nothing: {handed} against STE" in text
+    assert f"**Layer by layer:** {layers}." in text
+
+
+def test_what_the_trials_say(text: str) -> None:
+    found: dict[str, dict[tuple[float, float], float]] = {}
+    for record in records("binarynet_methods/trials/*.json"):
+        config = record["config"]
+        setting = config["learning_rate"], config["ramp_stop"]
+        accuracy = 100 * record["summary"]["validation"][FRESH]
+        found.setdefault(config["method"], {})[setting] = accuracy
+    assert {len(trials) for trials in found.values()} == {8}
+    best = {method: max(trials.values()) for method, trials in found.items()}
+    others = [best[method] for method in best if method not in ("float", "ste", "ab_layerwise")]
+    assert f"is {best['ste']:.1f} for STE and {min(others):.1f} to {max(others):.1f} for" in text
+    assert max(best, key=lambda method: best[method] * (method != "float")) == "ab"
+    ab = found["ab"]
+    assert ab[0.2, 0.9] == best["ab"]
+    assert best["ab"] - ab[0.05, 0.9] > 1, "more than a point worse near STE's rate"
+    assert f"falls to {found['ab_then_ste'][0.4, 0.5]:.0f} on validation images" in text
+    early = [found["float_then_ste"][rate, 0.9] for rate in (0.05, 0.1, 0.2, 0.4)]
+    assert f"stays at {min(early):.0f} to {max(early):.0f} on validation images" in text
+
+
+def ablation(name: str, key: str = FRESH) -> dict[int, float]:
+    return accuracies(f"binarynet_ablations/final/{name}_seed*.json", key)
+
+
+def test_a_constant_rate(text: str) -> None:
+    ab, ste = "constant_lr0.1_ab", "constant_lr0.005_ste"
+    fresh = difference_cell(ablation(ab), ablation(ste))
+    running = difference_cell(ablation(ab, RUNNING), ablation(ste, RUNNING))
+    assert len(ablation(ab)) == len(ablation(ste)) == 5
+    assert f"a constant rate it is {fresh} ahead of STE" in text
+    assert f"{fresh} points ahead of STE with re-estimated statistics and {running} with" in text
+    for other in (AB, STE):
+        low, high = interval(ablation(ab), accuracies(other))
+        assert low < 0 < high, "as good as with the cosine, and as an STE with one"
+    trials = records("binarynet_ablations/trials/constant_*.json")
+    for method, rate in (("ab", 0.1), ("ste", 0.005)):
+        of = {
+            r["config"]["learning_rate"]: r["summary"]["validation"][FRESH]
+            for r in trials
+            if r["config"]["method"] == method
+        }
+        assert len(of) == 6
+        assert max(of, key=lambda one: of[one]) == rate
+
+
+def test_shapes_and_ends_of_the_ramp(text: str) -> None:
+    default = accuracies(AB)
+
+    def lost(name: str) -> float:
+        return mean({s: default[s] for s in ablation(name)}) - mean(ablation(name))
+
+    assert f"a cosine loses {lost('cosine_ab'):.2f} points and a linear ramp" in text
+    assert f"a linear ramp {lost('linear_ab'):.2f} (three seeds" in text
+    assert f"a jump at 0.9 of the run loses {lost('jump0.9_ab'):.0f}:" in text
+    assert f"an end at 0.5 loses {lost('stop0.5_ab'):.2f} (three seeds" in text
+    for name in ("cosine_ab", "linear_ab", "stop0.5_ab"):
+        low, high = interval(ablation(name), default)
+        assert low < 0 < high, name
+    assert interval(ablation("jump0.9_ab"), default)[1] < 0
+    ends = [0.0, lost("stop0.75_ab"), lost("stop1_ab")]
+    assert max(ends) - min(ends) < 0.5
+
+
+def test_adamw(text: str) -> None:
+    found: dict[str, dict[float, float]] = {}
+    for record in records("binarynet_ablations/trials/adamw_*.json"):
+        config = record["config"]
+        accuracy = record["summary"]["validation"][FRESH]
+        found.setdefault(config["method"], {})[config["learning_rate"]] = accuracy
+    for method in ("ab", "ste"):
+        assert max(found[method], key=lambda rate: found[method][rate]) == 0.002
+    behind = difference_cell(ablation("adamw_lr0.002_ab"), ablation("adamw_lr0.002_ste"))
+    assert "The best rate of both is 0.002" in text
+    assert f"AB is {behind} behind STE there (three seeds)" in text
+
+
+def test_what_the_readme_says_of_it() -> None:
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert "STE loses three points, seven with running statistics" in readme
+    ste = "constant_lr0.005_ste"
+    for key, points in ((FRESH, 3), (RUNNING, 7)):
+        default = accuracies(STE, key)
+        shared = {seed: default[seed] for seed in ablation(ste, key)}
+        assert round(mean(shared) - mean(ablation(ste, key))) == points
+    assert "by about half a point in BinaryNet and one in ResNet-20" in readme
+    resnet = "resnet20_methods/final/{}_binary_*.json".format
+    leads = [
+        mean(accuracies(PARQ)) - mean(accuracies(STE)),
+        mean(accuracies(resnet("parq"))) - mean(accuracies(resnet("ste"))),
+    ]
+    assert 0.3 < leads[0] < 0.7
+    assert 0.7 < leads[1] < 1.5
