@@ -203,3 +203,25 @@ def test_what_the_readme_says_of_it() -> None:
     ]
     assert 0.3 < leads[0] < 0.7
     assert 0.7 < leads[1] < 1.5
+
+
+def test_the_map_of_parq_and_its_ramp(text: str) -> None:
+    soft = accuracies("binarynet_methods/final/soft_ste_*.json")
+    cubic, sigmoid = ablation("cubic_parq"), ablation("sigmoid_soft_ste")
+    assert f"leads soft STE's blend by {difference_cell(cubic, soft)} points" in text
+    parq = {seed: accuracies(PARQ)[seed] for seed in sigmoid}
+    assert f"along PARQ's sigmoid by {difference_cell(parq, sigmoid)}:" in text
+
+
+def test_scales(text: str) -> None:
+    def difference(scale: str) -> str:
+        return difference_cell(ablation(f"{scale}_ab"), ablation(f"{scale}_ste"))
+
+    assert f"(`int2`) AB minus STE is {difference('int2')}, with levels -1 and 1" in text
+    assert f"with levels -1 and 1 (`binary_fixed`) {difference('binary_fixed')}" in text
+    ste, ab = (
+        sorted(ablation(f"int2_tensor_absmax_{method}").values()) for method in ("ste", "ab")
+    )
+    assert f"AB ends at {ab[0]:.0f} to {ab[-1]:.0f} % and STE does not train" in text
+    assert f"two seeds at {ste[0]:.0f} and {ste[1]:.0f} %" in text
+    assert len(ste) == 2
