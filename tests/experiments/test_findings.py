@@ -87,7 +87,11 @@ def test_the_lead_of_parq(text: str) -> None:
     resnet = "resnet20_methods/final/{}_binary_*.json".format
     binary = difference_cell(accuracies(PARQ), accuracies(STE))
     assert len(accuracies(PARQ)) == 20
-    assert f"{binary} over STE on the same twenty seeds" in text
+    beside_ab = difference_cell(accuracies(PARQ), accuracies(AB))
+    assert f"BinaryNet: {binary} on the same twenty seeds, and {beside_ab} ahead of AB" in text
+    assert interval(accuracies(PARQ), accuracies(AB))[0] > 0
+    apart = difference_cell(accuracies(resnet("parq")), accuracies(resnet("ab")))
+    assert f"which three seeds do not tell apart ({apart})" in text
     assert (
         f"{difference_cell(accuracies(resnet('parq')), accuracies(resnet('ste')))} on three" in text
     )
