@@ -60,7 +60,7 @@ class Config:
     start_epochs: int = 10  # of the float network that every library starts from
     start_rate: float = 0.05  # peak learning rate of that
     epochs: int = 20  # of each library
-    rates: tuple[float, ...] = (0.0125, 0.05, 0.2)  # peak learning rates that are tried
+    rates: tuple[float, ...] = (0.0125, 0.05, 0.2, 0.8)  # peak learning rates that are tried
     ramp_stop: float = 0.9  # where AB's cubic ramp ends, in parts of the run
     seeds: tuple[int, ...] = (0, 1, 2)
     trial_seed: int = 100  # with which the rates are tried
