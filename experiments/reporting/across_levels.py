@@ -35,7 +35,7 @@ def of_these_levels(records: Sequence[Record], options: TableOptions) -> list[Re
     """
     flag, levels = options.level_flag, _asked(options)
     for record in records:
-        if flag not in record.config:
+        if not record.has(flag):
             raise ReportError(f"--columns={flag}: {record.name} has no such flag")
     return [r for r in records if not levels or value_text(r.value(flag)) in levels]
 

@@ -43,7 +43,7 @@ def panels(records: Sequence[Record], options: TableOptions) -> list[Panel]:
     flags = options.groups
     if not finals:
         flags = (*flags, *(flag for flag in options.tuned if flag not in flags))
-    flags = tuple(flag for flag in flags if all(flag in r.config for r in finals or records))
+    flags = tuple(flag for flag in flags if all(r.has(flag) for r in finals or records))
     lines: dict[str, list[Series]] = {}  # by level
     for group, members in group_records(finals or records, flags, options.ignore).items():
         others = dict(zip(flags, group, strict=True))

@@ -75,6 +75,10 @@ class Record:
         """Whether the test set was read; the other runs are trials, for choosing flags by."""
         return bool(self.summary.get("test"))
 
+    def has(self, flag: str) -> bool:
+        """Whether there is a value of this flag, in its config or from before the flag."""
+        return flag in self.config or flag in ADDED_LATER
+
     def template(self, flag: str) -> Any:
         """A flag's value; `seed3` in its text becomes `seed{seed}`, so that runs that differ by
         their seed alone have equal ones."""
@@ -156,8 +160,7 @@ def group_records(
     """
     groups: dict[Group, list[Record]] = {}
     for record in records:
-        known = record.config.keys() | ADDED_LATER
-        if missing := [flag for flag in group_by if flag not in known]:
+        if missing := [flag for flag in group_by if not record.has(flag)]:
             raise ReportError(
                 f"--group_by: {record.name} has no flag {', '.join(missing)}; "
                 f"it has: {', '.join(sorted(record.config))}"

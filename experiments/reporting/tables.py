@@ -56,9 +56,8 @@ def study_tables(records: Sequence[Record], options: TableOptions | None = None)
     if options.epochs:
         table = through_training_table(groups, options)
         return StudyTables((table,), None, commands(list(groups.values())))
-    accuracies: tuple[
-        Table, ...
-    ] = ()  # of trials alone there is nothing to say but what they chose
+    # Of trials alone there is nothing to say but what they chose.
+    accuracies: tuple[Table, ...] = ()
     if options.columns:
         accuracies = tables_across_levels(records, groups, options)
     elif finals:

@@ -136,7 +136,6 @@ def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) ->
         "--float_epochs=1",
         "--warmup=0",
         "--workers=1",
-        "--weight_scales=tensor_absmax",
         "--name=stream",
     ]
     done = run("mobilenet_v1_imagenet", *flags)
