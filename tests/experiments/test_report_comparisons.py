@@ -1,16 +1,11 @@
 """Reports that compare many methods: names, choices, levels and ablations, all by value."""
 
-import dataclasses
 import json
 import math
-import statistics
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import scipy.stats
 
 from experiments import report
 from experiments.reporting import figures, readme_blocks, size_plot
@@ -25,31 +20,9 @@ from experiments.reporting.readings import (
 )
 from experiments.reporting.tables import TableOptions, readme_table, study_tables
 from experiments.reporting.themes import LIGHT, Series, colors
+from tests.experiments.compared_runs import SEEDS, ablation_records, interval, mean, run
 
-KEYS = ("blended", "blended_recalibrated", "quantized", "quantized_recalibrated")
 ROOT = Path(__file__).parents[2]
-
-
-def run(
-    method: str, seed: int, percent: float | Sequence[float], *, trial: bool = False, **flags: Any
-) -> Record:
-    """A run that read these accuracies (of KEYS, or one for all), a trial on validation alone."""
-    values = np.broadcast_to(np.asarray(percent, np.float64) / 100, len(KEYS))
-    read = dict(zip(KEYS, values.tolist(), strict=True))
-    name = flags.pop("name", f"{'trials' if trial else 'final'}/{method}_seed{seed}_{flags}")
-    config = {"method": method, "seed": seed, "learning_rate": 0.1, "ramp_stop": 0.9, **flags}
-    summary = {"validation": read, "test": None if trial else read}
-    return Record(name=name, config=config, summary=summary)
-
-
-def interval(values: Sequence[float], others: Sequence[float]) -> str:
-    """A difference's cell, by scipy."""
-    low, high = scipy.stats.ttest_rel(values, others).confidence_interval(0.95)
-    return f"{np.mean(np.subtract(values, others)):+.2f} [{low:+.2f}, {high:+.2f}]"
-
-
-def mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
 # Methods
@@ -147,6 +120,22 @@ def test_trials_over_rate_and_ramp_count_for_the_method_as_a_whole() -> None:
     assert "In bold the best learning rate and ramp stop of each method." in table.caption
 
 
+def test_trials_alone_tell_what_they_chose_and_nothing_else() -> None:
+    trials = [
+        run("ab", 100, 60, trial=True),
+        run("ab", 100, 61, trial=True, learning_rate=0.2),
+        run("ab", 100, 50, trial=True, final_rate=1.0),
+    ]
+    found = study_tables(trials, TableOptions(group_by=("final_rate", "method")))
+    assert found.accuracies == ()
+    assert found.selection is not None
+    assert found.selection.rows == (
+        ("AB", "0", "60.00", "**61.00**", "2", "not run"),
+        ("AB", "1", "**50.00**", "not run", "1", "not run"),
+    )
+    assert found.to_markdown().startswith("**Validation accuracy")
+
+
 # Levels
 
 
@@ -218,123 +207,6 @@ def test_levels_that_are_not_named_are_left_out_and_others_are_found() -> None:
         TableOptions(columns="method")
     with pytest.raises(ReportError, match="--columns and --ablation"):
         TableOptions(columns="bits", ablation="final/")
-
-
-# Ablations
-
-SEEDS = range(3)
-
-
-def ablation_records(rng: np.random.Generator) -> tuple[list[Record], dict[str, np.ndarray]]:
-    settings: dict[str, tuple[str, dict[str, Any]]] = {
-        "final/ste": ("ste", {}),
-        "final/ab": ("ab", {"learning_rate": 0.4}),
-        "more/linear": ("ab", {"learning_rate": 0.4, "ramp": "linear"}),
-        "more/adamw": ("ab", {"learning_rate": 0.01, "optimizer": "adamw"}),
-        "more/wide_ste": ("ste", {"width": 0.5}),
-        "more/wide_ab": ("ab", {"learning_rate": 0.2, "width": 0.5}),
-        "more/wider_ab": ("ab", {"learning_rate": 0.4, "width": 2.0}),
-        "more/parq": ("parq", {}),
-    }
-    common = {"ramp": "cubic", "optimizer": "sgd", "width": 0.125}
-    values = {name: rng.uniform(40, 80, (3, 4)) for name in settings}
-    records = [
-        run(method, seed, values[name][seed], name=f"{name}_seed{seed}", **common | flags)
-        for name, (method, flags) in settings.items()
-        for seed in SEEDS
-    ]
-    records.append(run("ab", 9, 99, trial=True, **common))
-    return records, values
-
-
-def test_an_ablation_by_value(rng: np.random.Generator) -> None:
-    records, values = ablation_records(rng)
-    tables = study_tables(records, TableOptions(ablation="final/"))
-    (table,) = tables.accuracies
-    assert table.title == "One change at a time: test accuracy (%)"
-    expected = []
-    for name, setting, label, default, baseline in (
-        ("final/ste", "default", "STE", None, None),
-        ("final/ab", "default", "AB", None, "final/ste"),
-        ("more/adamw", "`optimizer=adamw`, `learning_rate=0.01`", "AB", "final/ab", None),
-        ("more/linear", "`ramp=linear`", "AB", "final/ab", "final/ste"),
-        ("more/wide_ste", "`width=0.5`", "STE", "final/ste", None),
-        ("more/wide_ab", "`width=0.5`, `learning_rate=0.2`", "AB", "final/ab", "more/wide_ste"),
-        ("more/wider_ab", "`width=2`", "AB", "final/ab", None),
-    ):
-        read = values[name][:, 2:].T
-        to_default = ["default"] * 2
-        if default is not None:
-            to_default = [
-                interval(*pair) for pair in zip(read, values[default][:, 2:].T, strict=True)
-            ]
-        to_ste = "baseline" if label == "STE" else "not run"
-        if baseline is not None:
-            to_ste = interval(read[1], values[baseline][:, 3])
-        expected.append((setting, label, "3", *map(mean, read), *to_default, to_ste))
-    # Rows of the same flag lie together, whatever was tuned anew with it.
-    assert sorted(table.rows) == sorted(expected)
-    assert [row[0].split(",")[0] for row in table.rows] == [
-        row[0].split(",")[0] for row in expected
-    ]
-    assert (
-        "Default: `learning_rate=0.1` (STE), `learning_rate=0.4` (AB), `optimizer=sgd`, "
-        "`ramp=cubic`, `width=0.125`." in table.caption
-    )
-    assert tables.selection is None
-    assert tables.commands.count("experiments.sweep") == len(expected)
-
-
-def test_a_flag_that_older_records_lack_has_the_value_it_had_then() -> None:
-    """A default from before `final_rate`, compared with runs from after it."""
-    records = [run("ab", 0, 60, name="final/ab"), run("ab", 0, 50, name="a/ab", final_rate=1.0)]
-    rows = study_tables(records, TableOptions(ablation="final/")).accuracy.rows
-    assert [row[0] for row in rows] == ["default", "`final_rate=1`"]
-    alike = [run("ab", 0, 60, name="a"), run("ab", 1, 60, name="b", final_rate=0.0)]
-    assert [row[3] for row in study_tables(alike).accuracy.rows] == ["60.00 ± 0.00"]
-
-
-def test_trials_alone_tell_what_they_chose_and_nothing_else() -> None:
-    trials = [
-        run("ab", 100, 60, trial=True),
-        run("ab", 100, 61, trial=True, learning_rate=0.2),
-        run("ab", 100, 50, trial=True, final_rate=1.0),
-    ]
-    found = study_tables(trials, TableOptions(group_by=("final_rate", "method")))
-    assert found.accuracies == ()
-    assert found.selection is not None
-    assert found.selection.rows == (
-        ("AB", "0", "60.00", "**61.00**", "2", "not run"),
-        ("AB", "1", "**50.00**", "not run", "1", "not run"),
-    )
-    assert found.to_markdown().startswith("**Validation accuracy")
-
-
-def test_an_ablation_by_trials_is_read_on_validation_images() -> None:
-    records = [
-        run("ab", seed, 60 + seed + 2 * (stop == 0.5), trial=True, ramp_stop=stop)
-        for seed in SEEDS
-        for stop in (0.5, 0.9)
-    ]
-    names = [record.name for record in records if record.config["ramp_stop"] == 0.9]
-    (table,) = study_tables(records, TableOptions(ablation=",".join(names))).accuracies
-    assert table.title == "One change at a time: validation accuracy (%)"
-    assert [row[0] for row in table.rows] == ["default", "`ramp_stop=0.5`"]
-    assert table.rows[1][-3:] == ("+2.00 [+2.00, +2.00]", "+2.00 [+2.00, +2.00]", "not run")
-
-
-def test_an_ablation_without_one_default_is_refused(rng: np.random.Generator) -> None:
-    records, _ = ablation_records(rng)
-    with pytest.raises(ReportError, match="no run's name begins so; there are: final/, more/, tr"):
-        study_tables(records, TableOptions(ablation="default/"))
-    with pytest.raises(ReportError, match=r"the runs of method=ab are not alike: "):
-        study_tables(records, TableOptions(ablation="more/"))
-    caps = [run("ab_compensated", 0, 50, cap=cap) for cap in (4, 8)]
-    with pytest.raises(ReportError, match=r"two settings of one method, AB compensated \(cap 4\)"):
-        study_tables(caps, TableOptions(ablation="final/"))
-    again = [*records, dataclasses.replace(records[6], name="more/again")]
-    with pytest.raises(ReportError, match="seed 0 of AB, `ramp=linear` was run twice"):
-        study_tables(again, TableOptions(ablation="final/"))
 
 
 # Plots

@@ -1,15 +1,12 @@
 """The table of runs at several epochs, by value."""
 
-import statistics
-from collections.abc import Sequence
-
 import numpy as np
 import pytest
-import scipy.stats
 
 from experiments.reporting.readings import Record, ReportError
 from experiments.reporting.table import TableOptions
 from experiments.reporting.tables import study_tables
+from tests.experiments.compared_runs import interval, mean
 
 READINGS = ("quantized_accuracy", "recalibrated_accuracy", "changed_codes")
 
@@ -28,15 +25,6 @@ def run(method: str, seed: int, readings: np.ndarray) -> Record:
         summary={"test": test},
         metrics=metrics,
     )
-
-
-def mean(values: Sequence[float]) -> str:
-    return f"{statistics.fmean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def interval(values: Sequence[float], others: Sequence[float]) -> str:
-    low, high = scipy.stats.ttest_rel(values, others).confidence_interval(0.95)
-    return f"{np.mean(np.subtract(values, others)):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def test_each_epoch_is_read_from_its_own_evaluation(rng: np.random.Generator) -> None:
