@@ -28,7 +28,8 @@ def decode_photo(encoded: bytes, name: str) -> np.ndarray:
       uint8 `[H, W, 3]`.
 
     Raises:
-      ValueError: the bytes are no image, or one that is cut off; the message has `name`.
+      ValueError: the bytes are no image, or one that is cut off before its last pixel; the message
+        has `name`.
     """
     import cv2
 
