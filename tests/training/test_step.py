@@ -190,6 +190,45 @@ def test_any_number_of_devices_trains_as_one_without_an_axis(
     assert min(jax.tree.leaves(moved)) > 1e-3  # all of it was trained
 
 
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_a_vmapped_seed_trains_as_its_single_run(
+    rng: np.random.Generator,
+    devices: list[jax.Device],
+    model: nn.Module,
+    rules: ab.Rules,
+    preprocessing: Preprocessing,
+    images: Images,
+    mode: Mode,
+) -> None:
+    seeds = rng.choice(2**31, 3, replace=False)
+    batches = np.stack([draw_batches(rng, 3, len(images)) for _ in seeds], axis=-1)
+    states = [create_state(model, OPTIMIZER, (4, 4, 1), int(seed)) for seed in seeds]
+    step = make_train_step(
+        model,
+        OPTIMIZER,
+        rules=rules,
+        estimator=ab.alpha_blend,
+        alpha=ALPHA,
+        preprocessing=preprocessing,
+    )
+    # Seeds are the last axis of the indices, so that devices still have their shares of the first.
+    together = jax.vmap(step, in_axes=(0, None, None, -1, None))
+    parallel = Parallel(mode, tuple(devices[:2]))
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    (*_, (after, metrics)) = run_steps(together, parallel, stacked, images, batches)
+    for i, state in enumerate(states):
+        (*_, (alone, measured)) = run_steps(step, parallel, state, images, batches[..., i])
+        mine = jax.tree.map(lambda leaf, i=i: leaf[i], after)
+        # As above, sums in other orders; another seed is off by far more.
+        assert_close(mine.params, alone.params, 1e-4)
+        assert_close(mine.model_state, alone.model_state, 1e-5)
+        assert_close(mine.opt_state, alone.opt_state, 1e-4)
+        np.testing.assert_array_equal(mine.key, alone.key)
+        assert float(metrics["loss"][i]) == pytest.approx(float(measured["loss"]), rel=1e-4)
+        others = after.params["conv"]["kernel"][i - 1] - alone.params["conv"]["kernel"]
+        assert np.abs(others).max() > 1e-2
+
+
 def test_float_training_equals_plain_jax_and_never_quantizes(
     rng: np.random.Generator,
     devices: list[jax.Device],
