@@ -124,8 +124,11 @@ def _runs(cells: Cells, row: Group, level: str, keys: tuple[str, str]) -> Sequen
     """The runs of a cell; float as trained, which no level changes, may stand in for all levels."""
     if (found := cells.get((row, level))) is not None:
         return found
-    alike = [members for (other, _), members in cells.items() if other == row]
-    return alike[0] if keys == AS_TRAINED and len(alike) == 1 else []
+    if keys != AS_TRAINED:
+        return []
+    runs = [members for (other, _), members in cells.items() if other == row]
+    readings = [[by_seed(members, "test", key) for key in keys] for members in runs]
+    return runs[0] if runs and all(one == readings[0] for one in readings) else []
 
 
 def _asked(options: TableOptions) -> list[str]:

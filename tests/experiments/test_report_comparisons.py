@@ -192,6 +192,23 @@ def test_a_table_over_levels_by_value(rng: np.random.Generator) -> None:
     assert "over 3 seeds, where no other n is given" in accuracy.caption
 
 
+def test_float_stands_in_for_a_level_where_its_runs_of_others_are_one_training() -> None:
+    def cells(*records: Record) -> list[tuple[str, ...]]:
+        accuracy = study_tables(records, TableOptions(columns="bits:2,3,4")).accuracies[0]
+        return [row[2:] for row in accuracy.rows]
+
+    once = [run("float", 0, [70, 71, 50 + bits, 60 + bits], bits=bits) for bits in (2, 4)]
+    assert cells(*once) == [
+        ("70.00", "70.00", "70.00"),
+        ("71.00", "71.00", "71.00"),
+        ("52.00", "not run", "54.00"),
+        ("62.00", "not run", "64.00"),
+    ]
+    anew = run("float", 0, [70, 72, 54, 64], bits=4)
+    assert cells(once[0], anew)[0] == ("70.00", "not run", "70.00")
+    assert cells(once[0], anew)[1] == ("71.00", "not run", "72.00")
+
+
 def test_levels_that_are_not_named_are_left_out_and_others_are_found() -> None:
     records = [run("ste", 0, 50 + bits, bits=bits) for bits in (10, 2, 4)]
     records.append(run("ste", 1, 50, bits=2))
