@@ -54,6 +54,10 @@ def mean(values: Mapping[int, float]) -> float:
 STE = "binarynet_methods/final/ste_*.json"
 AB = "binarynet_methods/final/ab_lr*.json"
 PARQ = "binarynet_methods/final/parq_*.json"
+RESNET = tuple(
+    f"resnet20_methods/final/{{}}_{levels}_*.json".format
+    for levels in ("binary", "least_squares_binary2")
+)
 
 
 def test_the_tie_of_ab_and_ste(text: str) -> None:
@@ -64,11 +68,12 @@ def test_the_tie_of_ab_and_ste(text: str) -> None:
     assert low < 0 < high < 0.9, "a tie, and the paper's gain lies outside"
     signs = "binarynet_w1a1/final/{}_*.json".format
     one_bit = difference_cell(accuracies(signs("ab")), accuracies(signs("ste")))
-    resnet = "resnet20_methods/final/{}_binary_*.json".format
-    with_resnet = difference_cell(accuracies(resnet("ab")), accuracies(resnet("ste")))
-    assert f"it is {one_bit} (five seeds), in ResNet-20 {with_resnet} (three)" in text
+    at_1, at_2 = (
+        difference_cell(accuracies(bits("ab")), accuracies(bits("ste"))) for bits in RESNET
+    )
+    assert f"it is {one_bit} (five seeds), in ResNet-20 {at_1} at 1 bit and {at_2} at 2 (th" in text
     assert len(accuracies(signs("ab"))) == 5
-    assert len(accuracies(resnet("ab"))) == 3
+    assert [len(accuracies(bits("ab"))) for bits in RESNET] == [3, 3]
     scatter = [statistics.stdev(accuracies(runs).values()) for runs in (AB, STE)]
     assert scatter[0] > scatter[1], "AB's accuracies do not scatter less"
 
@@ -84,7 +89,7 @@ def test_the_lead_of_ab_before_the_end(text: str) -> None:
 
 
 def test_the_lead_of_parq(text: str) -> None:
-    resnet = "resnet20_methods/final/{}_binary_*.json".format
+    resnet, at_2_bits = RESNET
     binary = difference_cell(accuracies(PARQ), accuracies(STE))
     assert len(accuracies(PARQ)) == 20
     beside_ab = difference_cell(accuracies(PARQ), accuracies(AB))
@@ -100,6 +105,11 @@ def test_the_lead_of_parq(text: str) -> None:
     assert f"Its gap to float there is {gaps[0]:.2f} points, AB's {gaps[1]:.2f}" in text
     for runs, baseline in ((PARQ, STE), (resnet("parq"), resnet("ste"))):
         assert interval(accuracies(runs), accuracies(baseline))[0] > 0
+    ste, ab = (
+        difference_cell(accuracies(at_2_bits("parq")), accuracies(at_2_bits(method)))
+        for method in ("ste", "ab")
+    )
+    assert f"At 2 bits it is {ste} against STE and {ab} against AB" in text
 
 
 def test_the_others(text: str) -> None:
@@ -202,7 +212,7 @@ def test_what_the_readme_says_of_it() -> None:
         shared = {seed: default[seed] for seed in ablation(ste, key)}
         assert round(mean(shared) - mean(ablation(ste, key))) == points
     assert "by about half a point in BinaryNet and one in ResNet-20" in readme
-    resnet = "resnet20_methods/final/{}_binary_*.json".format
+    resnet = RESNET[0]
     leads = [
         mean(accuracies(PARQ)) - mean(accuracies(STE)),
         mean(accuracies(resnet("parq"))) - mean(accuracies(resnet("ste"))),
@@ -232,27 +242,46 @@ def test_the_learning_rates(text: str) -> None:
 
 def test_the_settings_of_tiny_imagenet(text: str) -> None:
     scales = ("channel_least_squares", "tensor_absmax")
-    levels = {
-        "tiny_imagenet_mobilenet/final/": (*(f"w4a8_{one}" for one in scales), f"w8a8_{scales[0]}"),
-        "tiny_imagenet_resnet50/final/": tuple(f"v{v}_{one}" for v in (1, 2) for one in scales),
-    }
-    differences = [
-        mean(accuracies(f"{study}{level}_ab_*.json"))
-        - mean(accuracies(f"{study}{level}_ste_*.json"))
-        for study, names in levels.items()
-        for level in names
-    ]
+    levels = (*(f"w4a8_{one}" for one in scales), f"w8a8_{scales[0]}")
+    mobilenet = [f"tiny_imagenet_mobilenet/final/{level}" for level in levels]
+    resnet50 = [f"tiny_imagenet_resnet50/final/v{v}_{one}" for v in (1, 2) for one in scales]
+
+    def minus_ste(method: str, setting: str) -> float:
+        of = (accuracies(f"{setting}_{one}_*.json") for one in (method, "ste"))
+        return mean(next(of)) - mean(next(of))
+
+    differences = [minus_ste("ab", setting) for setting in mobilenet + resnet50]
     assert len(differences) == 7
     assert max(map(abs, differences)) < 2 / 3
     assert "within two thirds of a point either way" in text
+    parq = [minus_ste("parq", setting) for setting in resnet50]
+    assert f"no lead is left, {min(parq):+.2f} to {max(parq):+.2f} in its four settings" in text
 
 
 def test_the_map_of_parq_and_its_ramp(text: str) -> None:
     soft = accuracies("binarynet_methods/final/soft_ste_*.json")
     cubic, sigmoid = ablation("cubic_parq"), ablation("sigmoid_soft_ste")
-    assert f"leads soft STE's blend by {difference_cell(cubic, soft)} points" in text
+    assert len(soft) == len(cubic) == len(sigmoid) == 5
     parq = {seed: accuracies(PARQ)[seed] for seed in sigmoid}
-    assert f"along PARQ's sigmoid by {difference_cell(parq, sigmoid)}:" in text
+    along = difference_cell(cubic, soft), difference_cell(parq, sigmoid)
+    assert f"by {along[0]} points along the same cubic ramp and by {along[1]} along PARQ's" in text
+    ramp = mean(parq) - mean(cubic), mean(sigmoid) - mean(soft)
+    assert f"the sigmoid changes PARQ by {ramp[0]:+.2f} and soft STE by {ramp[1]:+.2f}:" in text
+
+
+def test_more_bits(text: str) -> None:
+    trained = accuracies(RESNET[0]("float"), "blended_recalibrated")
+    gaps = [mean(trained) - mean(accuracies(bits("ste"))) for bits in RESNET]
+    assert f"is {gaps[0]:.2f} points below float at 1 bit and {gaps[1]:.2f} at 2" in text
+    lost = [
+        mean(trained) - mean(accuracies(f"resnet20_methods/final/float_{levels}_*.json"))
+        for levels in ("int3", "int4")
+    ]
+    assert f"loses {lost[0]:.2f} at 3 bits and {lost[1]:.2f} at 4" in text
+    lsq = accuracies("resnet20_other/lsq_int2_*.json")
+    deviation = statistics.stdev(lsq.values())
+    assert f"(`int2`) it reaches {mean(lsq):.2f} ± {deviation:.2f}." in text
+    assert len(lsq) == 3
 
 
 def test_scales(text: str) -> None:
