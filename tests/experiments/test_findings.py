@@ -123,6 +123,8 @@ def test_the_others(text: str) -> None:
     )
     assert f"mends nothing: {handed} against STE" in text
     assert f"**Layer by layer:** {layers}." in text
+    back = difference_cell(ablation("backward_ab_layerwise"), accuracies(STE))
+    assert f"From the output back it is {back} (three seeds)" in text
 
 
 def test_what_the_trials_say(text: str) -> None:
