@@ -64,6 +64,10 @@ def test_the_tie_of_ab_and_ste(text: str) -> None:
     difference = difference_cell(accuracies(AB), accuracies(STE))
     assert len(accuracies(AB)) == len(accuracies(STE)) == 20
     assert f"AB minus STE is {difference} points" in text
+    fixed = "binarynet_fixed_levels/final/{}_*.json".format
+    behind = difference_cell(accuracies(fixed("ab")), accuracies(fixed("ste")))
+    assert f"fixed at -1 and 1 it is {behind} (twenty seeds)" in text
+    assert len(accuracies(fixed("ab"))) == len(accuracies(fixed("ste"))) == 20
     low, high = interval(accuracies(AB), accuracies(STE))
     assert low < 0 < high < 0.9, "a tie, and the paper's gain lies outside"
     signs = "binarynet_w1a1/final/{}_*.json".format
@@ -290,8 +294,16 @@ def test_scales(text: str) -> None:
     def difference(scale: str) -> str:
         return difference_cell(ablation(f"{scale}_ab"), ablation(f"{scale}_ste"))
 
-    assert f"(`int2`) AB minus STE is {difference('int2')}, with levels -1 and 1" in text
-    assert f"with levels -1 and 1 (`binary_fixed`) {difference('binary_fixed')}" in text
+    assert f"(`int2`) AB minus STE is {difference('int2')} (three seeds, the default" in text
+    assert f"AB had looked {difference('binary_fixed')} ahead (three seeds)" in text
+    fixed = "binarynet_fixed_levels/final/{}_*.json".format
+    behind = difference_cell(accuracies(fixed("ab")), accuracies(fixed("ste")))
+    assert f"AB is {behind} behind STE, each at its own rate" in text
+    changed = [mean(at_epoch(runs, 2, "changed_codes")) for runs in (fixed("ab"), AB)]
+    assert f"{changed[0]:.1f} % of AB's codes change in the second epoch, {changed[1]:.1f}" in text
+    rates = [{r["config"]["learning_rate"] for r in records(runs)} for runs in (fixed("ste"), STE)]
+    assert [len(one) for one in rates] == [1, 1]
+    assert f"STE needs {rates[0].pop():g} there and not {rates[1].pop():g}" in text
     ste, ab = (
         sorted(ablation(f"int2_tensor_absmax_{method}").values()) for method in ("ste", "ab")
     )

@@ -25,6 +25,7 @@ TABLES = [
     ("docs/findings.md", "binarynet_methods/final"),
     ("docs/findings.md", "binarynet_methods/final,binarynet_ablations/final"),
     ("docs/findings.md", "binarynet_ablations/trials"),
+    ("docs/findings.md", "binarynet_fixed_levels"),
     ("docs/findings.md", "binarynet_w1a1"),
     ("docs/findings.md", "resnet20_methods"),
 ]
