@@ -57,6 +57,8 @@ def panels(records: Sequence[Record], options: TableOptions) -> list[Panel]:
     curves = [
         Panel(f"_{level}" if level else "", f", {flag} {level}" if level else "", series, CURVES)
         for level, series in lines.items()
+        # Levels do not change float's training: alone it would be the same plot again.
+        if not level or any(line.method != "float" for line in series)
     ]
     return [*curves, Panel("", "", every, SIZES if finals else ())]
 

@@ -29,10 +29,13 @@ class Point:
 
 
 def points_of(series: Sequence[Series], theme: Theme) -> list[Point]:
-    """The points of all series whose size is known and that read the test set."""
+    """The points of all series whose size is known and that read the test set.
+
+    Float that was rounded to several levels is one point as it was trained.
+    """
     methods = _methods(series)
     inks = dict(zip((line.method for line in methods), colors(methods, theme), strict=True))
-    found = []
+    found: list[Point] = []
     for line in series:
         if line.size is None:
             continue
@@ -43,9 +46,10 @@ def points_of(series: Sequence[Series], theme: Theme) -> list[Point]:
         for size, keys in readings:
             if values := list(by_seed(line.records, "test", keys[1]).values()):
                 mean, deviation = mean_and_deviation(values)
-                found.append(
-                    Point(line.method, size, mean, deviation, keys == AS_TRAINED, inks[line.method])
-                )
+                trained = keys == AS_TRAINED
+                point = Point(line.method, size, mean, deviation, trained, inks[line.method])
+                if not (trained and point in found):
+                    found.append(point)
     return found
 
 

@@ -254,6 +254,9 @@ def test_points_of_accuracy_against_bytes() -> None:
         size_plot.Point("float", 1000, 73.0, 1.0, True, grey),
         size_plot.Point("ab", 100, 67.0, None, False, blue),
     ]
+    rounded_twice = [*series, Series("float y", "float", records["float"], (1000, 200))]
+    sizes = [(p.size, p.as_trained) for p in size_plot.points_of(rounded_twice, LIGHT)]
+    assert sizes == [(100, False), (1000, True), (100, False), (200, False)]
     figure = size_plot.draw_sizes(series, LIGHT)
     assert figure is not None
     drawn = [
@@ -283,7 +286,9 @@ def test_a_plot_holds_the_methods_of_a_level_or_the_values_of_a_flag(
         }
 
     levels = [run(method, 0, 50, bits=bits) for method in ("ab", "ste") for bits in (2, 4)]
-    assert drawn(levels, columns="bits") == {"_2": ["STE", "AB"], "_4": ["STE", "AB"]}
+    levels += [run("float", 0, 50, bits=bits) for bits in (2, 8)]
+    both = ["STE", "AB"]
+    assert drawn(levels, columns="bits") == {"_2": ["float", *both], "_4": both}
     records, _ = ablation_records(rng)
     both = ["STE, default", "AB, default"]
     assert drawn(records, ablation="final/") == {
