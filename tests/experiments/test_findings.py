@@ -92,6 +92,23 @@ def test_the_lead_of_ab_before_the_end(text: str) -> None:
     assert f"{changed[0]:.1f} % of AB's codes change and {changed[1]:.1f} % of STE's" in text
 
 
+def test_the_lead_from_scratch_is_that_of_a_float_start(text: str) -> None:
+    final = "binarynet_scratch/final/{}_seed*.json".format
+    ste, ab, control = (accuracies(final(method)) for method in ("ste", "ab", "float_then_ste"))
+    assert len(ste) == len(ab) == len(control) == 5
+    assert f"five seeds: AB minus STE is {difference_cell(ab, ste)}." in text
+    assert f"then STE is {difference_cell(control, ste)} ahead of STE, and" in text
+    assert f"and AB is {difference_cell(ab, control)} from it" in text
+    for method in (ab, control):
+        assert interval(method, ste)[0] > 0
+    low, high = interval(ab, control)
+    assert low < 0 < high
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    lead = mean(ab) - mean(ste)
+    assert f"From scratch AB is ahead of STE by {lead:.1f} points" in readme
+    assert round(mean(control) - mean(ste), 1) == round(lead, 1)
+
+
 def test_the_lead_of_parq(text: str) -> None:
     resnet, at_2_bits = RESNET
     binary = difference_cell(accuracies(PARQ), accuracies(STE))
