@@ -54,6 +54,7 @@ def mean(values: Mapping[int, float]) -> float:
 STE = "binarynet_methods/final/ste_*.json"
 AB = "binarynet_methods/final/ab_lr*.json"
 PARQ = "binarynet_methods/final/parq_*.json"
+FIXED_LEVELS = "binarynet_fixed_levels/final/{}_*.json".format
 RESNET = tuple(
     f"resnet20_methods/final/{{}}_{levels}_*.json".format
     for levels in ("binary", "least_squares_binary2")
@@ -64,10 +65,10 @@ def test_the_tie_of_ab_and_ste(text: str) -> None:
     difference = difference_cell(accuracies(AB), accuracies(STE))
     assert len(accuracies(AB)) == len(accuracies(STE)) == 20
     assert f"AB minus STE is {difference} points" in text
-    fixed = "binarynet_fixed_levels/final/{}_*.json".format
-    behind = difference_cell(accuracies(fixed("ab")), accuracies(fixed("ste")))
-    assert f"fixed at -1 and 1 it is {behind} (twenty seeds)" in text
-    assert len(accuracies(fixed("ab"))) == len(accuracies(fixed("ste"))) == 20
+    with_fixed, without = (accuracies(FIXED_LEVELS(method)) for method in ("ab", "ste"))
+    assert f"1 it is {difference_cell(with_fixed, without)} (twenty seeds)" in text
+    assert len(with_fixed) == len(without) == 20
+    assert interval(with_fixed, without)[1] < 0, "at best a tie"
     low, high = interval(accuracies(AB), accuracies(STE))
     assert low < 0 < high < 0.9, "a tie, and the paper's gain lies outside"
     signs = "binarynet_w1a1/final/{}_*.json".format
@@ -103,8 +104,12 @@ def test_the_lead_from_scratch_is_that_of_a_float_start(text: str) -> None:
         assert interval(method, ste)[0] > 0
     low, high = interval(ab, control)
     assert low < 0 < high
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme, choosing = (
+        " ".join((ROOT / name).read_text(encoding="utf-8").split())
+        for name in ("README.md", "docs/choosing.md")
+    )
     lead = mean(ab) - mean(ste)
+    assert f"a float start within the same budget was worth {lead:.1f} points" in choosing
     assert f"From scratch AB is ahead of STE by {lead:.1f} points" in readme
     assert round(mean(control) - mean(ste), 1) == round(lead, 1)
 
@@ -279,6 +284,15 @@ def test_the_settings_of_tiny_imagenet(text: str) -> None:
     assert "within two thirds of a point either way" in text
     parq = [minus_ste("parq", setting) for setting in resnet50]
     assert f"no lead is left, {min(parq):+.2f} to {max(parq):+.2f} in its four settings" in text
+    beside = " ".join((ROOT / "docs/tiny_imagenet.md").read_text(encoding="utf-8").split())
+    first, second, third, fourth = (f"{one:+.2f}" for one in parq)
+    assert f"is at {first}, {second}, {third} and {fourth} in ResNet's settings" in beside
+    starts = [
+        100 * r["summary"]["validation"]["blended_recalibrated"]
+        for name in ("trials_v1_seed0", "v1_seed0")
+        for r in records(f"tiny_imagenet_resnet50_start/{name}.json")
+    ]
+    assert f"which is {starts[0] - starts[1]:.1f} points below" in beside
 
 
 def test_the_map_of_parq_and_its_ramp(text: str) -> None:
@@ -313,7 +327,7 @@ def test_scales(text: str) -> None:
 
     assert f"(`int2`) AB minus STE is {difference('int2')} (three seeds, the default" in text
     assert f"AB had looked {difference('binary_fixed')} ahead (three seeds)" in text
-    fixed = "binarynet_fixed_levels/final/{}_*.json".format
+    fixed = FIXED_LEVELS
     behind = difference_cell(accuracies(fixed("ab")), accuracies(fixed("ste")))
     assert f"AB is {behind} behind STE, each at its own rate" in text
     changed = [mean(at_epoch(runs, 2, "changed_codes")) for runs in (fixed("ab"), AB)]
