@@ -97,6 +97,18 @@ def test_the_lead_from_scratch_is_that_of_a_float_start(text: str) -> None:
     final = "binarynet_scratch/final/{}_seed*.json".format
     ste, ab, control = (accuracies(final(method)) for method in ("ste", "ab", "float_then_ste"))
     assert len(ste) == len(ab) == len(control) == 5
+    trials: dict[str, dict[float, float]] = {}
+    for record in records("binarynet_scratch/trials/*.json"):
+        config, accuracy = record["config"], record["summary"]["validation"][FRESH]
+        trials.setdefault(config["method"], {})[config["learning_rate"]] = accuracy
+    assert {method: len(of) for method, of in trials.items()} == {
+        "ab": 3,
+        "ste": 4,
+        "float_then_ste": 4,
+    }
+    for of in trials.values():
+        assert min(of) < max(of, key=of.__getitem__) < max(of)
+    assert "Three trials of AB, four of the others; each best rate lies inside its range" in text
     assert f"five seeds: AB minus STE is {difference_cell(ab, ste)}." in text
     assert f"then STE is {difference_cell(control, ste)} ahead of STE, and" in text
     assert f"and AB is {difference_cell(ab, control)} from it" in text
