@@ -1,64 +1,33 @@
 """The words of docs/findings.md are held to the records: every number, and who is ahead of whom."""
 
-import json
 import statistics
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import pytest
 
-from experiments.reporting.paired_statistics import difference_cell, paired_difference
-
-ROOT = Path(__file__).parents[2]
-FRESH, RUNNING = "quantized_recalibrated", "quantized"
+from experiments.reporting.paired_statistics import difference_cell
+from tests.experiments.committed_records import (
+    AB,
+    FIXED_LEVELS,
+    FRESH,
+    LEVELS,
+    PARQ,
+    RUNNING,
+    STE,
+    ablation,
+    accuracies,
+    at_epoch,
+    float_resnet,
+    interval,
+    mean,
+    records,
+    resnet,
+    words,
+)
 
 
 @pytest.fixture(scope="module")
 def text() -> str:
-    return " ".join((ROOT / "docs/findings.md").read_text(encoding="utf-8").split())
-
-
-def records(pattern: str) -> list[dict[str, Any]]:
-    paths = sorted((ROOT / "results").glob(pattern))
-    assert paths, pattern
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-
-
-def accuracies(pattern: str, key: str = FRESH) -> dict[int, float]:
-    """Test accuracy by seed, in percent."""
-    return {r["config"]["seed"]: 100 * r["summary"]["test"][key] for r in records(pattern)}
-
-
-def at_epoch(pattern: str, epoch: float, key: str) -> dict[int, float]:
-    """A reading of one evaluation by seed, in percent."""
-    return {
-        r["config"]["seed"]: 100 * m[key]
-        for r in records(pattern)
-        for m in r["metrics"]
-        if m["epoch"] == epoch
-    }
-
-
-def interval(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float]:
-    found = paired_difference(values, baseline)
-    assert found is not None
-    assert found.half_width is not None
-    return found.mean - found.half_width, found.mean + found.half_width
-
-
-def mean(values: Mapping[int, float]) -> float:
-    return statistics.fmean(values.values())
-
-
-STE = "binarynet_methods/final/ste_*.json"
-AB = "binarynet_methods/final/ab_lr*.json"
-PARQ = "binarynet_methods/final/parq_*.json"
-FIXED_LEVELS = "binarynet_fixed_levels/final/{}_*.json".format
-RESNET = tuple(
-    f"resnet20_methods/final/{{}}_{levels}_*.json".format
-    for levels in ("binary", "least_squares_binary2")
-)
+    return words("docs/findings.md")
 
 
 def test_the_tie_of_ab_and_ste(text: str) -> None:
@@ -73,12 +42,15 @@ def test_the_tie_of_ab_and_ste(text: str) -> None:
     assert low < 0 < high < 0.9, "a tie, and the paper's gain lies outside"
     signs = "binarynet_w1a1/final/{}_*.json".format
     one_bit = difference_cell(accuracies(signs("ab")), accuracies(signs("ste")))
-    at_1, at_2 = (
-        difference_cell(accuracies(bits("ab")), accuracies(bits("ste"))) for bits in RESNET
+    one, three_levels, two, *_ = (
+        difference_cell(resnet("ab", levels), resnet("ste", levels)) for levels in LEVELS
     )
-    assert f"it is {one_bit} (five seeds), in ResNet-20 {at_1} at 1 bit and {at_2} at 2 (th" in text
+    assert (
+        f"it is {one_bit} (five seeds), in ResNet-20 {one} at 1 bit, {three_levels} with ternary "
+        f"weights and {two} at 2 bits (three)"
+    ) in text
     assert len(accuracies(signs("ab"))) == 5
-    assert [len(accuracies(bits("ab"))) for bits in RESNET] == [3, 3]
+    assert {len(resnet("ab", levels)) for levels in LEVELS} == {3}
     scatter = [statistics.stdev(accuracies(runs).values()) for runs in (AB, STE)]
     assert scatter[0] > scatter[1], "AB's accuracies do not scatter less"
 
@@ -116,10 +88,7 @@ def test_the_lead_from_scratch_is_that_of_a_float_start(text: str) -> None:
         assert interval(method, ste)[0] > 0
     low, high = interval(ab, control)
     assert low < 0 < high
-    readme, choosing = (
-        " ".join((ROOT / name).read_text(encoding="utf-8").split())
-        for name in ("README.md", "docs/choosing.md")
-    )
+    readme, choosing = (words(name) for name in ("README.md", "docs/choosing.md"))
     lead = mean(ab) - mean(ste)
     assert f"a float start within the same budget was worth {lead:.1f} points" in choosing
     assert f"From scratch AB is ahead of STE by {lead:.1f} points" in readme
@@ -127,27 +96,49 @@ def test_the_lead_from_scratch_is_that_of_a_float_start(text: str) -> None:
 
 
 def test_the_lead_of_parq(text: str) -> None:
-    resnet, at_2_bits = RESNET
     binary = difference_cell(accuracies(PARQ), accuracies(STE))
     assert len(accuracies(PARQ)) == 20
     beside_ab = difference_cell(accuracies(PARQ), accuracies(AB))
     assert f"BinaryNet: {binary} on the same twenty seeds, and {beside_ab} ahead of AB" in text
     assert interval(accuracies(PARQ), accuracies(AB))[0] > 0
-    apart = difference_cell(accuracies(resnet("parq")), accuracies(resnet("ab")))
+    parq, ste, ab = (resnet(method, "binary") for method in ("parq", "ste", "ab"))
+    apart = difference_cell(parq, ab)
     assert f"which three seeds do not tell apart ({apart})" in text
-    assert (
-        f"{difference_cell(accuracies(resnet('parq')), accuracies(resnet('ste')))} on three" in text
-    )
-    of_float = accuracies(resnet("float"), "blended_recalibrated")
-    gaps = [mean(of_float) - mean(accuracies(resnet(method))) for method in ("parq", "ab")]
+    assert f"{difference_cell(parq, ste)} on three" in text
+    gaps = [mean(float_resnet()) - mean(of) for of in (parq, ab)]
     assert f"Its gap to float there is {gaps[0]:.2f} points, AB's {gaps[1]:.2f}" in text
-    for runs, baseline in ((PARQ, STE), (resnet("parq"), resnet("ste"))):
-        assert interval(accuracies(runs), accuracies(baseline))[0] > 0
-    ste, ab = (
-        difference_cell(accuracies(at_2_bits("parq")), accuracies(at_2_bits(method)))
-        for method in ("ste", "ab")
+    for of, baseline in ((accuracies(PARQ), accuracies(STE)), (parq, ste)):
+        assert interval(of, baseline)[0] > 0
+    ternary, two = (
+        difference_cell(resnet("parq", levels), resnet("ste", levels))
+        for levels in ("ternary", "least_squares_binary2")
     )
-    assert f"At 2 bits it is {ste} against STE and {ab} against AB" in text
+    beside_ab = difference_cell(accuracies(PARQ), accuracies(AB))
+    assert f"BinaryNet: {binary} on the same twenty seeds, and {beside_ab} ahead of AB" in text
+    assert interval(accuracies(PARQ), accuracies(AB))[0] > 0
+    parq, ste, ab = (resnet(method, "binary") for method in ("parq", "ste", "ab"))
+    apart = difference_cell(parq, ab)
+    assert f"which three seeds do not tell apart ({apart})" in text
+    assert f"{difference_cell(parq, ste)} on three" in text
+    gaps = [mean(float_resnet()) - mean(of) for of in (parq, ab)]
+    assert f"Its gap to float there is {gaps[0]:.2f} points, AB's {gaps[1]:.2f}" in text
+    for of, baseline in ((accuracies(PARQ), accuracies(STE)), (parq, ste)):
+        assert interval(of, baseline)[0] > 0
+    ternary, two, three, four = (
+        difference_cell(resnet("parq", levels), resnet("ste", levels)) for levels in LEVELS[1:]
+    )
+    beside_ab = difference_cell(*(resnet(method, LEVELS[2]) for method in ("parq", "ab")))
+    assert f"At 2 bits it is {two} against STE and {beside_ab} against AB" in text
+    low, high = interval(resnet("parq", "ternary"), resnet("ste", "ternary"))
+    assert low < 0 < high
+    three, four = (
+        difference_cell(
+            resnet("parq", levels), accuracies(f"resnet20_other/ste_{levels}_lr0.2_*.json")
+        )
+        for levels in ("int3", "int4")
+    )
+    assert f"with ternary weights ({ternary}) and, against the better of two STE," in text
+    assert f"at 3 bits ({three}) and 4 ({four});" in text
 
 
 def test_the_others(text: str) -> None:
@@ -185,65 +176,8 @@ def test_what_the_trials_say(text: str) -> None:
     assert f"stays at {min(early):.0f} to {max(early):.0f} on validation images" in text
 
 
-def ablation(name: str, key: str = FRESH) -> dict[int, float]:
-    return accuracies(f"binarynet_ablations/final/{name}_seed*.json", key)
-
-
-def test_a_constant_rate(text: str) -> None:
-    ab, ste = "constant_lr0.1_ab", "constant_lr0.005_ste"
-    fresh = difference_cell(ablation(ab), ablation(ste))
-    running = difference_cell(ablation(ab, RUNNING), ablation(ste, RUNNING))
-    assert len(ablation(ab)) == len(ablation(ste)) == 5
-    assert f"a constant rate it is {fresh} ahead of STE" in text
-    assert f"{fresh} points ahead of STE with re-estimated statistics and {running} with" in text
-    kept = difference_cell(ablation(ab), accuracies(AB))
-    assert f"Against itself with the cosine it is at {kept} there" in text
-    low, high = interval(ablation(ab), accuracies(AB))
-    assert low < 0 < high, "loses nothing that these seeds could show"
-    trials = records("binarynet_ablations/trials/constant_*.json")
-    for method, rate in (("ab", 0.1), ("ste", 0.005)):
-        of = {
-            r["config"]["learning_rate"]: r["summary"]["validation"][FRESH]
-            for r in trials
-            if r["config"]["method"] == method
-        }
-        assert len(of) == 6
-        assert max(of, key=lambda one: of[one]) == rate
-
-
-def test_shapes_and_ends_of_the_ramp(text: str) -> None:
-    default = accuracies(AB)
-
-    def lost(name: str) -> float:
-        return mean({s: default[s] for s in ablation(name)}) - mean(ablation(name))
-
-    assert f"a cosine loses {lost('cosine_ab'):.2f} points and a linear ramp" in text
-    assert f"a linear ramp {lost('linear_ab'):.2f} (three seeds" in text
-    assert f"a jump at 0.9 of the run loses {lost('jump0.9_ab'):.0f}:" in text
-    assert f"an end at 0.5 loses {lost('stop0.5_ab'):.2f} (three seeds" in text
-    for name in ("cosine_ab", "linear_ab", "stop0.5_ab"):
-        low, high = interval(ablation(name), default)
-        assert low < 0 < high, name
-    assert interval(ablation("jump0.9_ab"), default)[1] < 0
-    ends = [0.0, lost("stop0.75_ab"), lost("stop1_ab")]
-    assert max(ends) - min(ends) < 0.5
-
-
-def test_adamw(text: str) -> None:
-    found: dict[str, dict[float, float]] = {}
-    for record in records("binarynet_ablations/trials/adamw_*.json"):
-        config = record["config"]
-        accuracy = record["summary"]["validation"][FRESH]
-        found.setdefault(config["method"], {})[config["learning_rate"]] = accuracy
-    for method in ("ab", "ste"):
-        assert max(found[method], key=lambda rate: found[method][rate]) == 0.002
-    behind = difference_cell(ablation("adamw_lr0.002_ab"), ablation("adamw_lr0.002_ste"))
-    assert "The best rate of both is 0.002" in text
-    assert f"AB is {behind} behind STE there (three seeds)" in text
-
-
 def test_what_the_readme_says_of_it() -> None:
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    readme = words("README.md")
     told = "AB loses nothing that five seeds could show, STE three points, seven with running"
     assert told in readme
     ste = "constant_lr0.005_ste"
@@ -252,32 +186,18 @@ def test_what_the_readme_says_of_it() -> None:
         shared = {seed: default[seed] for seed in ablation(ste, key)}
         assert round(mean(shared) - mean(ablation(ste, key))) == points
     assert "by about half a point in BinaryNet and one in ResNet-20" in readme
-    resnet = RESNET[0]
     leads = [
         mean(accuracies(PARQ)) - mean(accuracies(STE)),
-        mean(accuracies(resnet("parq"))) - mean(accuracies(resnet("ste"))),
+        mean(resnet("parq", "binary")) - mean(resnet("ste", "binary")),
     ]
+    at_3, at_4 = (
+        mean(resnet("ste", levels)) - mean(resnet("ab", levels)) for levels in ("int3", "int4")
+    )
+    behind = f"{at_3:.1f} and {at_4:.1f} points"
+    assert f"With 3 and 4 bits AB is {behind} behind STE in ResNet-20" in readme
+    assert f"AB ended {behind} below STE in ResNet-20" in words("docs/choosing.md")
     assert 0.3 < leads[0] < 0.7
     assert 0.7 < leads[1] < 1.5
-
-
-def test_the_learning_rates(text: str) -> None:
-    def rates(study: str, kind: str = "") -> str:
-        found = [
-            {
-                r["config"]["learning_rate"]
-                for r in records(f"{study}/final/{method}_{kind}lr*.json")
-            }
-            for method in ("ab", "ste")
-        ]
-        assert [len(one) for one in found] == [1, 1]
-        ab, ste = (one.pop() for one in found)
-        assert 2 <= ab / ste <= 4, "two to four times"
-        return f"{ab:g} against {ste:g}"
-
-    resnet = rates("resnet20_methods", "binary_")
-    assert f"BinaryNet {rates('binarynet_methods')}, with 1-bit activations" in text
-    assert f"activations {rates('binarynet_w1a1')}, ResNet-20 {resnet}." in text
 
 
 def test_the_settings_of_tiny_imagenet(text: str) -> None:
@@ -295,8 +215,10 @@ def test_the_settings_of_tiny_imagenet(text: str) -> None:
     assert max(map(abs, differences)) < 2 / 3
     assert "within two thirds of a point either way" in text
     parq = [minus_ste("parq", setting) for setting in resnet50]
-    assert f"no lead is left, {min(parq):+.2f} to {max(parq):+.2f} in its four settings" in text
-    beside = " ".join((ROOT / "docs/tiny_imagenet.md").read_text(encoding="utf-8").split())
+    assert (
+        f"no lead is left either, {min(parq):+.2f} to {max(parq):+.2f} in its four settings" in text
+    )
+    beside = words("docs/tiny_imagenet.md")
     first, second, third, fourth = (f"{one:+.2f}" for one in parq)
     assert f"is at {first}, {second}, {third} and {fourth} in ResNet's settings" in beside
     starts = [
@@ -319,37 +241,17 @@ def test_the_map_of_parq_and_its_ramp(text: str) -> None:
 
 
 def test_more_bits(text: str) -> None:
-    trained = accuracies(RESNET[0]("float"), "blended_recalibrated")
-    gaps = [mean(trained) - mean(accuracies(bits("ste"))) for bits in RESNET]
-    assert f"is {gaps[0]:.2f} points below float at 1 bit and {gaps[1]:.2f} at 2" in text
-    lost = [
-        mean(trained) - mean(accuracies(f"resnet20_methods/final/float_{levels}_*.json"))
-        for levels in ("int3", "int4")
-    ]
-    assert f"loses {lost[0]:.2f} at 3 bits and {lost[1]:.2f} at 4" in text
+    def gaps(method: str) -> list[float]:
+        return [mean(float_resnet()) - mean(resnet(method, levels)) for levels in LEVELS]
+
+    one, ternary, two, three, four = gaps("ste")
+    assert (
+        f"is {one:.2f} points below float at 1 bit, {ternary:.2f} with ternary weights, {two:.2f} "
+        f"at 2 bits, {three:.2f} at 3 and {four:.2f} at 4"
+    ) in text
+    *_, rounded_to_3, rounded_to_4 = gaps("float")
+    assert f"loses {rounded_to_3:.2f} at 3 bits and {rounded_to_4:.2f} at 4" in text
     lsq = accuracies("resnet20_other/lsq_int2_*.json")
     deviation = statistics.stdev(lsq.values())
     assert f"(`int2`) it reaches {mean(lsq):.2f} ± {deviation:.2f}." in text
     assert len(lsq) == 3
-
-
-def test_scales(text: str) -> None:
-    def difference(scale: str) -> str:
-        return difference_cell(ablation(f"{scale}_ab"), ablation(f"{scale}_ste"))
-
-    assert f"(`int2`) AB minus STE is {difference('int2')} (three seeds, the default" in text
-    assert f"AB had looked {difference('binary_fixed')} ahead (three seeds)" in text
-    fixed = FIXED_LEVELS
-    behind = difference_cell(accuracies(fixed("ab")), accuracies(fixed("ste")))
-    assert f"AB is {behind} behind STE, each at its own rate" in text
-    changed = [mean(at_epoch(runs, 2, "changed_codes")) for runs in (fixed("ab"), AB)]
-    assert f"{changed[0]:.1f} % of AB's codes change in the second epoch, {changed[1]:.1f}" in text
-    rates = [{r["config"]["learning_rate"] for r in records(runs)} for runs in (fixed("ste"), STE)]
-    assert [len(one) for one in rates] == [1, 1]
-    assert f"STE needs {rates[0].pop():g} there and not {rates[1].pop():g}" in text
-    ste, ab = (
-        sorted(ablation(f"int2_tensor_absmax_{method}").values()) for method in ("ste", "ab")
-    )
-    assert f"AB ends at {ab[0]:.0f} to {ab[-1]:.0f} % and STE does not train" in text
-    assert f"two seeds at {ste[0]:.0f} and {ste[1]:.0f} %" in text
-    assert len(ste) == 2

@@ -27,6 +27,7 @@ TABLES = [
     ("docs/findings.md", "binarynet_ablations/trials"),
     ("docs/findings.md", "binarynet_fixed_levels"),
     ("docs/findings.md", "binarynet_scratch"),
+    ("docs/findings.md", "binarynet_quarter_width"),
     ("docs/findings.md", "binarynet_w1a1"),
     ("docs/findings.md", "resnet20_methods"),
 ]

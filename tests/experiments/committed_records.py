@@ -1,0 +1,68 @@
+"""What the committed records say, by seed and in percent, for tests of what the documents say."""
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.reporting.paired_statistics import paired_difference
+
+ROOT = Path(__file__).parents[2]
+FRESH, RUNNING = "quantized_recalibrated", "quantized"
+
+STE = "binarynet_methods/final/ste_*.json"
+AB = "binarynet_methods/final/ab_lr*.json"
+PARQ = "binarynet_methods/final/parq_*.json"
+FIXED_LEVELS = "binarynet_fixed_levels/final/{}_*.json".format
+# The quantizers of ResNet-20, from 1 bit to 4.
+LEVELS = ("binary", "ternary", "least_squares_binary2", "int3", "int4")
+
+
+def words(file: str) -> str:
+    """A document with its line breaks as spaces."""
+    return " ".join((ROOT / file).read_text(encoding="utf-8").split())
+
+
+def records(pattern: str) -> list[dict[str, Any]]:
+    paths = sorted((ROOT / "results").glob(pattern))
+    assert paths, pattern
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+
+
+def accuracies(pattern: str, key: str = FRESH) -> dict[int, float]:
+    """Test accuracy by seed, in percent."""
+    return {r["config"]["seed"]: 100 * r["summary"]["test"][key] for r in records(pattern)}
+
+
+def at_epoch(pattern: str, epoch: float, key: str) -> dict[int, float]:
+    """A reading of one evaluation by seed, in percent."""
+    return {
+        r["config"]["seed"]: 100 * m[key]
+        for r in records(pattern)
+        for m in r["metrics"]
+        if m["epoch"] == epoch
+    }
+
+
+def interval(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float]:
+    found = paired_difference(values, baseline)
+    assert found is not None
+    assert found.half_width is not None
+    return found.mean - found.half_width, found.mean + found.half_width
+
+
+def mean(values: Mapping[int, float]) -> float:
+    return statistics.fmean(values.values())
+
+
+def resnet(method: str, quantizer: str) -> dict[int, float]:
+    return accuracies(f"resnet20_methods/final/{method}_{quantizer}_*.json")
+
+
+def float_resnet() -> dict[int, float]:
+    return accuracies("resnet20_methods/final/float_binary_*.json", "blended_recalibrated")
+
+
+def ablation(name: str, key: str = FRESH) -> dict[int, float]:
+    return accuracies(f"binarynet_ablations/final/{name}_seed*.json", key)
