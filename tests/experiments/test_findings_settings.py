@@ -36,6 +36,9 @@ def test_the_start_of_the_ramp(text: str) -> None:
         pairs = ((early, ste), (early, slower), (late, early))
         told.append([difference_cell(*pair) for pair in pairs])
     three, four = told
+    rounded = difference_cell(resnet("ab", "int4"), resnet("float", "int4"))
+    assert f"at 4 bits it is {rounded} from float training that is only rounded" in text
+    assert interval(resnet("ab", "int4"), resnet("float", "int4"))[1] < 0
     assert f"it is {three[0]} from STE at 3 bits and {four[0]} at 4, and {three[1]} and " in text
     assert f"and {four[1]} from STE at half the rate" in text
     assert f"A ramp from 0.5 to 0.9 of the run changes AB by {three[2]} and {four[2]} (all" in text
@@ -112,7 +115,7 @@ def test_the_learning_rates(text: str) -> None:
         f"{chosen['ab', levels]:g} against {chosen['ste', levels]:g}"
         for levels in ("ternary", "int3")
     )
-    assert f"with ternary weights {ternary}, with 3 bits {three}" in text
+    assert f"with ternary weights {ternary}. With 3 bits it is {three}, but" in text
     of_ste = {
         r["config"]["learning_rate"]: 100 * r["summary"]["validation"][FRESH]
         for r in records("resnet20_methods/trials/ste_int3_*.json")
