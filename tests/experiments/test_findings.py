@@ -218,7 +218,14 @@ def test_the_settings_of_tiny_imagenet(text: str) -> None:
     assert (
         f"no lead is left either, {min(parq):+.2f} to {max(parq):+.2f} in its four settings" in text
     )
+    in_mobilenet = [
+        accuracies(f"tiny_imagenet_mobilenet_parq/final/{method}_*.json")
+        for method in ("parq", "ste")
+    ]
+    lead = f"{mean(in_mobilenet[0]) - mean(in_mobilenet[1]):+.2f} in MobileNet at W4A8"
+    assert lead in text
     beside = words("docs/tiny_imagenet.md")
+    assert lead in beside
     first, second, third, fourth = (f"{one:+.2f}" for one in parq)
     assert f"is at {first}, {second}, {third} and {fourth} in ResNet's settings" in beside
     starts = [

@@ -21,6 +21,7 @@ TABLES = [
     ("README.md", "binarynet_cifar10"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_resnet50"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),
+    ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet_parq"),
     ("docs/findings.md", "binarynet_methods"),
     ("docs/findings.md", "binarynet_methods/final"),
     ("docs/findings.md", "binarynet_methods/final,binarynet_ablations/final"),
