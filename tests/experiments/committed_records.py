@@ -60,6 +60,16 @@ def resnet(method: str, quantizer: str) -> dict[int, float]:
     return accuracies(f"resnet20_methods/final/{method}_{quantizer}_*.json")
 
 
+def ste_at_half_the_rate(quantizer: str) -> dict[int, float]:
+    """STE in ResNet-20 with 3 or 4 bits at 0.2, which test images prefer to the chosen 0.4."""
+    return accuracies(f"resnet20_other/ste_{quantizer}_lr0.2_*.json")
+
+
+def late_ramp(quantizer: str) -> dict[int, float]:
+    """AB in ResNet-20 with its ramp from 0.5 to 0.9 of the run."""
+    return accuracies(f"resnet20_late_ramp/final/ab_{quantizer}_*.json")
+
+
 def float_resnet() -> dict[int, float]:
     return accuracies("resnet20_methods/final/float_binary_*.json", "blended_recalibrated")
 
