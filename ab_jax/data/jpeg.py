@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from ab_jax.data.limits import check_pixels, declared_size
 from ab_jax.data.pixels import decode
 
 _AREA = 0.08, 1.0  # of a random part, as a share of the photograph
@@ -28,15 +29,21 @@ def decode_photo(encoded: bytes, name: str) -> np.ndarray:
       uint8 `[H, W, 3]`.
 
     Raises:
-      ValueError: the bytes are no image, or one that is cut off before its last pixel; the message
-        has `name`.
+      ValueError: the bytes are no image, or one that is cut off before its last pixel, or one that
+        declares more than `limits.MOST_PIXELS`; the message has `name`.
     """
     import cv2
 
     # OpenCV fills up with gray what is missing at the end, without a word. Bytes behind the end are
-    # harmless, so that Pillow, which knows the difference, has to look at such files.
-    if encoded[:2] != b"\xff\xd8" or encoded[-2:] != _END_OF_IMAGE:
+    # harmless, so that Pillow, which knows the difference, has to look at such files. And it knows
+    # how large an image is before it decodes one; so do we where the header is plain.
+    size = declared_size(encoded)
+    if size is None or encoded[:2] != b"\xff\xd8" or encoded[-2:] != _END_OF_IMAGE:
         return decode(encoded, name)
+    try:
+        check_pixels(*size)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a readable JPEG image: {error}") from error
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), flags)
     if image is None:

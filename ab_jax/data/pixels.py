@@ -7,6 +7,8 @@ import io
 import numpy as np
 from PIL import Image
 
+from ab_jax.data.limits import check_declared_pixels, check_pixels
+
 
 def decode(encoded: bytes, name: str) -> np.ndarray:
     """Decodes a PNG or JPEG file to RGB.
@@ -22,12 +24,21 @@ def decode(encoded: bytes, name: str) -> np.ndarray:
       uint8 `[H, W, 3]`.
 
     Raises:
-      ValueError: the bytes are no PNG or JPEG image, or a damaged one; the message has `name`.
+      ValueError: the bytes are no PNG or JPEG image, or a damaged one, or one that declares more
+        than `limits.MOST_PIXELS`; the message has `name`.
     """
     try:
+        check_declared_pixels(encoded)
         with Image.open(io.BytesIO(encoded), formats=("JPEG", "PNG")) as image:
+            check_pixels(*image.size)  # of formats whose headers only Pillow reads here
             return np.asarray(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise ValueError(f"{name} is not a readable PNG or JPEG image: {error}") from error
 
 

@@ -1,6 +1,8 @@
 """Photographs to square images: decoding, random parts and centers, against independent ones."""
 
 import io
+import struct
+import tracemalloc
 
 import cv2
 import numpy as np
@@ -9,6 +11,7 @@ from PIL import Image
 
 from ab_jax.data import jpeg
 from ab_jax.data.jpeg import decode_photo
+from ab_jax.data.pixels import decode
 
 
 def encoded(pixels: np.ndarray, **options: object) -> bytes:
@@ -138,3 +141,29 @@ def test_the_center_is_seven_eighths_averaged(rng: np.random.Generator) -> None:
 def test_small_photographs_are_enlarged(rng: np.random.Generator) -> None:
     image = np.full((8, 8, 3), 77, np.uint8)
     np.testing.assert_array_equal(center_crop(image, 20), np.full((20, 20, 3), 77))
+
+
+def declaring(file: bytes, width: int, height: int) -> bytes:
+    """A JPEG file whose header says another size."""
+    frame = next(i for i in range(len(file)) if file[i : i + 2] in (b"\xff\xc0", b"\xff\xc2"))
+    return file[: frame + 5] + struct.pack(">HH", height, width) + file[frame + 9 :]
+
+
+@pytest.mark.parametrize("size", [(13_000, 13_000), (65_535, 65_535), (9_460, 9_460)])
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"comment": b"x" * 60_000}])
+@pytest.mark.parametrize("fill", [b"", b"\xff"])  # before a marker, of any number
+def test_too_many_declared_pixels_are_refused_before_decoding(
+    rng: np.random.Generator, size: tuple[int, int], options: dict[str, object], fill: bytes
+) -> None:
+    pixels = smooth(rng, 64, 64)
+    file = encoded(pixels, **options)
+    whole = file[:2] + fill + file[2:]
+    assert decode_photo(whole, "a").shape == (64, 64, 3)
+    large = declaring(file, *size)
+    tracemalloc.start()
+    for read in (decode_photo, decode):
+        words = f"a.jpg is not .*declares {size[0]:,} x {size[1]:,} pixels, and at most 89,478,485"
+        with pytest.raises(ValueError, match=words):
+            read(large[:2] + fill + large[2:], "a.jpg")
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
