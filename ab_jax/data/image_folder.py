@@ -13,7 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from ab_jax.data.sources import Contents, check_source, read_images, scan
+from ab_jax.data.sources import Contents, check_source, left_out, read_images, scan
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -35,7 +35,9 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     Splits are `train`, and `test` or `validation` (also `val`, `valid`) or both; classes are the
     names of the directories, sorted. Each example has `image` (the file's bytes), `label` and `id`
-    (the file's path from the split on).
+    (the file's path from the split on). Hidden files and directories are left out; links count as
+    in `tree.walk`, the same in a directory and in its archive; a file has at most
+    `limits.MOST_BYTES` and an image at most `limits.MOST_PIXELS`.
 
     Args:
       source: a directory, or a .zip or .tar archive (.gz, .xz, .bz2).
@@ -84,11 +86,8 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
         del dl_manager  # nothing is downloaded
         contents = scan(self._source)
         self._check(contents)
-        if contents.ignored:
-            print(
-                f"{len(contents.ignored)} files of {self._source} are no PNG or JPEG in "
-                f"split/class/ and are left out, such as {contents.ignored[0]}"
-            )
+        for line in left_out(self._source, contents.ignored):
+            print(line)
         self.info.features["label"].names = list(contents.class_names)
         return {split: self._generate_examples(split) for split in sorted(contents.counts)}
 

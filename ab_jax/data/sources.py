@@ -1,49 +1,17 @@
-"""Image files in a directory or an archive, laid out as `split/class/file`.
-
-One wrapping directory or several may stand before the split, and files may lie deeper than the
-class: the first part of a path that names a split decides.
-"""
+"""Image files in a directory or an archive, laid out as `split/class/file` (see `layout`)."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import lzma
-import os
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
+from ab_jax.data.archives import ARCHIVE_SUFFIXES, Files, archive_files
+from ab_jax.data.layout import SUFFIXES, ImageFile, LeftOut, image_file
+from ab_jax.data.names import check_class_names, check_utf8, shown
 from ab_jax.data.pixels import decode
-
-SPLITS = {
-    "train": "train",
-    "validation": "validation",
-    "valid": "validation",
-    "val": "validation",
-    "test": "test",
-}
-SUFFIXES = (".jpg", ".jpeg", ".png")
-TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")
-ARCHIVE_SUFFIXES = (*TAR_SUFFIXES, ".zip")
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageFile:
-    """One image file of a source.
-
-    Attributes:
-      split: `"train"`, `"validation"` or `"test"`.
-      class_name: name of its class directory.
-      name: its path from the split on, such as `"train/cat/0001.jpg"`.
-    """
-
-    split: str
-    class_name: str
-    name: str
+from ab_jax.data.tree import DiskDirectory, Read, walk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,11 +20,11 @@ class Contents:
 
     Attributes:
       counts: number of images by split and class, classes sorted by name.
-      ignored: paths that are no image files of a split.
+      ignored: paths that are no image files of a split, and why they are left out.
     """
 
     counts: dict[str, dict[str, int]]
-    ignored: tuple[str, ...]
+    ignored: Mapping[str, LeftOut]
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -69,7 +37,7 @@ def check_source(source: Path) -> None:
 
     Raises:
       FileNotFoundError: there is nothing at `source`.
-      ValueError: it is neither a directory nor an archive of a known kind.
+      ValueError: it is neither a directory nor an archive of a known kind, or no regular file.
     """
     if not source.exists():
         raise FileNotFoundError(
@@ -80,6 +48,8 @@ def check_source(source: Path) -> None:
         raise ValueError(
             f"{source} is neither a directory nor an archive ({', '.join(ARCHIVE_SUFFIXES)})"
         )
+    if not source.is_dir() and not source.is_file():
+        raise ValueError(f"{source} is neither a directory nor a regular file")
 
 
 def read_images(source: Path, split: str) -> Iterator[tuple[ImageFile, bytes]]:
@@ -89,49 +59,65 @@ def read_images(source: Path, split: str) -> Iterator[tuple[ImageFile, bytes]]:
       FileNotFoundError, ValueError: as `check_source`, or the archive is damaged.
     """
     for _, file, read in _files(source):
-        if file is not None and file.split == split:
+        if isinstance(file, ImageFile) and file.split == split:
             yield file, read()
 
 
-def entries(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    """Yields for each file of a source its path, and a function that reads it.
+def entries(source: Path) -> Files:
+    """Yields the path of each file of a source, with a function that reads it.
 
-    The function is to be called before the next file is asked for, if at all.
+    The function is to be called before the next file is asked for, if at all. In its place stands a
+    `LeftOut` for what is no file that can be read: FIFOs and devices, links that lead nowhere,
+    directories that are linked to a second time.
 
     Raises:
-      FileNotFoundError, ValueError: as `check_source`, or the archive is damaged.
+      OSError: as `check_source`, or something cannot be opened.
+      ValueError: as `check_source`, or the archive is damaged; or, from the function, a file has
+        more than `limits.MOST_BYTES`, is encrypted, or cannot be unpacked.
     """
     check_source(source)
     if source.is_dir():
-        return _directory(source)
-    return _zip(source) if source.name.lower().endswith(".zip") else _tar(source)
+        return walk(DiskDirectory(str(source), source))
+    return archive_files(source)
 
 
 def scan(source: Path) -> Contents:
     """Reads a whole source once: decodes every image and counts them.
 
     Raises:
-      FileNotFoundError: there is nothing at `source`.
-      ValueError: the archive or an image is damaged, two files have one name, there is no training
-        split or neither of the others, or a split's classes are not those of the training split.
-        The message names the file, the split or the class.
+      OSError: there is nothing at `source`, or something in it cannot be opened.
+      ValueError: the archive or an image is damaged or too large (see `limits`), two files have one
+        name, a name is unfit (see `names`), there is no training split or neither of the others, or
+        a split's classes are not those of the training split. The message names the file, the split
+        or the class.
     """
     counts: dict[str, dict[str, int]] = {}
-    ignored: list[str] = []
+    ignored: dict[str, LeftOut] = {}
     seen: set[str] = set()
     for path, file, read in _files(source):
-        if file is None:
-            ignored.append(path)
+        if isinstance(file, LeftOut):
+            ignored[path] = file
             continue
         if file.name in seen:
-            raise ValueError(f"{source} holds two files {file.name}")
+            raise ValueError(f"{source} holds two files {shown(file.name)}")
         seen.add(file.name)
-        decode(read(), f"{path} in {source}")
+        decode(read(), f"{shown(path)} in {source}")
         classes = counts.setdefault(file.split, {})
         classes[file.class_name] = classes.get(file.class_name, 0) + 1
     counts = {split: dict(sorted(classes.items())) for split, classes in counts.items()}
-    _check_splits(source, counts)
-    return Contents(counts, tuple(ignored))
+    check_class_names((name for classes in counts.values() for name in classes), source)
+    try:
+        _check_splits(source, counts)
+    except ValueError as error:  # what was left out may be what is missed
+        raise ValueError("; ".join((str(error), *left_out(source, ignored)))) from error
+    return Contents(counts, ignored)
+
+
+def left_out(source: Path, ignored: Mapping[str, LeftOut]) -> Iterator[str]:
+    """Yields what to say of files that are left out: for each reason how many, and one of them."""
+    for reason, count in Counter(ignored.values()).items():
+        example = next(path for path in ignored if ignored[path] is reason)
+        yield (f"{count} files of {source} are left out ({reason.value}), such as {shown(example)}")
 
 
 def _check_splits(source: Path, counts: dict[str, dict[str, int]]) -> None:
@@ -145,68 +131,17 @@ def _check_splits(source: Path, counts: dict[str, dict[str, int]]) -> None:
         if odd := sorted(set(classes) ^ set(counts["train"])):
             raise ValueError(
                 f"{source}: train and {split} must have the same classes, "
-                f"but {odd[0]} is in only one of them ({len(odd)} such classes)"
+                f"but {shown(odd[0])} is in only one of them ({len(odd)} such classes)"
             )
 
 
-def _image_file(path: str) -> ImageFile | None:
-    """The image file at `path`; None if it is hidden, in no split, or no JPEG or PNG by name."""
-    parts = PurePosixPath(path).parts
-    if parts[-1].startswith(".") or not parts[-1].lower().endswith(SUFFIXES):
-        return None
-    for depth, part in enumerate(parts[:-2]):
-        if part in SPLITS:
-            name = "/".join((SPLITS[part], *parts[depth + 1 :]))
-            return ImageFile(SPLITS[part], parts[depth + 1], name)
-    return None
-
-
-def _files(source: Path) -> Iterator[tuple[str, ImageFile | None, Callable[[], bytes]]]:
+def _files(source: Path) -> Iterator[tuple[str, ImageFile | LeftOut, Read]]:
     """Yields for each file its path, what it is, and a function that reads it."""
     for path, read in entries(source):
-        yield path, _image_file(path), read
-
-
-def _directory(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    for directory, subdirectories, names in os.walk(source, followlinks=True):
-        subdirectories.sort()
-        for name in sorted(names):
-            path = Path(directory, name)
-            yield path.relative_to(source).as_posix(), path.read_bytes
-
-
-def _zip(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    with _damage_named(source), zipfile.ZipFile(source) as archive:
-        for member in archive.infolist():
-            if not member.is_dir():
-                yield (
-                    member.filename,
-                    _damage_named(source)(functools.partial(archive.read, member)),
-                )
-
-
-def _tar(source: Path) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    with _damage_named(source), tarfile.open(source) as archive:
-        for member in archive:
-            if member.isfile() and (file := archive.extractfile(member)) is not None:
-                with file:
-                    yield member.name, _damage_named(source)(file.read)
-        # At a header that is cut off or damaged tarfile stops as if the archive ended there, so
-        # look for the block of zeros that is the end of a whole one.
-        archive.fileobj.seek(archive.offset)
-        if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it ends, or is unreadable, before the end-of-archive mark")
-        while archive.fileobj.read(1 << 20):
-            pass  # a compressed file's checksum stands at its end
-
-
-@contextlib.contextmanager
-def _damage_named(source: Path) -> Iterator[None]:
-    """Turns what the archive modules raise over a damaged file into an error that names it."""
-    try:
-        yield
-    except (
-        *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError),
-        OSError,  # gzip and bz2
-    ) as error:
-        raise ValueError(f"{source} is a damaged archive: {error}") from error
+        file = image_file(path)
+        if isinstance(read, LeftOut):
+            yield path, file if file is LeftOut.HIDDEN else read, bytes
+            continue
+        if isinstance(file, ImageFile):
+            check_utf8(path, source)
+        yield path, file, read

@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
 from typing import Any
 
+from ab_jax.data.archives import ARCHIVE_SUFFIXES
 from ab_jax.data.image_folder import ImageFolder
+from ab_jax.data.layout import LeftOut, is_hidden
+from ab_jax.data.names import check_class_names, check_utf8, shown
 from ab_jax.data.pixels import decode
 from ab_jax.data.prepared import WORDS
-from ab_jax.data.sources import ARCHIVE_SUFFIXES, entries
+from ab_jax.data.sources import entries
 
 CLASSES = 200
 COUNTS = {"train": 500, "validation": 50}  # images of each class
@@ -44,13 +47,16 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
         for split in COUNTS:
             for name, class_name, encoded in self._images(split):
                 if name in seen:
-                    raise ValueError(f"{self._source} holds two files {name}")
+                    raise ValueError(f"{self._source} holds two files {shown(name)}")
                 seen.add(name)
-                decode(encoded, f"{name} in {self._source}")
+                decode(encoded, f"{shown(name)} in {self._source}")
                 counts[split][class_name] += 1
+        check_class_names([*counts["train"], *counts["validation"]], self._source)
         self._check_counts(counts)
         self.info.features["label"].names = sorted(counts["train"])
-        self.info.metadata[WORDS] = {wnid: words[wnid] for wnid in words if wnid in counts["train"]}
+        words = {wnid: words[wnid] for wnid in words if wnid in counts["train"]}
+        check_class_names(words.values(), self._source)
+        self.info.metadata[WORDS] = words
         return {split: self._generate_examples(split) for split in COUNTS}
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -61,12 +67,19 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
         """Every file of the source, its path that below `tiny-imagenet-200` if it is of a split."""
         sources = [self._source]
         if self._source.is_dir():
-            archives = [p for p in self._source.iterdir() if p.name.endswith(ARCHIVE_SUFFIXES)]
+            archives = [
+                path
+                for path in self._source.iterdir()
+                if path.name.endswith(ARCHIVE_SUFFIXES) and not is_hidden(path.name)
+            ]
             # Beside other data, those named like it.
             named = [p for p in archives if "tiny" in p.name.lower()]
             sources = sorted(named or archives) or sources
         for source in sources:
             for path, read in entries(source):
+                if isinstance(read, LeftOut) or is_hidden(path):
+                    continue
+                check_utf8(path, source)
                 parts = PurePosixPath(path).parts
                 starts = [i for i, part in enumerate(parts) if part in ("train", "val")]
                 yield PurePosixPath(*parts[starts[0] if starts else 0 :]), read
@@ -79,7 +92,9 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
                     yield f"train/{class_name}/{name}", class_name, read()
                 case ("val", "images", name) if split == "validation":
                     if name not in self._labels:
-                        raise ValueError(f"{self._source}: {_ANNOTATIONS} has no line for {name}")
+                        raise ValueError(
+                            f"{self._source}: {_ANNOTATIONS} has no line for {shown(name)}"
+                        )
                     yield f"validation/{self._labels[name]}/{name}", self._labels[name], read()
 
     def _read_texts(self) -> tuple[dict[str, str], dict[str, str]]:
@@ -87,7 +102,10 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
         found: dict[str, str] = {}
         for path, read in self._entries():
             if path.name in (_ANNOTATIONS, _WORDS):
-                found[path.name] = read().decode()
+                try:
+                    found[path.name] = read().decode()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{self._source}: {path.name} is no UTF-8 text") from error
                 if len(found) == 2:
                     break
         if _ANNOTATIONS not in found:
@@ -95,8 +113,12 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
                 f"{self._source} has no val/{_ANNOTATIONS}. --source is the folder "
                 f"tiny-imagenet-200, an archive of it, or a directory with all of its archives."
             )
-        lines = found[_ANNOTATIONS].splitlines()
-        labels = {fields[0]: fields[1] for fields in map(str.split, lines) if fields}
+        labels = {}
+        for line in filter(str.strip, found[_ANNOTATIONS].splitlines()):
+            name, class_name, *_ = [*line.split(), ""]
+            if not class_name:
+                raise ValueError(f"{self._source}: {_ANNOTATIONS} names no class for {shown(name)}")
+            labels[name] = class_name
         pairs = (line.partition("\t") for line in found.get(_WORDS, "").splitlines())
         return labels, {wnid: words.strip() for wnid, _, words in pairs if words.strip()}
 

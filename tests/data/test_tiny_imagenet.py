@@ -162,3 +162,46 @@ def test_what_is_missing_or_damaged_is_named(files, tmp_path, change, words):
     source = unpacked(change(files), tmp_path / "source")
     with pytest.raises(ValueError, match=words):
         prepare_tiny_imagenet(source, tmp_path / "data")
+
+
+def test_what_does_not_belong_is_left_out(files, tmp_path):
+    """Hidden files and archives, as macOS adds them; links where they lead to images."""
+    noise = {
+        f"__MACOSX/tiny-imagenet-200/train/{WNIDS[0]}/images/._{WNIDS[0]}_0.JPEG": b"x",
+        f"tiny-imagenet-200/train/{WNIDS[0]}/images/._{WNIDS[0]}_0.JPEG": b"x",
+        f"tiny-imagenet-200/train/{WNIDS[0]}/.ipynb_checkpoints/images/0.JPEG": b"x",
+        "tiny-imagenet-200/.git/val_annotations.txt": b"\xff",
+    }
+    noise |= files
+    source = parts(noise, tmp_path / "source")
+    (source / "._tiny.part1.tar.xz").write_bytes(b"x")
+    prepare_tiny_imagenet(source, tmp_path / "data")
+    (source / "tiny.part2.tar.xz").unlink()
+    unpacked(noise, tmp_path / "b")
+    image = tmp_path / f"b/tiny-imagenet-200/train/{WNIDS[0]}/images/{WNIDS[0]}_0.JPEG"
+    image.rename(tmp_path / "b/moved")
+    image.symlink_to("../../../../moved")
+    with tarfile.open(tmp_path / "b.tar", "w") as tar:
+        tar.add(tmp_path / "b", ".")
+    prepare_tiny_imagenet(tmp_path / "b.tar", tmp_path / "data_b")
+    loaded = [
+        load("tiny_imagenet", data_dir=tmp_path / data, validation=0) for data in ("data", "data_b")
+    ]
+    for part in ("train", "test"):
+        np.testing.assert_array_equal(*(data.parts[part].images for data in loaded))
+        np.testing.assert_array_equal(*(data.parts[part].labels for data in loaded))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("val/val_annotations.txt", b"val_0.JPEG\n", "names no class for val_0.JPEG"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tcl\xe9\n", "val_annotations.txt is no UTF-8"),
+        ("words.txt", b"n01443537\tpoup\xe9e\n", "words.txt is no UTF-8"),
+        ("words.txt", "n01443537\tpoup\u202eee\n".encode(), r"the class name 'poup\\u202eee'"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_named(files, tmp_path, name, content, words):
+    files[f"tiny-imagenet-200/{name}"] = content
+    with pytest.raises(ValueError, match=words):
+        prepare_tiny_imagenet(unpacked(files, tmp_path / "source"), tmp_path / "data")
