@@ -158,7 +158,7 @@ class ActivationQuantizer:
         return replace_value(jnp.where(measured, gain, 1) * x, blended)
 
     def measure(self, x: Array, axis_name: str | None = None) -> Array:
-        """The end of the range that a batch asks for, a float32 scalar.
+        """The end of the range that a batch asks for, a float32 scalar; not finite if `x` is not.
 
         Args:
           x: [batch, ...]. The percentile is that of each image, so that the mean over a batch does
@@ -167,10 +167,14 @@ class ActivationQuantizer:
         """
         magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
         if self.percentile is None:
-            largest = jnp.max(magnitudes)
-            return largest if axis_name is None else jax.lax.pmax(largest, axis_name)
-        mean = jnp.mean(_percentile(magnitudes, self.percentile / 100))
-        return mean if axis_name is None else jax.lax.pmean(mean, axis_name)
+            measured, over_devices = jnp.max(magnitudes), jax.lax.pmax
+        else:
+            measured = jnp.mean(_percentile(magnitudes, self.percentile / 100))
+            over_devices = jax.lax.pmean
+        if axis_name is None:
+            return measured
+        # The maximum of devices need not be NaN where one of them is.
+        return over_devices(jnp.where(jnp.isfinite(measured), measured, jnp.inf), axis_name)
 
 
 def _percentile(magnitudes: Array, share: float) -> Array:

@@ -13,6 +13,20 @@ ways give the same numbers.
 The range of each layer is a float32 scalar in the collection `RANGES` of the model's variables. It
 is measured wherever that collection is mutable, as batch norm's statistics are, and stays as it is
 elsewhere. A layer whose range was never measured (0) gets its input unquantized.
+
+A pass is one `apply`. What it asks for is the largest measurement of the calls of a layer in it (a
+call sees those up to its own); momentum is between passes. So a layer that is called again and
+again has one range: in a loop over time (`nn.RNN`, `nn.scan`) that is a collection which the loop
+carries, and which is there before it starts:
+
+    model = nn.RNN(nn.LSTMCell(8), variable_carry=RANGES)
+    ranges = initial_ranges(layer_paths(model, sequences), rules)
+
+Where ranges rest, the loop takes `variable_broadcast=["params", RANGES]` instead. It lies within a
+module, as that of `nn.RNN` does: where `nn.scan` is the model itself, each step is a pass.
+
+A measurement that is not finite leaves the range alone. Where the collection `NOT_FINITE` is
+mutable too, there they are counted, by layer.
 """
 
 import contextlib
@@ -23,13 +37,15 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.activations import ActivationQuantizer
+from ab_jax.input_ranges import NOT_FINITE as NOT_FINITE
+from ab_jax.input_ranges import RANGES as RANGES
+from ab_jax.input_ranges import Pass, axes_of, limit_of, split
 from ab_jax.rules import Rules
-
-RANGES = "activation_ranges"
 
 # Layers whose input the interceptor quantizes.
 _LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
@@ -50,6 +66,9 @@ class ActivationRules(Rules):
 class QuantizedInputs:
     """Quantizes the inputs of layers in a model that calls it: `quantize_input` of our models.
 
+    It does not see where a pass begins that runs a loop: to each `nn.scan` and the like a pass is
+    one run of its body. A model that calls a layer again in there takes `quantized_inputs`.
+
     Attributes:
       rules: by the layers' paths.
       axis_name: the mapped axis over which batches are spread, if any.
@@ -64,7 +83,8 @@ class QuantizedInputs:
         quantizer = self.rules.of(path)
         if quantizer is None:
             return x
-        return _quantize(module, f"{layer}_input", path, quantizer, x, alpha, self.axis_name)
+        limit = limit_of(module, f"{layer}_input", path, quantizer, x, self.axis_name, None)
+        return quantizer(x, limit, alpha)
 
 
 InputQuantizer = Callable[[nn.Module, str, Array, ArrayLike], Array]
@@ -90,14 +110,25 @@ def quantized_inputs(
 
     Raises:
       ValueError: a layer that no rule covers; on leaving, a rule that decided none of the layers
-        that were called; a layer in `nn.scan` (or another lifted transformation) that the ranges do
-        not reach.
+        that were called, or no such layer at all; a layer in `nn.scan` (or another lifted
+        transformation) that the ranges do not reach, or of which they have one for each step.
     """
     seen: dict[str, None] = {}
+    others: dict[str, None] = {}  # kinds of modules that are none of the layers
+    under_way: Pass | None = None
 
     def quantize_input(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        nonlocal under_way
         module = context.module
+        if under_way is None and module.scope is not None:  # what `apply` calls
+            under_way = Pass(module.scope.root)
+            try:
+                with under_way.ranges():
+                    return quantize_input(call, args, kwargs, context)
+            finally:
+                under_way = None
         if context.method_name != "__call__" or not isinstance(module, _LAYERS):
+            others[type(module).__name__] = None
             return call(*args, **kwargs)
         path = "/".join(module.path)
         seen[path] = None
@@ -108,13 +139,34 @@ def quantized_inputs(
             x, *rest = args
         else:  # the layers of Flax call their argument so
             x, rest = kwargs.pop("inputs"), []
-        x = _quantize(module, "input", path, quantizer, x, alpha, axis_name)
-        return call(x, *rest, **kwargs)
+        limit = limit_of(module, "input", path, quantizer, x, axis_name, under_way)
+        y = call(quantizer(x, limit, alpha), *rest, **kwargs)
+        if under_way is not None and module.has_variable("params", "kernel"):
+            under_way.ranks[path] = axes_of(module.get_variable("params", "kernel"))
+        return y
 
     with nn.intercept_methods(quantize_input):
         yield
-    if seen:  # a compiled function calls none
-        rules.assign(list(seen))
+    if not seen:
+        raise ValueError(_nothing(rules, list(others)))
+    rules.assign(list(seen))
+
+
+def _nothing(rules: ActivationRules, others: list[str]) -> str:
+    """Why a context in which no layer was called has quantized nothing."""
+    given = ", ".join(repr(pattern) for pattern, _ in rules.rules)
+    layers = ", ".join(layer.__name__ for layer in _LAYERS)
+    if not others:
+        return (
+            f"Nothing was called within quantized_inputs, so no layer met its rules ({given}). A "
+            f"compiled function takes no notice of what is around it: stand inside the one that is "
+            f"jitted."
+        )
+    return (
+        f"Nothing was quantized: the rules ({given}) of quantized_inputs are for {layers}, but "
+        f"there were {', '.join(others)} alone. Take modules that are made of those layers "
+        f"(nn.LSTMCell for nn.OptimizedLSTMCell), or leave quantized_inputs out."
+    )
 
 
 def layer_paths(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
@@ -161,34 +213,20 @@ def describe_inputs(paths: list[str], rules: ActivationRules) -> str:
     )
 
 
-def _quantize(
-    module: nn.Module,
-    name: str,
-    path: str,
-    quantizer: ActivationQuantizer,
-    x: Array,
-    alpha: ArrayLike,
-    axis_name: str | None,
-) -> Array:
-    """Quantize the input of the layer at `path`, with its range in variable `name` of `module`."""
-    if quantizer.limit is not None:
-        return quantizer(x, quantizer.limit, alpha)
-    scope = module.scope
-    assert scope is not None, "a module that is called is bound"
-    mutable = scope.is_mutable_collection(RANGES)
-    if not scope.has_variable(RANGES, name):
-        if not mutable:
-            raise ValueError(
-                f"There is no range for the input of {path}. Call the model with "
-                f"mutable=[{RANGES!r}, ...] on training images first, and pass on the "
-                f"{RANGES!r} it returns. If {path} lies within nn.scan, nn.vmap or another lifted "
-                f"transformation, give that one variable_axes={{{RANGES!r}: 0}}."
-            )
-        scope.put_variable(RANGES, name, jnp.zeros((), jnp.float32))
-    limit = scope.get_variable(RANGES, name)
-    if mutable and not scope.get_flag("initializing", False):
-        measured = quantizer.measure(x, axis_name)
-        old = quantizer.momentum * limit + (1 - quantizer.momentum) * measured
-        limit = jnp.where(limit > 0, old, measured)
-        scope.put_variable(RANGES, name, limit)
-    return quantizer(x, limit, alpha)
+def initial_ranges(paths: list[str], rules: ActivationRules) -> dict[str, Any]:
+    """Ranges, none measured yet, for layers in a loop that carries the collection `RANGES`.
+
+    Args:
+      paths: of the layers, as `layer_paths` lists them; none in a stack of layers, which has a
+        range for each.
+      rules: of `quantized_inputs`.
+
+    Returns:
+      The collection, nested dictionaries of float32 zeros.
+
+    Raises:
+      ValueError: a layer that no rule covers.
+    """
+    of = {(*split(path), "input"): rules.of(path) for path in paths}
+    measured = [keys for keys, q in of.items() if q is not None and q.limit is None]
+    return unflatten_dict({keys: jnp.zeros((), jnp.float32) for keys in measured})

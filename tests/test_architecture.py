@@ -31,6 +31,7 @@ ROOMS: dict[str, set[str]] = {
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
     "activations": {"jax", "numpy", "flax"},
+    "input_ranges": {"jax", "numpy", "flax"},
     "quantized_inputs": {"jax", "numpy", "flax"},
     "nnx": {"jax", "flax"},
     "models": {"jax", "numpy", "flax", "h5py", "safetensors"},

@@ -37,6 +37,7 @@ from ab_jax.export.graph import (
     check_one_scale,
     shape_of,
 )
+from ab_jax.input_ranges import checked_range
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.padding import Padding, lax_padding
@@ -56,8 +57,8 @@ def describe(
 
     Raises:
       ValueError: another model, an activation that is none of `ab_jax.activations`, images of a
-        shape that the model does not take, variables that are not its own, or a kernel with a scale
-        for each bit (`LeastSquaresBinary`).
+        shape that the model does not take, variables that are not its own, a range that is not
+        finite, or a kernel with a scale for each bit (`LeastSquaresBinary`).
     """
     network = _NETWORKS.get(type(model))
     if network is None:
@@ -234,7 +235,7 @@ class _Builder:
             return x
         limit = quantizer.limit
         if limit is None:
-            limit = float(self._at(RANGES, f"{path}_input"))
+            limit = checked_range(path, self._at(RANGES, f"{path}_input"))
             if not limit > 0:  # never measured: the model leaves it alone, too
                 return x
         return self.add(f"{path}_input", Quantize(quantizer, limit), x)

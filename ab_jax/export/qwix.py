@@ -33,6 +33,7 @@ import qwix
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.graph import check_one_scale
 from ab_jax.files import writing
+from ab_jax.input_ranges import checked_range
 from ab_jax.quantized_inputs import RANGES, ActivationRules
 from ab_jax.quantizers import Quantized
 
@@ -51,7 +52,8 @@ class InputCodes:
     Attributes:
       bits: 2 to 8.
       signed: whether there are codes below zero.
-      limit: end of the range, which the highest code stands for; positive.
+      limit: end of the range, which the highest code stands for; positive. In a stack of layers
+        (`nn.scan`) a tuple, of each layer's own.
 
     Raises:
       ValueError: a number out of its range.
@@ -59,10 +61,11 @@ class InputCodes:
 
     bits: int
     signed: bool
-    limit: float
+    limit: float | tuple[float, ...]
 
     def __post_init__(self) -> None:
-        if not 0 < self.limit < float("inf"):
+        limits = self.limit if isinstance(self.limit, tuple) else (self.limit,)
+        if not limits or not all(0 < limit < float("inf") for limit in limits):
             raise ValueError(f"{self}: limit must be positive and finite.")
         self.quantizer  # noqa: B018  refuses bits that there are not
 
@@ -135,18 +138,26 @@ def input_codes(
       By path; a layer whose input stays in float has none, nor one whose range was never measured.
 
     Raises:
-      ValueError: a layer that no rule covers; one whose range is missing.
+      ValueError: a layer that no rule covers; one whose range is missing or not finite; a stack
+        of layers of which some were measured and some were not.
     """
     found = {}
     for path in layers:
         quantizer = rules.of(path)
         if quantizer is None:
             continue
-        limit = quantizer.limit
+        limit: Any = quantizer.limit
         if limit is None:
             limit = _range(variables.get(RANGES, {}), path)
-        if limit > 0:
-            found[path] = InputCodes(bits=quantizer.bits, signed=quantizer.signed, limit=limit)
+        if not np.any(limit):
+            continue
+        if not np.all(limit):
+            raise ValueError(
+                f"Of the layers of {path} some have a range and some have none: {limit}. Call the "
+                f"model with mutable=[{RANGES!r}] on training images that reach all."
+            )
+        limit = tuple(limit) if isinstance(limit, list) else limit
+        found[path] = InputCodes(bits=quantizer.bits, signed=quantizer.signed, limit=limit)
     return found
 
 
@@ -214,11 +225,16 @@ def read_qwix(path: Path | str) -> QwixNetwork:
         # Into NumPy's arrays first, wherever the devices are that it was written from.
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), stored.item_metadata.tree)
         tree = jax.tree.map(jnp.asarray, checkpointer.restore(path, like))
-    inputs = {name: InputCodes(**codes) for name, codes in about["inputs"].items()}
+    inputs = {name: InputCodes(**_tuples(codes)) for name, codes in about["inputs"].items()}
     return QwixNetwork(_to_qarrays(tree), inputs, about["network"])
 
 
-def _range(ranges: Mapping[str, Any], path: str) -> float:
+def _tuples(codes: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `InputCodes`, of which JSON has made lists of tuples."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in codes.items()}
+
+
+def _range(ranges: Mapping[str, Any], path: str) -> float | list[float]:
     """The range of a layer's input, which our models keep beside the layer, others inside it."""
     *parents, layer = path.split("/")
     for keys in ([*parents, f"{layer}_input"], [*parents, layer, "input"]):
@@ -226,7 +242,8 @@ def _range(ranges: Mapping[str, Any], path: str) -> float:
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None
         if found is not None:
-            return float(found)
+            checked: float | list[float] = checked_range(path, found, axes=1)
+            return checked
     raise ValueError(
         f"The variables hold no range for the input of {path}. Call the model with "
         f"mutable=[{RANGES!r}] on training images first."

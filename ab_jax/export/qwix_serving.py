@@ -59,7 +59,8 @@ def serve(
       A model and variables for `model.apply(variables, *args, **kwargs)`.
 
     Raises:
-      ValueError: codes that Qwix's kernels cannot compute with; names the parameter and the fix.
+      ValueError: codes that Qwix's kernels cannot compute with, or those of inputs in a loop
+        (`nn.RNN`); names the parameter and the fix.
     """
     inputs = dict(inputs or {})
     params = flatten_dict(dict(variables["params"]))
@@ -68,6 +69,7 @@ def serve(
     for module, (name, kernel) in kernels.items():
         path = "/".join(module)
         _check(f"{path}/{name}", kernel, layers.get(path), inputs.get(path))
+        params[*module, name] = _by_layer(kernel, layers[path].rank)
     if unused := sorted(inputs.keys() - {"/".join(module) for module in kernels}):
         raise ValueError(
             f"The input of {unused[0]} has codes, but its kernel has none, and Qwix multiplies "
@@ -83,15 +85,24 @@ def serve(
     # The form of the parameters is Qwix's own, of a model that it quantizes from the start. There
     # it takes no convolution whose input stays in float: give that one codes, only for the form.
     blank = qwix.quantize_model(model, qwix.PtqProvider(rules(jnp.int8)))
-    form = jax.eval_shape(lambda: blank.init(jax.random.key(0), *_zeros(args), **kwargs))
+    try:
+        form = jax.eval_shape(lambda: blank.init(jax.random.key(0), *_zeros(args), **kwargs))
+    except Exception as error:
+        lifted = [path for path in inputs if path in layers and layers[path].lifted]
+        if not lifted:
+            raise
+        raise ValueError(
+            f"The input of {lifted[0]} has codes, but this layer lies within nn.scan, nn.RNN or "
+            f"another lifted transformation, which Qwix's static ranges do not enter. "
+            f"Leave it out of `inputs`, or export a StableHLO program."
+        ) from error
     filled = {}
     for keys, leaf in flatten_dict(form["params"]).items():
         codes = inputs.get("/".join(keys[:-1]))
         if keys in params:
             filled[keys] = _fitting("/".join(keys), params[keys], leaf)
         elif codes is not None and keys[-1].endswith("_scale"):
-            scale = codes.quantizer.scale(codes.limit)
-            filled[keys] = leaf.replace(array=jnp.broadcast_to(scale, leaf.shape))
+            filled[keys] = leaf.replace(array=_scales("/".join(keys), codes, leaf.shape))
         elif codes is not None and keys[-1].endswith("_zero_point"):
             filled[keys] = jnp.full(leaf.shape, _LOWEST, leaf.dtype)
         else:
@@ -117,19 +128,28 @@ class _Provider(qwix.PtqProvider):
 class _Layer:
     kind: type[nn.Module]
     dtype: jnp.dtype  # what it computes in
+    rank: int  # of its kernel, as the layer sees it
+    lifted: bool  # whether it is called within `nn.scan` or the like
 
 
 def _layers(model: nn.Module, args: Any, kwargs: Any) -> dict[str, _Layer]:
     """The layers that a call of the model runs, by path."""
     seen: dict[str, _Layer] = {}
+    roots: list[Any] = []  # outermost scopes: Flax makes another one within what it lifts
 
     def note(call: Any, inputs: Any, named: Any, context: Any) -> Any:
         module = context.module
+        scope = module.scope
+        assert scope is not None, "a module that is called is bound"
+        roots.append(scope.root)
+        y = call(*inputs, **named)
         if context.method_name == "__call__" and isinstance(module, (*_CONVOLUTIONS, *_PRODUCTS)):
             x = inputs[0] if inputs else named["inputs"]
             dtype = jnp.dtype(x.dtype if module.dtype is None else module.dtype)
-            seen["/".join(module.path)] = _Layer(type(module), dtype)
-        return call(*inputs, **named)
+            kernel = scope.get_variable("params", "kernel")
+            lifted = scope.root is not roots[0]
+            seen["/".join(module.path)] = _Layer(type(module), dtype, kernel.ndim, lifted)
+        return y
 
     with nn.intercept_methods(note):
         jax.eval_shape(lambda: model.init(jax.random.key(0), *_zeros(args), **kwargs))
@@ -161,7 +181,7 @@ def _check(name: str, kernel: qwix.QArray, layer: _Layer | None, codes: InputCod
             f"{name} has codes of int4, but its input codes from {lowest} to {highest}, and Qwix "
             f"multiplies integers of one type. Hand the codes over as int8 (int4=False)."
         )
-    one_by_channel = all(size == 1 for size in kernel.scale.shape[:-1])
+    one_by_channel = all(size == 1 for size in kernel.scale.shape[-layer.rank : -1])
     one_by_channel &= kernel.scale.shape[-1] in (1, kernel.shape[-1])
     fix = "Leave this layer out of `inputs`, or quantize its kernel"
     if issubclass(layer.kind, _CONVOLUTIONS) and not one_by_channel:
@@ -199,8 +219,39 @@ def _rule(
     )
 
 
+def _by_layer(kernel: qwix.QArray, rank: int) -> qwix.QArray:
+    """The kernel with scales for each layer of a stack, as `nn.scan` wants to slice them."""
+
+    def repeated(per_block: Any) -> Any:
+        for i in range(kernel.qvalue.ndim - rank):
+            times = kernel.qvalue.shape[i] // per_block.shape[i]
+            per_block = jnp.repeat(per_block, times, axis=i)
+        return per_block
+
+    parts = {"scale": kernel.scale, "zero_point": kernel.zero_point}
+    return dataclasses.replace(
+        kernel, **{name: repeated(x) for name, x in parts.items() if x is not None}
+    )
+
+
+def _scales(name: str, codes: InputCodes, shape: tuple[int, ...]) -> jax.Array:
+    """The scales of a layer's input, of the shape that Qwix has for them."""
+    scale = codes.quantizer.scale(jnp.asarray(codes.limit, jnp.float32))
+    if scale.ndim and scale.shape != shape[:1]:
+        raise ValueError(
+            f"The codes of the input of {name.rpartition('/')[0]} have {scale.size} ranges, which "
+            f"do not fit the model's {name}, of shape {shape}."
+        )
+    return jnp.broadcast_to(scale.reshape(*scale.shape, *(1,) * (len(shape) - scale.ndim)), shape)
+
+
 def _fitting(name: str, value: Any, wanted: Any) -> Any:
     """A parameter in the place of Qwix's own."""
+    if value.shape[1:] == wanted.shape:
+        raise ValueError(
+            f"{name} is a stack of {value.shape[0]} layers, of which Qwix sees one: it takes "
+            f"nn.scan within a module, but not as the model. Make a module that calls it."
+        )
     if value.shape != wanted.shape:
         raise ValueError(f"{name} is of shape {value.shape}, and of {wanted.shape} in the model.")
     if not _is_qarray(value):

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-_METRICS = ("loss", "accuracy")  # those that a line of metrics has the means of
+# Those that a line of metrics has the means of, and the sum, where there are any.
+_METRICS = ("loss", "accuracy", "not_finite_inputs")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +25,14 @@ class Interval:
     @classmethod
     def of(cls, steps: Sequence[Mapping[str, Any]], codes: list[np.ndarray]) -> "Interval":
         """From what each step returned, one at least."""
-        metrics = {n: np.asarray([step[n] for step in steps], np.float32) for n in _METRICS}
+        names = [name for name in _METRICS if any(name in step for step in steps)]
+        metrics = {n: np.asarray([step.get(n, 0) for step in steps], np.float32) for n in names}
         return cls(metrics, codes)
 
     def steps(self) -> list[dict[str, Any]]:
         """The inverse of `of`, for the metrics that are kept."""
-        columns = zip(*(self.metrics[name] for name in _METRICS), strict=True)
-        return [dict(zip(_METRICS, values, strict=True)) for values in columns]
+        columns = zip(*self.metrics.values(), strict=True)
+        return [dict(zip(self.metrics, values, strict=True)) for values in columns]
 
     def to_tree(self) -> dict[str, Any]:
         """As dictionaries of arrays, none of them empty, which is what Orbax can write."""

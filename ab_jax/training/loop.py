@@ -182,6 +182,8 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                     "train_accuracy": float(np.mean([m["accuracy"] for m in recent])),
                     **readings.metrics(state, alpha, of_activations),
                 }
+                if left := int(sum(m.get("not_finite_inputs", 0) for m in recent)):
+                    line["not_finite_inputs"] = left
                 run.write_metrics({**line, "images_per_second": speed})
                 # After its line, which a run that is cut off in between computes again.
                 checkpoints.save(state, accuracy=line.get("recalibrated_accuracy"))

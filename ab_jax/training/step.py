@@ -19,6 +19,7 @@ from ab_jax.blend import Alpha, AlphaSchedule, blend, clip_latent, mean_alpha
 from ab_jax.data.augment import augment, normalize
 from ab_jax.estimators import Estimator, ScaledEstimator
 from ab_jax.learned_scales import keep_scales_positive
+from ab_jax.quantized_inputs import NOT_FINITE, RANGES
 from ab_jax.rules import Rules
 from ab_jax.training.finite import finite_leaves
 from ab_jax.training.parallel import AXIS
@@ -85,7 +86,9 @@ def make_train_step(
       `(state, images, labels, indices, positions) -> (state, metrics)`, with uint8 images
       [N, H, W, C] and int32 labels [N] of the whole set, int32 indices [B] of this device's images
       and their int32 positions [B] in the global batch. The metrics are of the global batch: loss,
-      accuracy, the (mean) alpha, and `finite`, bool [leaves], of the gradients by leaf.
+      accuracy, the (mean) alpha, and `finite`, bool [leaves], of the gradients by leaf; of a
+      model that measures ranges also `not_finite_inputs`, how many were left alone, since what
+      was measured was not finite.
     """
 
     def loss_fn(
@@ -95,7 +98,7 @@ def make_train_step(
         labels: Array,
         alpha_now: Alpha,
         of_activations: ArrayLike,
-    ) -> tuple[Array, tuple[Any, Array]]:
+    ) -> tuple[Array, tuple[dict[str, Any], Array]]:
         at = state.with_trained(trained)
         effective = blend(at.params, rules, alpha_now, estimator=estimator, scales=at.scales)
         logits, model_state = model.apply(
@@ -103,13 +106,13 @@ def make_train_step(
             images,
             train=True,
             alpha=of_activations,
-            mutable=list(state.model_state),
+            mutable=[*state.model_state, *([NOT_FINITE] if RANGES in state.model_state else [])],
         )
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
         )
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
-        return loss, (model_state, logits)
+        return loss, (dict(model_state), logits)
 
     def train_step(
         state: TrainState, images: Array, labels: Array, indices: Array, positions: Array
@@ -128,6 +131,7 @@ def make_train_step(
             trained, state, preprocessing.normalize(batch), targets, alpha_now, of_activations
         )
         correct = jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
+        counts = jax.tree.leaves(model_state.pop(NOT_FINITE, {}))
         grads, loss, accuracy = jax.lax.pmean((grads, loss, correct), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         updated = state.with_trained(optax.apply_updates(state.trained, updates))
@@ -149,6 +153,7 @@ def make_train_step(
             "accuracy": accuracy,
             "alpha": mean,
             "finite": finite_leaves(grads),
+            **({"not_finite_inputs": sum(counts)} if counts else {}),
         }
         return new_state, metrics
 

@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import ab_jax as ab
+from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.describe import describe
 from ab_jax.export.fold import fold_batch_norm
 from ab_jax.export.graph import Affine, Convolution, Dense, Graph, evaluate, values_of
 from ab_jax.export.integers import evaluate_in_integers, layers_in_float
 from ab_jax.models.binarynet import BinaryNet
+from ab_jax.quantized_inputs import RANGES, ActivationRules, QuantizedInputs
 from ab_jax.quantizers import Quantized
 from tests.export.networks import NETWORKS, Network, make
 from tests.fast_compilation import compiled
@@ -138,6 +140,21 @@ def test_what_cannot_be_described_is_named(rng: np.random.Generator) -> None:
         describe(model, variables, (8, 8, 4))
     with pytest.raises(ValueError, match=r"takes normalized images \[batch, 8, 8, 3\], not uint8"):
         evaluate(describe(model, variables, shape), jnp.zeros((1, 8, 8, 3), jnp.uint8))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_range_that_is_not_finite_is_refused_by_name(
+    rng: np.random.Generator, value: float
+) -> None:
+    """Not left out: the input would stay in float."""
+    kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 8)), jnp.float32)
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    variables = {
+        "params": {"conv0": {"kernel": kernel}},
+        RANGES: {"conv0_input": jnp.float32(value)},
+    }
+    with pytest.raises(ValueError, match=f"range of the input of conv0 is {value}. Measure it"):
+        describe(BinaryNet(quantize_input=QuantizedInputs(rules)), variables, (8, 8, 3))
 
 
 def test_a_kernel_with_a_scale_for_each_bit_is_refused_by_name(rng: np.random.Generator) -> None:

@@ -175,9 +175,39 @@ def test_inputs_have_the_ranges_of_the_variables() -> None:
         input_codes({RANGES: ranges}, rules, ["block/lost"])
 
 
+def test_a_stack_of_layers_has_a_range_a_layer(tmp_path: Path, quantized: dict[str, Any]) -> None:
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    ranges = {"stack": {"input": jnp.asarray([1.5, 0.25, 2.0])}, "never": {"input": jnp.zeros(3)}}
+    inputs = input_codes({RANGES: ranges}, rules, ["stack", "never"])
+    assert inputs == {"stack": InputCodes(bits=8, signed=False, limit=(1.5, 0.25, 2.0))}
+    write_qwix(tmp_path / "net", {"params": to_qwix(quantized)}, inputs=inputs)
+    assert read_qwix(tmp_path / "net").inputs == inputs
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (np.nan, "range of the input of a/b is nan. Measure it again"),
+        (np.inf, "range of the input of a/b is inf. Measure it again"),
+        ([1.0, np.inf], r"range of the input of a/b is \[ 1\. inf\]"),
+        ([1.0, 0.0], r"Of the layers of a/b some have a range and some have none: \[1.0, 0.0\]"),
+        (np.ones((2, 3)), r"input of a/b has ranges of shape \(2, 3\).*StableHLO"),
+    ],
+)
+def test_ranges_that_cannot_be_exported_are_named(found: Any, message: str) -> None:
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    with pytest.raises(ValueError, match=message):
+        input_codes({RANGES: {"a": {"b": {"input": jnp.asarray(found)}}}}, rules, ["a/b"])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"limit": 0.0}, "limit must be positive"), ({"bits": 9}, "bits must be 2 to 8")],
+    [
+        ({"limit": 0.0}, "limit must be positive"),
+        ({"limit": (1.0, 0.0)}, "limit must be positive"),
+        ({"limit": ()}, "limit must be positive"),
+        ({"bits": 9}, "bits must be 2 to 8"),
+    ],
 )
 def test_codes_that_there_are_not_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):

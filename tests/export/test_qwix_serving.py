@@ -238,3 +238,85 @@ def test_a_layer_of_16_bits_is_refused_where_its_input_has_codes() -> None:
     model = nn.Dense(5, use_bias=False, dtype=jnp.bfloat16)
     with pytest.raises(ValueError, match=r"computes in bfloat16.*dtype=float32"):
         serve(model, to_qwix({"params": {"kernel": kernel}}), jnp.ones((2, 4)), inputs={"": BITS8})
+
+
+# Layers that Flax lifts
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array, _: Any) -> tuple[jax.Array, None]:
+        return nn.relu(nn.Dense(4, name="dense")(x)), None
+
+
+def scanned(name: str | None = None) -> nn.Module:
+    axes = {"params": 0, RANGES: 0}
+    layers = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
+    return layers(name=name)
+
+
+class Stack(nn.Module):
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return scanned("layers")(x, None)[0]
+
+
+@pytest.mark.parametrize("axis", [-1, (0, -1)])
+@pytest.mark.parametrize("signed", [False, True])
+def test_a_stack_is_served_with_a_range_a_layer(
+    rng: np.random.Generator, axis: Any, signed: bool
+) -> None:
+    """Scales of the kernels by layer, or shared by all of them."""
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    params = Stack().init(jax.random.key(0), x)["params"]
+    weights = ab.Uniform(bits=6, scale="absmax", axis=axis)
+    quantized = ab.quantize(params, ab.Rules([(".*/kernel", weights), (".*", None)]))
+    quantizer = ActivationQuantizer(bits=8, signed=signed)
+    activations = ActivationRules([(".*", quantizer)])
+    limits = rng.uniform(0.5, 2, 3).astype(np.float32)
+    variables = {"params": quantized, RANGES: {"layers": {"dense": {"input": limits}}}}
+
+    def apply(model: nn.Module) -> Callable[..., jax.Array]:
+        def function(variables: Any, x: Any) -> jax.Array:
+            with quantized_inputs(activations, 1.0):
+                return model.apply(variables, x)
+
+        return function
+
+    inputs = input_codes(variables, activations, layer_paths(Stack(), x))
+    served, form = serve(Stack(), to_qwix(variables), x, inputs=inputs)
+    found, text = run(apply(served), form, x)
+    assert re.search(r"stablehlo\.dot_general\b.*tensor<[\dx]+xi8>, tensor<[\dx]+xi8>", text)
+    expected = x.astype(np.float64)
+    kernels = ab.dequantize(quantized)["layers"]["dense"]["kernel"]
+    for kernel, limit in zip(np.asarray(kernels, np.float64), limits, strict=True):
+        codes = np.asarray(quantizer.codes(jnp.asarray(expected, jnp.float32), limit), np.float64)
+        expected = np.maximum(codes * float(quantizer.scale(limit)) @ kernel, 0)
+    # A sum's last bit may, seldom, move an activation to its next step.
+    assert np.median(np.abs(found - expected)) < 1e-5
+    assert np.max(np.abs(found - expected)) < 0.05
+
+    wrong = {"layers/dense": InputCodes(bits=8, signed=signed, limit=(1.0, 2.0))}
+    with pytest.raises(ValueError, match=r"input of layers/dense have 2 ranges, which do not fit"):
+        serve(Stack(), to_qwix(variables), x, inputs=wrong)
+
+
+def test_a_stack_that_is_the_model_itself_is_refused() -> None:
+    x = jnp.ones((2, 4))
+    params = scanned().init(jax.random.key(0), x, None)["params"]
+    weights = ab.Uniform(bits=8, scale="absmax")
+    quantized = ab.quantize(params, ab.Rules([(".*/kernel", weights), (".*", None)]))
+    with pytest.raises(ValueError, match=r"dense/\w+ is a stack of 3 layers.*within a module"):
+        serve(scanned(), to_qwix({"params": quantized}), x, None)
+
+
+def test_inputs_of_a_loop_are_refused_by_name() -> None:
+    x = jnp.ones((2, 3, 3))
+    model = nn.RNN(nn.SimpleCell(4))
+    weights = ab.Uniform(bits=8, scale="absmax")
+    quantized = ab.quantize(
+        model.init(jax.random.key(0), x)["params"],
+        ab.Rules([(".*/kernel", weights), (".*", None)]),
+    )
+    with pytest.raises(ValueError, match=r"input of cell/i has codes, but this layer lies within"):
+        serve(model, to_qwix({"params": quantized}), x, inputs={"cell/i": SIGNED})

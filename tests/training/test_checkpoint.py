@@ -101,6 +101,15 @@ def test_an_interval_comes_back_with_its_state_alone(
         assert [(s["loss"], s["accuracy"]) for s in read.steps()] == expected
 
 
+def test_an_interval_has_the_counts_of_the_steps_that_have_them() -> None:
+    """Those before an older version stopped had none."""
+    old = Interval.of([{"loss": 1.0, "accuracy": 0.5}], [])
+    assert Interval.from_tree(old.to_tree()).steps() == [{"loss": 1.0, "accuracy": 0.5}]
+    steps = [*old.steps(), {"loss": 2.0, "accuracy": 0.25, "not_finite_inputs": 3}]
+    found = Interval.from_tree(Interval.of(steps, []).to_tree()).steps()
+    assert [step["not_finite_inputs"] for step in found] == [0, 3]
+
+
 # Damage: what can happen to which file is tested with the manifest, what is kept with retention
 
 

@@ -159,6 +159,39 @@ def test_readings_leave_the_ranges_as_they_are(
     assert abs(plain.loss - got.loss) > 1e-3
 
 
+def test_a_step_counts_the_inputs_that_are_not_finite_and_keeps_their_range(
+    devices: list[jax.Device],
+    quantized: nn.Module,
+    images: Images,
+    rules: ab.Rules,
+    preprocessing: Preprocessing,
+) -> None:
+    """The state stays of the structure that checkpoints have."""
+    parallel = Parallel("shard_map", tuple(devices[:2]))
+    step = make_train_step(
+        quantized,
+        OPTIMIZER,
+        rules=rules,
+        estimator=ab.alpha_blend,
+        alpha=optax.constant_schedule(0.0),
+        preprocessing=preprocessing,
+    )
+    compiled = parallel.wrap(step, sharded=[False, False, False, True, True])
+    placed = parallel.replicate((images.images, images.labels))
+    indices = parallel.shard(np.arange(BATCH, dtype=np.int32))
+    start = create_state(quantized, OPTIMIZER, SHAPE, seed=1)
+    kernel = jnp.full_like(start.params["conv"]["kernel"], jnp.inf)
+    broken = dataclasses.replace(start, params={**start.params, "conv": {"kernel": kernel}})
+    for state, count in ((start, 0), (broken, 1)):
+        after, metrics = compiled(parallel.replicate(state), *placed, indices, indices)
+        after, metrics = parallel.unreplicate((after, metrics))
+        assert int(metrics["not_finite_inputs"]) == count
+        assert jax.tree.structure(after) == jax.tree.structure(start)
+        ranges = after.model_state[RANGES]
+        assert float(ranges["conv_input"]) > 0
+        assert (float(ranges["head_input"]) > 0) == (count == 0)
+
+
 def test_a_network_starts_from_one_with_or_without_ranges(
     rng: np.random.Generator, model: nn.Module, quantized: nn.Module, tmp_path: Path
 ) -> None:
