@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "input_ranges": {"jax", "numpy", "flax"},
     "quantized_inputs": {"jax", "numpy", "flax"},
     "nnx": {"jax", "flax"},
+    "safetensors_header": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax", "h5py", "safetensors"},
     "files": set(),
     "data": {

@@ -32,10 +32,11 @@ import numpy as np
 
 from ab_jax.export import container
 from ab_jax.export.bits import Packing
-from ab_jax.export.container import PackedError, shown
+from ab_jax.export.container import PackedError
 from ab_jax.files import write_whole
 from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.rules import Rules
+from ab_jax.safetensors_header import MalformedError, is_shape, shown
 
 FORMAT = "ab_jax.packed"
 VERSION = 1
@@ -124,7 +125,7 @@ def read_packed(path: Path | str) -> PackedNetwork:
     try:
         arrays, about = container.read(Path(path))
         return _network(arrays, about)
-    except PackedError as error:
+    except MalformedError as error:
         raise PackedError(f"{path} cannot be read as a packed network: {error}.") from None
 
 
@@ -238,7 +239,7 @@ def _unpack(name: str, entry: Any, arrays: dict[str, np.ndarray]) -> Quantized:
             f"its kind is {shown(entry['kind'])}, but {packing.bits} bits "
             f"{'with' if packing.affine else 'without'} zero points are {packing.kind}"
         )
-    if not container.is_shape(entry["shape"]):
+    if not is_shape(entry["shape"]):
         raise PackedError(f"its shape is {shown(entry['shape'])}")
     shape = tuple(entry["shape"])
     _check(packing, shape, entry["dtype"], scale, zero_point, of_signs)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -382,6 +383,58 @@ def test_arrays_that_stand_twice_are_refused(refused: Callable[..., None]) -> No
         return data
 
     refused(forge, "its header has 'params/d' twice")
+
+
+# 60,000 names of the shape that a header has, and nothing else in them.
+MANY = ", ".join(f'"{i}": 0' for i in range(60_000))
+
+
+@pytest.mark.parametrize(
+    ("forge", "message"),
+    [
+        (lambda h, a, b: forged_text(f'{{{MANY}, "59999": 1}}', None, b), "has '59999' twice"),
+        (lambda h, a, b: forged_text(f'{{{MANY}, "0": 1}}', None, b), "has '0' twice"),
+        (lambda h, a, b: forged(h, f'{{"rules": {{{MANY}, "7": 1}}}}', b), "has '7' twice"),
+        (lambda h, a, b: forged_text(f"{{{MANY}}}", None, b), "its metadata are not one text"),
+        (lambda h, a, b: forged(h, f"{{{MANY}}}", b), "it has no sha256"),
+        (lambda h, a, b: forged({**h, **json.loads(f"{{{MANY}}}")}, a, b), "is none of an array"),
+        (lambda h, a, b: a.update(quantized=json.loads(f"{{{MANY}}}")), "leaf '0': it is not"),
+        (lambda h, a, b: forged(h, '{"a":' * 500_000, b), "its text 'ab_jax' is no JSON"),
+        (lambda h, a, b: forged(h, f'{{"a": [{"[]," * 600_000}[]]}}', b), "it has no sha256"),
+        (lambda h, a, b: h["params/d"].update(shape=[1] * 600_000), "'params/d' is of shape"),
+    ],
+)
+def test_a_forged_header_of_any_size_is_refused_at_once(
+    refused: Callable[..., None], forge: Callable[..., Any], message: str
+) -> None:
+    """In the processor's time: a tenth of this where it grows with the header's size alone."""
+    start = time.process_time()
+    refused(forge, message)
+    assert time.process_time() - start < 5
+
+
+# NUL, a control of the terminal's, two directions of writing, the end of a line, no width at all.
+UNSEEN = ("\0", "\x1b[2J", "\u202e", "\u2066", "\u2028", "\u200b")
+
+
+@pytest.mark.parametrize("unseen", UNSEEN, ids=ascii)
+def test_keys_that_cannot_be_seen_are_refused_and_not_written(
+    tmp_path: Path, variables: dict[str, Any], refused: Callable[..., None], unseen: str
+) -> None:
+    name = f"d{unseen}x"
+    refused(renamed("params/d", f"params/{name}"), "its header has 'params/d.*cannot be seen")
+    refused(change(network={"a": [{name: 1}]}), "its text 'ab_jax' has 'd.*cannot be seen")
+    with pytest.raises(ValueError, match=r"'params/d.* cannot be seen.*Rename it"):
+        write_packed(tmp_path / "out", {"params": {name: jnp.ones(2)}})
+    with pytest.raises(ValueError, match=r"description .*'d.* cannot be seen"):
+        write_packed(tmp_path / "out", variables, network={"a": [{name: 1}]})
+    assert not (tmp_path / "out").exists()
+    # What can be seen is a name in any language, and a text may hold what it likes.
+    seen = {"params": {"größe_重み": jnp.ones(2)}}
+    write_packed(tmp_path / "out", seen, network={"größe": unseen})
+    found = read_packed(tmp_path / "out")
+    assert_same_bits(found.variables, seen)
+    assert found.network == {"größe": unseen}
 
 
 def test_a_single_flipped_bit_anywhere_is_found(
