@@ -35,7 +35,7 @@ ROOMS: dict[str, set[str]] = {
     "quantized_inputs": {"jax", "numpy", "flax"},
     "nnx": {"jax", "flax"},
     "safetensors_header": {"jax", "numpy"},
-    "models": {"jax", "numpy", "flax", "h5py", "safetensors"},
+    "models": {"jax", "numpy", "flax"},
     "files": set(),
     "data": {
         *("jax", "numpy", "tensorflow_datasets", "grain", "absl", "array_record"),

@@ -24,6 +24,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ab_jax.models.weight_files import (
+    WeightsError,
+    keras_places,
+    read_array,
+    safetensors_places,
+)
+from ab_jax.safetensors_header import shown
+
 _KERAS_LAYERS = {
     "mobilenet": {"stem": "conv1", "stem_norm": "conv1_bn", "head": "conv_preds"},
     "resnet": {
@@ -71,16 +79,20 @@ def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool 
       A tree like `variables`, of the same dtypes.
 
     Raises:
-      ValueError: a file of another kind, variables of another network, or weights that do not
-        fit: all that are missing in the file, unknown to the network or of another shape.
+      WeightsError: a file of another kind, damaged or malformed, or weights that do not fit: all
+        that are missing in the file, unknown to the network or of another shape. What a file says
+        is compared before its data are read, and never is more allocated than the network has.
+      ValueError: variables of another network. OSError: the file cannot be read.
     """
     network = _network(variables["params"])
     if path.suffix in (".h5", ".hdf5"):
-        weights, source_of, convert = _read_keras(path), _keras_name, _from_keras
+        places, source_of, convert = keras_places(path), _keras_name, _from_keras
     elif path.suffix == ".safetensors":
-        weights, source_of, convert = _read_timm(path), _timm_name, _from_timm
+        places, source_of, convert = safetensors_places(path), _timm_name, _from_timm
+        # The counters that PyTorch's norms keep are no weights.
+        places = {n: place for n, place in places.items() if not n.endswith("num_batches_tracked")}
     else:
-        raise ValueError(
+        raise WeightsError(
             f"{path}: weights are read from .h5 (Keras applications) and .safetensors (timm). "
             f"Save a .keras model in Keras by model.save('name.h5'), a PyTorch state dict by "
             f"safetensors.torch.save_file."
@@ -91,23 +103,40 @@ def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool 
         for collection in ("params", "batch_stats")
         for leaf, value in traverse_util.flatten_dict(variables[collection], sep="/").items()
     }
-    names = {place: source_of(network, *place[1:]) for place in ours}
+    names = {key: source_of(network, *key[1:]) for key in ours}
     head = {name for (_, layer, _), name in names.items() if layer == "head" and name}
-    loaded, missing, other_shapes = {}, [], []
-    for place, value in ours.items():
-        name = names[place]
+    fitting, missing, other_shapes, no_floats = {}, [], [], []
+    for key, value in ours.items():
+        name = names[key]
         if name is None or (new_head and name in head):
             continue
-        if name not in weights:
+        if name not in places:
             missing.append(name)
             continue
-        weight = convert(place[1], weights[name])
-        if weight.shape != value.shape:
-            other_shapes.append((name, weight.shape, value.shape))
-        loaded[place] = jnp.asarray(weight, value.dtype)
-    unknown = sorted(weights.keys() - set(names.values()))
-    if missing or unknown or other_shapes:
-        raise ValueError(_misfit(path, missing, unknown, other_shapes, head))
+        place = places[name]
+        # Of the file's shape and without memory, in place of the array that is not read yet.
+        shape = convert(key[1], np.broadcast_to(np.float32(0), place.shape)).shape
+        if shape != value.shape:
+            other_shapes.append((name, shape, value.shape))
+        elif not jnp.issubdtype(place.dtype, jnp.floating):
+            no_floats.append(f"{name} ({place.dtype})")
+        fitting[key] = place
+    unknown = sorted(places.keys() - set(names.values()))
+    if missing or unknown or other_shapes or no_floats:
+        raise WeightsError(_misfit(path, missing, unknown, other_shapes, no_floats, head))
+
+    loaded = {}
+    with path.open("rb") as file:
+        for key, place in fitting.items():
+            weight = convert(key[1], read_array(file, place))
+            with np.errstate(over="ignore"):  # which the next line finds
+                weight = weight.astype(ours[key].dtype)
+            if not np.isfinite(weight).all():
+                raise WeightsError(
+                    f"{path}: {names[key]} holds what is not finite in {weight.dtype}. Fetch the "
+                    f"file again."
+                )
+            loaded[key] = jnp.asarray(weight)
 
     filled: dict[str, Any] = {}
     for collection in ("params", "batch_stats"):
@@ -135,14 +164,16 @@ def _misfit(
     missing: list[str],
     unknown: list[str],
     other_shapes: list[tuple[str, tuple[int, ...], tuple[int, ...]]],
+    no_floats: list[str],
     head: set[str],
 ) -> str:
     lines = [f"{path} does not fit the network."]
     shapes = [f"{name} {theirs}, not {ours}" for name, theirs, ours in other_shapes]
     for what, found in (
         ("missing in the file", missing),
-        ("unknown to the network", unknown),
+        ("unknown to the network", [shown(name)[1:-1] for name in unknown]),
         ("of another shape", shapes),
+        ("no floating-point numbers", no_floats),
     ):
         if found:
             more = f" and {len(found) - _MAX_LISTED} more" if len(found) > _MAX_LISTED else ""
@@ -158,28 +189,6 @@ def _misfit(
 
 
 # Keras
-
-
-def _read_keras(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by `layer/weight`, of a file of weights or of a whole model."""
-    import h5py
-
-    weights = {}
-    with h5py.File(path) as file:
-        root = file.get("model_weights", file)  # of a whole model, or of weights alone
-        if "layer_names" not in root.attrs:
-            raise ValueError(
-                f"{path} has not the layout of Keras applications' weight files (groups named by "
-                f"layer). The .weights.h5 layout of Keras 3 names no layers: load it into its "
-                f"model in Keras and write that by model.save('name.h5')."
-            )
-        for group_name, group in root.items():
-            layer = {"probs": "predictions"}.get(group_name, group_name)  # older ResNet files
-            for name in group.attrs["weight_names"]:
-                name = name.decode() if isinstance(name, bytes) else name
-                weight = name.rsplit("/", 1)[-1].removesuffix(":0").removeprefix("depthwise_")
-                weights[f"{layer}/{weight}"] = np.asarray(group[name])
-    return weights
 
 
 def _keras_name(network: str, layer: str, leaf: str) -> str | None:
@@ -205,14 +214,6 @@ def _from_keras(layer: str, weight: np.ndarray) -> np.ndarray:
 
 
 # timm
-
-
-def _read_timm(path: Path) -> dict[str, np.ndarray]:
-    """Arrays by name, less the counters that PyTorch's norms keep."""
-    from safetensors.numpy import load_file
-
-    weights = load_file(path)
-    return {n: weight for n, weight in weights.items() if not n.endswith("num_batches_tracked")}
 
 
 def _timm_name(network: str, layer: str, leaf: str) -> str | None:

@@ -1,0 +1,94 @@
+"""Where the arrays of a file of weights lie, found without reading a byte of them.
+
+Weights come from strangers. What a file says of its arrays is judged before anything is allocated
+for it, so that whoever loads them can compare names, dtypes and shapes first, and then reads what
+lies within the file and nothing else.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ab_jax.models import hdf5
+from ab_jax.safetensors_header import MalformedError, Place, read_header, shown
+
+
+class WeightsError(MalformedError):
+    """A file whose weights cannot be taken; names the file and the culprit in it."""
+
+
+def safetensors_places(path: Path) -> dict[str, Place]:
+    """The arrays of a safetensors file by name; places are counted from the file's first byte.
+
+    Raises:
+      WeightsError: it is no such file, or malformed. OSError: it cannot be read.
+    """
+    with _opened(path) as file:
+        header = read_header(file)
+        start = len(header.raw)
+        return {
+            name: Place(place.dtype, place.shape, start + place.begin)
+            for name, place in header.places().items()
+        }
+
+
+def keras_places(path: Path) -> dict[str, Place]:
+    """The arrays of an HDF5 file of Keras applications, by `layer/weight`.
+
+    Args:
+      path: of a file of weights or of a whole model, in Keras' legacy layout.
+
+    Raises:
+      WeightsError: it is no such file, malformed, or has what Keras does not write.
+        OSError: it cannot be read.
+    """
+    with _opened(path) as opened:
+        root = hdf5.File(opened).root
+        root = root.child("model_weights") or root
+        if "layer_names" not in root.attributes():
+            raise MalformedError(
+                "it has not the layout of Keras applications' weight files (groups named by "
+                "layer). The .weights.h5 layout of Keras 3 names no layers: load it into its "
+                "model in Keras and write that by model.save('name.h5')"
+            )
+        first = len(root.path)
+        places: dict[str, Place] = {}
+        waiting = [root]
+        while waiting:
+            for item in waiting.pop().items():
+                place = item.place()
+                if place is None:
+                    waiting.append(item)
+                    continue
+                # Older ResNet files call the head `probs`, and some weights are decorated.
+                layer = {"probs": "predictions"}.get(item.path[first], item.path[first])
+                weight = item.path[-1].removesuffix(":0").removeprefix("depthwise_")
+                name = f"{layer}/{weight}"
+                if name in places:
+                    raise MalformedError(f"{shown(name)} stands in it twice")
+                places[name] = place
+        return places
+
+
+def read_array(file: BinaryIO, place: Place) -> np.ndarray:
+    """The array at a place of an open file, which has been found to lie within it."""
+    file.seek(place.begin)
+    count = math.prod(place.shape)
+    data = file.read(count * place.dtype.itemsize)
+    return np.frombuffer(data, place.dtype, count).reshape(place.shape)
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, whose name is put into whatever is found to be wrong in it."""
+    try:
+        if path.exists() and not path.is_file():
+            raise MalformedError("it is no regular file")
+        with path.open("rb") as file:
+            yield file
+    except MalformedError as error:
+        raise WeightsError(f"{path} cannot be read as weights: {error}.") from None
