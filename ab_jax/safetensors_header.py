@@ -157,7 +157,10 @@ def is_shape(value: Any) -> bool:
 
 def shown(value: Any) -> str:
     """A value of a file in an error: on one line, in ASCII, not too long."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        text = "nested too deep to be shown"
     return text if len(text) <= 100 else f"{text[:100]}..."
 
 

@@ -17,8 +17,6 @@ import tyro
 from experiments.classifying.networks import read_classifier
 from experiments.classifying.pictures import read_picture
 
-_BATCH = 32  # images at a time
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -36,8 +34,9 @@ def run(config: Config) -> None:
     if not config.images:
         raise ValueError("There are no images to classify. Name some files after the network.")
     network = read_classifier(config.model)
-    for start in range(0, len(config.images), _BATCH):
-        paths = config.images[start : start + _BATCH]
+    together = network.images_at_a_time
+    for start in range(0, len(config.images), together):
+        paths = config.images[start : start + together]
         pictures = [read_picture(path, network.image_shape) for path in paths]
         for path, shares in zip(paths, network.probabilities(np.stack(pictures)), strict=True):
             print(path)
