@@ -9,6 +9,7 @@ from pathlib import Path
 _FIXES = {
     errno.ENOSPC: "Free space on that disk",
     errno.EDQUOT: "Free space within your quota",
+    errno.EFBIG: "Raise the limit of a file's size (ulimit -f), or choose another disk",
     errno.EROFS: "Make it writable, or choose another directory",
     errno.EACCES: "Make it writable, or choose another directory",
     errno.EPERM: "Make it writable, or choose another directory",

@@ -18,7 +18,6 @@ may be several directories by comma: `<!-- table: study/final,study/ramps ablati
     --epochs=3,4                        the runs at these epochs, on validation images
 """
 
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import tyro
 
+from ab_jax.files import write_whole, writing
 from experiments.reporting.figures import Plot, render_plots
 from experiments.reporting.page import render_page
 from experiments.reporting.panels import panels
@@ -92,11 +92,10 @@ def report_parts(
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write so that `path` is at any time absent, the old file, or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(data)
-    partial.replace(path)
+    """As `write_whole`, and the directories above it are made."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, data)
 
 
 def run(config: Config) -> Path:
@@ -146,7 +145,7 @@ def main(argv: Sequence[str]) -> int:
     config = tyro.cli(Config, args=list(argv), use_underscores=True, description=__doc__)
     try:
         print(run(config))
-    except ReportError as error:
+    except (ReportError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

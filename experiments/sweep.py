@@ -15,7 +15,6 @@ import json
 import os
 import pkgutil
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -224,10 +223,11 @@ class Sweep:
 
 def copy_atomically(source: Path, target: Path) -> None:
     """Copy a file so that `target` is at any time absent, the old file, or the whole new one."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    shutil.copyfile(source, partial)
-    partial.replace(target)
+    from ab_jax.files import write_whole, writing  # here, since JAX comes with it
+
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, source.read_bytes())
 
 
 def experiment_names() -> list[str]:
@@ -256,8 +256,12 @@ def main(argv: Sequence[str]) -> int:
         rows = [(run.name, sweep.state(run), shlex.join(sweep.command(run))) for run in sweep.runs]
         _say_table(console, [("run", "state", "command"), *rows])
         return 0
-    with collect_signals() as received:
-        outcomes = sweep.execute(received)
+    try:
+        with collect_signals() as received:
+            outcomes = sweep.execute(received)
+    except OSError as error:  # such as a full disk; the runs that went on were asked to stop
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     sweep.show(outcomes)
     if received:
         _say(console, "stopped; the same command goes on where this one ended")

@@ -7,6 +7,7 @@ its own, made from the seed and the test's name.
 
 import contextlib
 import os
+import resource
 import secrets
 import signal
 import socket
@@ -170,6 +171,25 @@ def wait_for_all(tmp_path: Path) -> Callable[..., None]:
         assert codes == [0] * len(codes), f"ended with {codes} within {seconds} s:\n{logs}"
 
     return wait
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], contextlib.AbstractContextManager[None]]:
+    """`with full_disk(size)`: no file of this process gets larger than `size` bytes within it.
+
+    What writes more, in C++ too, fails as on a full disk, with another number.
+    """
+
+    @contextlib.contextmanager
+    def limited(size: int) -> Iterator[None]:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    return limited
 
 
 @pytest.fixture

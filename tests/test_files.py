@@ -67,6 +67,7 @@ def test_lines_are_read_as_written_but_for_one_that_was_cut_off(tmp_path: Path) 
     ("number", "fix"),
     [
         (errno.ENOSPC, "Free space on that disk"),
+        (errno.EFBIG, "ulimit -f"),
         (errno.EROFS, "choose another directory"),
         (errno.EACCES, "choose another directory"),
         (errno.EIO, "Mend that"),

@@ -13,16 +13,20 @@ reading what they wrote does not.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from ab_jax.data.prepared import find_prepared, resolve_data_dir
+from ab_jax.files import writing
 
 DataDir = Annotated[
     Path | None,
@@ -146,10 +150,11 @@ def _prepare_official(name: str, data_dir: Path | None, manual_dir: Path | None 
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
-    builder.download_and_prepare(
-        file_format="array_record",
-        download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
-    )
+    with _writing(name, data_dir):
+        builder.download_and_prepare(
+            file_format="array_record",
+            download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
+        )
     return Path(builder.data_dir)
 
 
@@ -169,10 +174,36 @@ def _prepare_folder(name: str, source: Path, data_dir: Path | None) -> Path:
         builder = TinyImagenet(source=source, data_dir=data_dir)
     else:
         builder = ImageFolder(source=source, data_dir=data_dir, config=name.partition(":")[2])
-    builder.download_and_prepare(file_format="array_record")
+    with _writing(name, data_dir):
+        builder.download_and_prepare(file_format="array_record")
     for split, info in builder.info.splits.items():
         print(f"{split}: {info.num_examples} images")
     return Path(builder.data_dir)
+
+
+@contextlib.contextmanager
+def _writing(name: str, data_dir: Path) -> Iterator[None]:
+    """A disk that is full becomes an error that says so, and no directory is left without files.
+
+    TFDS takes away what it wrote. The error of the system comes as a text in a RuntimeError of
+    array_record's, or in whatever TFDS makes of it.
+    """
+    downloads = data_dir / "downloads"
+    below = [data_dir.joinpath(*name.split(":")), data_dir.joinpath(name.partition(":")[0])]
+    directories = [downloads / "extracted", downloads, *below, data_dir]
+    new = [directory for directory in directories if not directory.exists()]
+    try:
+        yield
+    except BaseException as error:
+        for directory in new:
+            with contextlib.suppress(OSError):  # which it is where there is something in it
+                directory.rmdir()
+        if isinstance(error, OSError | RuntimeError):
+            for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                if os.strerror(number) in str(error):
+                    with writing(below[0]):
+                        raise OSError(number, os.strerror(number)) from error
+        raise
 
 
 def _already_prepared(name: str, data_dir: Path) -> Path | None:

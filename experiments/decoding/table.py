@@ -17,6 +17,7 @@ from pathlib import Path
 
 import tyro
 
+from ab_jax.files import write_whole
 from experiments.recipes.free_flags import FREE_FLAGS
 from experiments.reporting.paired_statistics import (
     NOT_RUN,
@@ -160,7 +161,7 @@ def main() -> None:
             print(text)
         else:
             page = config.page.read_text(encoding="utf-8")
-            config.page.write_text(renewed(page, text), encoding="utf-8")
+            write_whole(config.page, renewed(page, text).encode())
     except (ReportError, OSError) as error:
         sys.exit(f"error: {error}")
 

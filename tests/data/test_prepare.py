@@ -251,6 +251,28 @@ def test_a_damaged_image_ends_preparing_and_leaves_nothing(image_folder, tmp_pat
     assert not list((tmp_path / "data").rglob("*.array_record*"))
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_is_said_in_a_line_and_nothing_is_left(
+    image_folder, tmp_path, full_disk, there
+):
+    """Neither files nor directories, but for those that were there before."""
+    source, _ = image_folder({"train": 20, "test": 2}, size=32)
+    data_dir = tmp_path / "data"
+    if there:
+        (data_dir / "downloads").mkdir(parents=True)
+    command = ["image_folder", f"--source={source}", "--name=bugs", f"--data_dir={data_dir}"]
+    with full_disk(3000), pytest.raises(SystemExit) as exit_:
+        main(command)
+    message = str(exit_.value.code)
+    assert len(message.splitlines()) == 1
+    assert message.startswith(f"error: {data_dir / 'image_folder/bugs'} cannot be written: File to")
+    assert "then give the same command again" in message
+    left = set(data_dir.parent.rglob("data*")) | set(data_dir.rglob("*"))
+    assert left == ({data_dir, data_dir / "downloads"} if there else set())
+    main(command)
+    assert find_prepared("image_folder:bugs", data_dir) is not None
+
+
 def test_files_left_out_are_mentioned(image_folder, tmp_path, capsys):
     source, _ = image_folder({"train": 2, "test": 1})
     (source / "train/ant/boxes.txt").touch()

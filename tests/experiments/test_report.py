@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -595,6 +596,24 @@ def test_the_command_writes_all_files_and_the_readme_block_alone(tmp_path: Path)
     # Once more changes nothing, whatever the records' directory holds by now.
     assert readme_table(read_records([study])) == expected
     assert readme_blocks.renew_readme(readme.read_text(), "study", expected) == readme.read_text()
+
+
+@pytest.mark.parametrize("size", [10, 2000])  # bytes: nothing is written, or the table alone
+def test_a_full_disk_is_said_in_a_line_and_no_part_of_a_file_is_left(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    full_disk: Callable[..., Any],
+    size: int,
+) -> None:
+    for method in ("ste", "ab"):
+        write(run(method, 0, 70.0), tmp_path / f"{method}.json")
+    before = {path.name for path in tmp_path.iterdir()}
+    with full_disk(size):
+        assert report.main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"error: {tmp_path}/\S+ cannot be written: File too large", line)
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"table.md"}
+    assert report.main([str(tmp_path)]) == 0
 
 
 def test_options_travel_in_the_marker(tmp_path: Path) -> None:

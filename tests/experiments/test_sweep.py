@@ -1,5 +1,6 @@
 """The sweep: its plan as pure functions, its processes with a tiny experiment of our own."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -458,3 +459,18 @@ def test_an_unknown_experiment_names_those_that_exist(house: Path) -> None:
     result = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "there is no experiment 'fakes'; there are: fake, other" in result.stderr
+
+
+def test_a_copy_that_a_full_disk_ends_leaves_the_old_one(
+    tmp_path: Path, full_disk: Callable[[int], contextlib.AbstractContextManager[None]]
+) -> None:
+    source, kept = tmp_path / "record.json", tmp_path / "kept" / "run.json"
+    source.write_bytes(b"old")
+    sweep.copy_atomically(source, kept)
+    source.write_bytes(bytes(100))
+    with (
+        full_disk(50),
+        pytest.raises(OSError, match=r"run\.json cannot be written: File too large"),
+    ):
+        sweep.copy_atomically(source, kept)
+    assert [path.read_bytes() for path in kept.parent.iterdir()] == [b"old"]
