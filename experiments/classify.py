@@ -23,7 +23,7 @@ class Config:
     """Which network, and which images."""
 
     model: tyro.conf.Positional[Path]  # exported network, .onnx or .safetensors
-    images: tyro.conf.Positional[tuple[Path, ...]]  # PNG or JPEG files
+    images: tyro.conf.Positional[tuple[Path, ...]]  # PNG, JPEG, WebP or BMP files
     top: int = 5  # classes to show for each image
 
 

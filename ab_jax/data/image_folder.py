@@ -13,6 +13,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from ab_jax.data.bad_images import LEFT_OUT
 from ab_jax.data.sources import Contents, check_source, left_out, read_images, scan
 
 CIFAR10_CLASSES = (
@@ -43,6 +44,8 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
       source: a directory, or a .zip or .tar archive (.gz, .xz, .bz2).
       data_dir: TFDS's data directory, to write under.
       config: for `ImageFolder` itself, the name to store the data set under.
+      skip_bad: for `ImageFolder` itself, whether to leave out images that cannot be read. Which
+        they are and why is kept among the metadata, as `left_out`.
 
     Raises:
       FileNotFoundError: there is nothing at `source`.
@@ -54,10 +57,15 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
     # Nothing is downloaded, so TFDS need not look for a file of checksums beside this one (which it
     # does through importlib_resources, a package that it does not install).
     code_path = None
+    _way_out = ", or leave such images out with --skip_bad"
 
-    def __init__(self, *, source: Path, data_dir: Path, config: str | None = None) -> None:
+    def __init__(
+        self, *, source: Path, data_dir: Path, config: str | None = None, skip_bad: bool = False
+    ) -> None:
         check_source(source)
         self._source = source
+        self._skip_bad = skip_bad
+        self._left_out: dict[str, str] = {}  # why, by name
         if config is not None:
             config = tfds.core.BuilderConfig(
                 name=config, version=self.VERSION, description="A folder of images."
@@ -84,8 +92,15 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
-        contents = scan(self._source)
+        contents = scan(self._source, skip_bad=self._skip_bad, way_out=self._way_out)
         self._check(contents)
+        self._left_out = contents.bad
+        if contents.bad:
+            self.info.metadata[LEFT_OUT] = contents.bad
+            print(
+                f"{len(contents.bad)} images of {self._source} cannot be read and are left out "
+                f"(all are listed in metadata.json), such as {next(iter(contents.bad))}"
+            )
         for line in left_out(self._source, contents.ignored):
             print(line)
         self.info.features["label"].names = list(contents.class_names)
@@ -93,6 +108,8 @@ class ImageFolder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # t
 
     def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for file, encoded in read_images(self._source, split):
+            if file.name in self._left_out:
+                continue
             yield file.name, {"image": encoded, "label": file.class_name, "id": file.name}
 
 
@@ -104,6 +121,7 @@ class Cifar10Jpeg(ImageFolder, skip_registration=True):  # type: ignore[call-arg
     """
 
     name = "cifar10_jpeg"
+    _way_out = ", or take an undamaged copy"
 
     def _check(self, contents: Contents) -> None:
         expected = {

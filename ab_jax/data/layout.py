@@ -18,7 +18,7 @@ SPLITS = {
     "val": "validation",
     "test": "test",
 }
-SUFFIXES = (".jpg", ".jpeg", ".png")
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 # What macOS puts into zip files, Synology beside images, and Windows on drives.
 _OF_SYSTEMS = ("__MACOSX", "@eaDir", "$RECYCLE.BIN")
 
@@ -41,7 +41,7 @@ class ImageFile:
 class LeftOut(enum.Enum):
     """Why a path of a source counts as no image; the value goes into a sentence."""
 
-    NO_IMAGE = "no PNG or JPEG in split/class/"
+    NO_IMAGE = "no PNG, JPEG, WebP or BMP in split/class/"
     HIDDEN = "hidden, or made by an operating system"
     UPWARDS = "paths with .. in them"
     NOWHERE = "links that lead nowhere, or out of the archive"

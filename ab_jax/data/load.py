@@ -9,11 +9,13 @@ import os
 import numpy as np
 
 from ab_jax.data.dataset import Dataset, Images, channel_statistics
+from ab_jax.data.parts import cut
 from ab_jax.data.pixels import box_downsample
 from ab_jax.data.prepared import Prepared, read_prepared, resolve_data_dir
 
 NAMES = ("digits", "cifar10", "cifar10_jpeg", "tiny_imagenet", "image_folder:NAME")
 DIGITS_TEST = 400  # images of the 1,797
+DIGITS_VALIDATION = 200
 
 
 def load(
@@ -66,7 +68,12 @@ def load(
         raise ValueError(f"no data set named {name!r}; there are {', '.join(NAMES)}")
     if classes is not None:
         prepared = _first_classes(name, prepared, classes)
-    train, validation_part, test = _parts(name, prepared, validation)
+    sizes = {split: len(images) for split, images in prepared.splits.items()}
+    default = DIGITS_VALIDATION if name == "digits" else sizes.get("train", 0) // 10
+    train, validation_part, test = (
+        prepared.splits[part.split][part.start : part.stop]
+        for part in cut(name, sizes, validation, default)
+    )
     mean, std = channel_statistics(train.images)
     return Dataset(
         name=name,
@@ -116,26 +123,3 @@ def _first_classes(name: str, prepared: Prepared, classes: int) -> Prepared:
         class_names=prepared.class_names[:classes],
         splits={split: part[part.labels < classes] for split, part in prepared.splits.items()},
     )
-
-
-def _parts(name: str, prepared: Prepared, validation: int | None) -> tuple[Images, Images, Images]:
-    """Training, validation and test part out of the stored splits."""
-    splits = prepared.splits
-    train = splits["train"]
-    if "validation" in splits and "test" in splits:
-        if validation is not None:
-            raise ValueError(
-                f"{name} has a validation and a test split of its own: leave out "
-                f"validation={validation}"
-            )
-        return train, splits["validation"], splits["test"]
-    test = splits["test"] if "test" in splits else splits["validation"]
-    if validation is None:
-        validation = 200 if name == "digits" else len(train) // 10
-    if not 0 <= validation < len(train):
-        raise ValueError(
-            f"validation={validation} must be 0 or more and less than the {len(train)} training "
-            f"images of {name}"
-        )
-    cut = len(train) - validation
-    return train[:cut], train[cut:], test

@@ -25,6 +25,7 @@ from typing import Annotated
 
 import tyro
 
+from ab_jax.data.checksums import write_checksums
 from ab_jax.data.prepared import find_prepared, resolve_data_dir
 from ab_jax.files import writing
 
@@ -34,6 +35,10 @@ DataDir = Annotated[
 ]
 Source = Annotated[
     Path, tyro.conf.arg(help="A directory, or a .zip or .tar archive (.gz, .xz, .bz2).")
+]
+SkipBad = Annotated[
+    bool,
+    tyro.conf.arg(help="Leave out images that cannot be read, and list them in metadata.json."),
 ]
 FolderName = Annotated[
     str, tyro.conf.arg(help="Name to load it by, as image_folder:NAME: letters, digits and _.")
@@ -74,24 +79,29 @@ def prepare_tiny_imagenet(source: Source, data_dir: DataDir = None) -> Path:
     return _prepare_folder("tiny_imagenet", source, data_dir)
 
 
-def prepare_image_folder(source: Source, name: FolderName, data_dir: DataDir = None) -> Path:
+def prepare_image_folder(
+    source: Source, name: FolderName, data_dir: DataDir = None, skip_bad: SkipBad = False
+) -> Path:
     """Anyone's images, laid out as split/class/file: train, and test or val or both.
 
     Args:
-      source: a directory, or a .zip or .tar archive, of PNG or JPEG files.
+      source: a directory, or a .zip or .tar archive, of PNG, JPEG, WebP or BMP files.
       name: what to load them by, as `image_folder:NAME`.
       data_dir: where to write; None: TFDS's default.
+      skip_bad: whether to leave out images that cannot be read. Which they are and why is listed in
+        the prepared directory, in `metadata.json` as `left_out`.
 
     Returns:
       The prepared data set's directory.
 
     Raises:
       FileNotFoundError: there is nothing at `source`.
-      ValueError: `name` is not a word, or `source` is not laid out so, or a file is damaged.
+      ValueError: `name` is not a word, or `source` is not laid out so, or files are damaged:
+        all of them are named, the first 20 in full.
     """
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise ValueError(f"--name={name} must be a letter, then letters, digits and _")
-    return _prepare_folder(f"image_folder:{name}", source, data_dir)
+    return _prepare_folder(f"image_folder:{name}", source, data_dir, skip_bad)
 
 
 def prepare_cifar10(data_dir: DataDir = None) -> Path:
@@ -155,10 +165,11 @@ def _prepare_official(name: str, data_dir: Path | None, manual_dir: Path | None 
             file_format="array_record",
             download_config=tfds.download.DownloadConfig(manual_dir=manual_dir),
         )
+        write_checksums(Path(builder.data_dir))
     return Path(builder.data_dir)
 
 
-def _prepare_folder(name: str, source: Path, data_dir: Path | None) -> Path:
+def _prepare_folder(name: str, source: Path, data_dir: Path | None, skip_bad: bool = False) -> Path:
     from ab_jax.data.image_folder import Cifar10Jpeg, ImageFolder
     from ab_jax.data.sources import check_source
     from ab_jax.data.tiny_imagenet import TinyImagenet
@@ -173,9 +184,11 @@ def _prepare_folder(name: str, source: Path, data_dir: Path | None) -> Path:
     elif name == "tiny_imagenet":
         builder = TinyImagenet(source=source, data_dir=data_dir)
     else:
-        builder = ImageFolder(source=source, data_dir=data_dir, config=name.partition(":")[2])
+        folder = name.partition(":")[2]
+        builder = ImageFolder(source=source, data_dir=data_dir, config=folder, skip_bad=skip_bad)
     with _writing(name, data_dir):
         builder.download_and_prepare(file_format="array_record")
+        write_checksums(Path(builder.data_dir))
     for split, info in builder.info.splits.items():
         print(f"{split}: {info.num_examples} images")
     return Path(builder.data_dir)

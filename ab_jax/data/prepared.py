@@ -6,15 +6,18 @@ A data set lies in `data_dir/NAME/VERSION`, TFDS's own layout; one of a user's o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ab_jax.data.cache import cached
+from ab_jax.data.checksums import damage
 from ab_jax.data.dataset import Images
 from ab_jax.data.pixels import box_downsample, decode
 
@@ -75,7 +78,8 @@ def open_prepared(name: str, data_dir: Path) -> Any:
 
     Raises:
       FileNotFoundError: it is not prepared in `data_dir`; the message has the command that does it.
-      ValueError: it is prepared in a format that needs TensorFlow.
+      ValueError: it is prepared in a format that needs TensorFlow, or damaged; names the directory
+        to delete and the command to prepare it anew.
     """
     directory = find_prepared(name, data_dir)
     if directory is None:
@@ -87,14 +91,51 @@ def open_prepared(name: str, data_dir: Path) -> Any:
         )
     import tensorflow_datasets as tfds
 
-    builder = tfds.builder_from_directory(directory)
+    with damage_named(directory):
+        builder = tfds.builder_from_directory(directory)
+        class_names_of(builder)
     if tfds.core.FileFormat.ARRAY_RECORD not in builder.info.available_file_formats():
         raise ValueError(
             f"{directory} is prepared as {builder.info.file_format.value}, which cannot be read "
             f"without TensorFlow. Move it away or choose another directory, then prepare it with "
             f"`{prepare_command(name, data_dir)}`"
         )
+    if (why := damage(directory)) is not None:
+        raise _damaged(directory, why)
     return builder
+
+
+@contextlib.contextmanager
+def damage_named(directory: Path) -> Iterator[None]:
+    """Turns what TFDS and its formats raise over damaged files into an error that a reader can use.
+
+    Args:
+      directory: of the prepared data set.
+
+    Raises:
+      ValueError: in place of any error but those of permissions and memory; names the directory to
+        delete and the command to prepare it anew.
+    """
+    try:
+        yield
+    except (PermissionError, MemoryError):
+        raise
+    # There is no list of what they raise: protobuf's, JSON's, array_record's and their own errors.
+    except Exception as error:
+        why = damage(directory) or " ".join(f"{type(error).__name__}: {error}".split())
+        raise _damaged(directory, why) from error
+
+
+def _damaged(directory: Path, why: str) -> ValueError:
+    *_, collection, name, _ = directory.parts
+    of_folder = collection == "image_folder"
+    command = prepare_command(
+        f"{collection}:{name}" if of_folder else name, directory.parents[2 if of_folder else 1]
+    )
+    return ValueError(
+        f"the data set in {directory} is damaged: {why}. Delete that directory and prepare it anew "
+        f"with `{command}`"
+    )
 
 
 def class_names_of(builder: Any) -> tuple[str, ...]:
@@ -105,12 +146,17 @@ def class_names_of(builder: Any) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=8)
 def source_of(directory: Path, split: str) -> Any:
-    """A split's records by index, images still encoded; opened once in a process."""
+    """A split's records by index, images still encoded; opened once in a process.
+
+    Raises:
+      ValueError: its files are damaged, as far as that shows before they are read.
+    """
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(directory).as_data_source(
-        split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
-    )
+    with damage_named(directory):
+        return tfds.builder_from_directory(directory).as_data_source(
+            split, decoders={"image": tfds.decode.SkipDecoding()}, file_format="array_record"
+        )
 
 
 def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> Prepared:
@@ -126,8 +172,8 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
 
     Raises:
       FileNotFoundError: it is not prepared in `data_dir`; the message has the command that does it.
-      ValueError: it is prepared in a format that needs TensorFlow, `image_size` does not divide an
-        image's size, or the images differ in size.
+      ValueError: it is prepared in a format that needs TensorFlow, it is damaged, `image_size` does
+        not divide an image's size, or the images differ in size.
     """
     builder = open_prepared(name, data_dir)
     directory = Path(builder.data_dir)
@@ -146,28 +192,42 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
 
 
 def _read_split(builder: Any, split: str, image_size: int | None) -> Images:
-    source = source_of(Path(builder.data_dir), split)
+    directory = Path(builder.data_dir)
+    if (why := damage(directory, whole=f"-{split}.")) is not None:
+        raise _damaged(directory, why)
+    source = source_of(directory, split)
     images: np.ndarray | None = None
     labels = np.empty(len(source), np.int32)
     first = ""
+    for index, (name, encoded, label) in enumerate(_examples(source, directory)):
+        image = decode(encoded, f"{name} in {directory}")
+        if image_size is not None:
+            image = box_downsample(image, image_size, name)
+        if images is None:
+            first = name
+            images = np.empty((len(source), *image.shape), np.uint8)
+        if image.shape != images.shape[1:]:
+            raise ValueError(
+                f"images must have one size to be held in memory, but {first} has "
+                f"{images.shape[1]} x {images.shape[2]} pixels and {name} has "
+                f"{image.shape[0]} x {image.shape[1]}; give an image_size that divides them "
+                f"all, resize the files, or stream them: the ImageNet experiments take images of "
+                f"all sizes with --stream (ab_jax.data.stream.load_stream)"
+            )
+        images[index] = image
+        labels[index] = label
+    if images is None:  # TFDS writes no empty split
+        raise _damaged(directory, f"it has no records of {split}")
+    return Images(images, labels)
+
+
+def _examples(source: Any, directory: Path) -> Iterator[tuple[str, bytes, int]]:
+    """Name, encoded image and label of each record of a split, in order."""
     for start in range(0, len(source), READ_AT_ONCE):
         indices = range(start, min(start + READ_AT_ONCE, len(source)))
-        for index, example in zip(indices, source.__getitems__(indices), strict=True):
-            name = example["id"].decode()
-            image = decode(example["image"], name)
-            if image_size is not None:
-                image = box_downsample(image, image_size, name)
-            if images is None:
-                first = name
-                images = np.empty((len(source), *image.shape), np.uint8)
-            if image.shape != images.shape[1:]:
-                raise ValueError(
-                    f"images must have one size to be held in memory, but {first} has "
-                    f"{images.shape[1]} x {images.shape[2]} pixels and {name} has "
-                    f"{image.shape[0]} x {image.shape[1]}; give an image_size that divides them "
-                    f"all, or resize the files"
-                )
-            images[index] = image
-            labels[index] = example["label"]
-    assert images is not None, "TFDS writes no empty split"
-    return Images(images, labels)
+        with damage_named(directory):
+            examples = [
+                (example["id"].decode(), bytes(example["image"]), int(example["label"]))
+                for example in source.__getitems__(indices)
+            ]
+        yield from examples

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ab_jax.data.archives import ARCHIVE_SUFFIXES, Files, archive_files
+from ab_jax.data.bad_images import BadImages
 from ab_jax.data.layout import SUFFIXES, ImageFile, LeftOut, image_file
 from ab_jax.data.names import check_class_names, check_utf8, shown
 from ab_jax.data.pixels import decode
@@ -21,10 +22,12 @@ class Contents:
     Attributes:
       counts: number of images by split and class, classes sorted by name.
       ignored: paths that are no image files of a split, and why they are left out.
+      bad: images that cannot be read, by name (as `ImageFile` has it), and why; not in `counts`.
     """
 
     counts: dict[str, dict[str, int]]
     ignored: Mapping[str, LeftOut]
+    bad: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -81,19 +84,25 @@ def entries(source: Path) -> Files:
     return archive_files(source)
 
 
-def scan(source: Path) -> Contents:
+def scan(source: Path, *, skip_bad: bool = False, way_out: str = "") -> Contents:
     """Reads a whole source once: decodes every image and counts them.
+
+    Args:
+      source: a directory or an archive.
+      skip_bad: whether to leave out images that cannot be read.
+      way_out: what else to advise where there are such.
 
     Raises:
       OSError: there is nothing at `source`, or something in it cannot be opened.
       ValueError: the archive or an image is damaged or too large (see `limits`), two files have one
         name, a name is unfit (see `names`), there is no training split or neither of the others, or
         a split's classes are not those of the training split. The message names the file, the split
-        or the class.
+        or the class; of damaged images the first 20.
     """
     counts: dict[str, dict[str, int]] = {}
     ignored: dict[str, LeftOut] = {}
     seen: set[str] = set()
+    bad = BadImages()
     for path, file, read in _files(source):
         if isinstance(file, LeftOut):
             ignored[path] = file
@@ -101,16 +110,20 @@ def scan(source: Path) -> Contents:
         if file.name in seen:
             raise ValueError(f"{source} holds two files {shown(file.name)}")
         seen.add(file.name)
-        decode(read(), f"{shown(path)} in {source}")
-        classes = counts.setdefault(file.split, {})
-        classes[file.class_name] = classes.get(file.class_name, 0) + 1
+        encoded = read()
+        with bad.noted(file.name):
+            decode(encoded, f"{shown(path)} in {source}")
+            classes = counts.setdefault(file.split, {})
+            classes[file.class_name] = classes.get(file.class_name, 0) + 1
+    if not skip_bad:
+        bad.refuse(way_out)
     counts = {split: dict(sorted(classes.items())) for split, classes in counts.items()}
     check_class_names((name for classes in counts.values() for name in classes), source)
     try:
         _check_splits(source, counts)
     except ValueError as error:  # what was left out may be what is missed
         raise ValueError("; ".join((str(error), *left_out(source, ignored)))) from error
-    return Contents(counts, ignored)
+    return Contents(counts, ignored, bad.reasons)
 
 
 def left_out(source: Path, ignored: Mapping[str, LeftOut]) -> Iterator[str]:

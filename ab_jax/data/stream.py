@@ -20,7 +20,14 @@ import numpy as np
 from ab_jax.data.batches import epoch_order, evaluation_batches, steps_per_epoch
 from ab_jax.data.dataset import Images
 from ab_jax.data.jpeg import center_crop, decode_photo, random_resized_crop
-from ab_jax.data.prepared import class_names_of, open_prepared, resolve_data_dir, source_of
+from ab_jax.data.parts import cut
+from ab_jax.data.prepared import (
+    class_names_of,
+    damage_named,
+    open_prepared,
+    resolve_data_dir,
+    source_of,
+)
 
 # Of ImageNet's training images, as everywhere; pixels in 0..1.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -41,6 +48,7 @@ class Photos:
       flip: whether training images are mirrored at random.
       workers: processes that decode; 0: a thread of this one.
       share: `(i, n)` for the i-th of n processes, each of which reads its share of every batch.
+      upright: whether photographs are turned as their files note.
     """
 
     directory: Path
@@ -51,6 +59,7 @@ class Photos:
     flip: bool = True
     workers: int = 0
     share: tuple[int, int] = (0, 1)
+    upright: bool = False
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -62,11 +71,13 @@ class Photos:
           ValueError: one is damaged; names the file, the record and the split.
         """
         records = [self.start + int(index) for index in indices]
-        examples = source_of(self.directory, self.split).__getitems__(records)
+        with damage_named(self.directory):
+            examples = source_of(self.directory, self.split).__getitems__(records)
         for record, example in zip(records, examples, strict=True):
             file = example.get("file_name", example.get("id", b"?")).decode()
             name = f"{file} (record {record} of {self.split} in {self.directory})"
-            yield decode_photo(example["image"], name), int(example["label"])
+            photograph = decode_photo(example["image"], name, upright=self.upright)
+            yield photograph, int(example["label"])
 
     def train_batches(
         self, seed: int, batch_size: int, first_step: int, steps: int
@@ -258,8 +269,8 @@ def load_stream(
 ) -> StreamedDataset:
     """A prepared data set as a stream: `imagenet2012`, as TFDS prepares it, or any other.
 
-    The parts are cut as `ab_jax.data.load` cuts them; where the set's validation images are the
-    test part, as with ImageNet, the validation part is cut from the end of the training images.
+    The parts are cut as `ab_jax.data.load` cuts them (`ab_jax.data.parts`); ImageNet's own test
+    images have no labels and are left out. A rotation noted in a file is heeded, but in ImageNet.
 
     Args:
       name: `imagenet2012`, `tiny_imagenet` or `image_folder:NAME`.
@@ -272,8 +283,9 @@ def load_stream(
 
     Raises:
       FileNotFoundError: it is not prepared; the message says how to.
-      ValueError: it is prepared in a format that needs TensorFlow, an `image_size` or `workers`
-        that makes no sense, or a `validation` that leaves no training image.
+      ValueError: it is prepared in a format that needs TensorFlow, or damaged; an `image_size` or
+        `workers` that makes no sense, or a `validation` that leaves no training image or that a
+        data set with splits of its own has no use for.
     """
     if image_size < 1 or workers < 0:
         raise ValueError(
@@ -283,32 +295,23 @@ def load_stream(
         raise ValueError(f"share={share} must be (i, n) with 0 <= i < n")
     builder = open_prepared(name, resolve_data_dir(data_dir))
     sizes = {split: info.num_examples for split, info in builder.info.splits.items()}
-    if "train" not in sizes or "validation" not in sizes:
-        raise ValueError(
-            f"{builder.data_dir} has the splits {', '.join(sizes)}: a stream needs train and "
-            f"validation. Prepare it again with both."
-        )
+    imagenet = name == "imagenet2012"
+    if imagenet:
+        sizes.pop("test", None)
     photos = functools.partial(
-        Photos,
-        Path(builder.data_dir),
-        image_size=image_size,
-        flip=flip,
-        workers=workers,
-        share=share,
+        Photos, Path(builder.data_dir), image_size=image_size, flip=flip, workers=workers
     )
-    n = sizes["train"]
-    if validation is None:
-        validation = min(n // 10, _MOST_VALIDATION)
-    if not 0 <= validation < n:
-        raise ValueError(
-            f"validation={validation} must be 0 or more and less than the {n} training images of "
-            f"{name}"
-        )
+    photos = functools.partial(photos, share=share, upright=not imagenet)
+    default = min(sizes.get("train", 0) // 10, _MOST_VALIDATION)
+    train, validation_part, test = (
+        photos(split=part.split, start=part.start, stop=part.stop)
+        for part in cut(name, sizes, validation, default)
+    )
     return StreamedDataset(
         name=name,
         version=str(builder.version),
-        train=photos(split="train", start=0, stop=n - validation),
-        validation=photos(split="train", start=n - validation, stop=n),
-        test=photos(split="validation", start=0, stop=sizes["validation"]),
+        train=train,
+        validation=validation_part,
+        test=test,
         class_names=class_names_of(builder),
     )

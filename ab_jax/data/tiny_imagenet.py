@@ -17,6 +17,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from ab_jax.data.archives import ARCHIVE_SUFFIXES
+from ab_jax.data.bad_images import BadImages
 from ab_jax.data.image_folder import ImageFolder
 from ab_jax.data.layout import LeftOut, is_hidden
 from ab_jax.data.names import check_class_names, check_utf8, shown
@@ -38,19 +39,23 @@ class TinyImagenet(ImageFolder, skip_registration=True):  # type: ignore[call-ar
     """
 
     name = "tiny_imagenet"
+    _way_out = ", or take an undamaged copy"
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
         del dl_manager  # nothing is downloaded
         self._labels, words = self._read_texts()
         counts: dict[str, Counter[str]] = {split: Counter() for split in COUNTS}
         seen: set[str] = set()
+        bad = BadImages()
         for split in COUNTS:
             for name, class_name, encoded in self._images(split):
                 if name in seen:
                     raise ValueError(f"{self._source} holds two files {shown(name)}")
                 seen.add(name)
-                decode(encoded, f"{shown(name)} in {self._source}")
-                counts[split][class_name] += 1
+                with bad.noted(name):
+                    decode(encoded, f"{shown(name)} in {self._source}")
+                    counts[split][class_name] += 1
+        bad.refuse(self._way_out)
         check_class_names([*counts["train"], *counts["validation"]], self._source)
         self._check_counts(counts)
         self.info.features["label"].names = sorted(counts["train"])

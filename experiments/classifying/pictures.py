@@ -4,18 +4,18 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
+
+from experiments.classifying.decoding import decode
 
 _CENTER = 224 / 256  # side of the center crop, as a share of the shorter side
 
 
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
-    """The pixels of a PNG or JPEG file.
+    """The pixels of a PNG, JPEG, WebP or BMP file, turned as it notes (EXIF).
 
     An image of the network's size stays as it is. A square one whose side is a multiple of it is
     averaged over equal boxes, as data sets in memory are. Of any other, the middle square with 7/8
-    of the shorter side is resized, as streamed photographs are. A rotation noted in the file is
-    ignored, as in training.
+    of the shorter side is resized, as streamed photographs are.
 
     Args:
       path: of the file.
@@ -34,12 +34,7 @@ def read_picture(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
             f"The network takes images of {height} x {width} pixels and {channels} channels; files "
             f"are read as squares of gray or RGB."
         )
-    with path.open("rb") as file:
-        try:
-            with Image.open(file, formats=("JPEG", "PNG")) as image:
-                pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"{path} is not a readable PNG or JPEG image: {error}") from error
+    pixels = decode(path.read_bytes(), str(path), "L" if channels == 1 else "RGB")
     return fitted(pixels, height).reshape(image_shape)
 
 

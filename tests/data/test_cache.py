@@ -37,3 +37,22 @@ def test_a_write_that_fails_leaves_nothing_behind(images, tmp_path, monkeypatch)
     monkeypatch.setattr(np, "savez", full)
     assert cached(tmp_path / "decoded.npz", lambda: images) is images
     assert os.listdir(tmp_path) == []
+
+
+def test_whatever_is_damaged_or_of_before_is_made_again(images, tmp_path, rng):
+    path = tmp_path / "decoded.npz"
+    cached(path, lambda: images)
+    whole = path.read_bytes()
+    damaged = [b"", b"no zip", whole[: len(whole) // 2]]
+    for place in rng.integers(0, len(whole), 60):
+        changed = bytearray(whole)
+        changed[place] ^= 1 << int(rng.integers(8))
+        damaged.append(bytes(changed))
+    for data in damaged:
+        path.write_bytes(data)
+        again = cached(path, lambda: images)
+        np.testing.assert_array_equal(again.images, images.images)
+        np.testing.assert_array_equal(again.labels, images.labels)
+    np.savez(path, images=0 * images.images, labels=images.labels)  # as files were decoded before
+    assert cached(path, lambda: images) is images
+    assert cached(path, never).images.any()
