@@ -12,10 +12,11 @@ Scales that are trained themselves are a second tree, made from the first:
     effective = blend(params, rules, 1.0, estimator=learned_step_size, scales=scales)
     deployed = quantize(params, rules, scales=scales)
 
-The path of a leaf is its keys, attribute names and indices joined by `/`: `layers/0/kernel`. A
-trailing `/value` (Flax NNX) is dropped, so that one rule serves every framework. Any tree of arrays
-will do; leaves that are no floating-point arrays (counters, random keys, functions) are left alone
-by a rule that maps them to None.
+The path of a leaf is its keys, attribute names and indices joined by `/`: `layers/0/kernel`. The
+attribute `value` of an NNX Variable is no part of it, so that one rule serves every framework; any
+other `value` is. Any tree of arrays will do; leaves that are no floating-point arrays (counters,
+random keys, functions) are left alone by a rule that maps them to None. Two leaves of one path are
+refused.
 """
 
 from collections.abc import Callable
@@ -64,10 +65,10 @@ def blend(
       A tree of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); an
-        alpha outside [0, 1]; scales that are not those of the parameters, or given to an estimator
-        that takes none, or missing. TypeError: a quantizer for a leaf that is not floating point;
-        an alpha that is no number.
+      ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); two
+        parameters of one path; an alpha outside [0, 1]; scales that are not those of the
+        parameters, or given to an estimator that takes none, or missing. TypeError: a quantizer for
+        a leaf that is not floating point; an alpha that is no number.
     """
     if not callable(alpha):
         _check_alpha(alpha, "")

@@ -19,11 +19,10 @@ file joins.
 
 from typing import Any, TypeVar
 
-import jax
 from flax import nnx
 
 import ab_jax as ab
-from ab_jax.assigned import path_of
+from ab_jax.assigned import leaves_by_path
 from ab_jax.blend import Alpha
 from ab_jax.learned_scales import Scales
 
@@ -108,4 +107,4 @@ def _split(model: Module, only: Any) -> tuple[nnx.GraphDef[Module], nnx.State, n
 
 
 def _shapes(params: nnx.State) -> dict[str, tuple[int, ...]]:
-    return {path_of(keys): leaf.shape for keys, leaf in jax.tree.leaves_with_path(params)}
+    return {path: leaf.shape for path, leaf in leaves_by_path(params)}

@@ -21,6 +21,7 @@ from flax import nnx
 import ab_jax as ab
 from ab_jax import Binary, Quantized, Rules, Uniform
 
+W = np.ones((2, 2), np.float32)
 INT4 = Uniform(bits=4, scale="absmax")
 INT8 = Uniform(bits=8, symmetric=False, scale="absmax")
 KERNELS = Rules([(r"(.*/)?kernel", INT4), (r".*", None)])
@@ -295,10 +296,66 @@ def test_named_tuples_lists_and_numpy_arrays(rng):
     check_tree(tree, rules, {"0/kernel", "1/0"})
 
 
-def test_a_trailing_value_is_dropped_once_and_only_at_the_end():
-    tree = {"value": {"value": {"value": np.ones(3)}}, "a": {"b/value": np.ones(3)}}
-    paths = [row.path for row in ab.describe(tree, Rules([(".*", None)])).rows]
-    assert paths == ["a/b", "value/value"]
+class Projections(eqx.Module):
+    query: jax.Array
+    value: jax.Array
+
+
+class ValueNet(nnx.Module):
+    """A parameter that is called `value`, and one that holds several arrays."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.value = nnx.Param(jnp.ones((4, 4)))
+        self.layer = nnx.Linear(4, 4, use_bias=False, rngs=rngs)
+        self.several = nnx.Param({"value": jnp.ones((4, 4)), "scale": jnp.ones(4)})
+
+
+def paths_of(tree) -> list[str]:
+    return [row.path for row in ab.describe(tree, Rules([(".*", None)])).rows]
+
+
+def test_only_the_attribute_of_a_variable_is_no_part_of_a_path():
+    w = np.ones((4, 4), np.float32)
+    assert paths_of({"value": {"value": {"value": w}}, "a": {"b/value": w}}) == [
+        *("a/b/value", "value/value/value"),
+    ]
+    assert paths_of({"attn": Projections(w, w), "value": w}) == [
+        *("attn/query", "attn/value", "value"),
+    ]
+    assert paths_of({"net/~/value": {"w": w, "value": w}}) == ["net/~/value/value", "net/~/value/w"]
+    model = ValueNet(nnx.Rngs(0))
+    state = nnx.state(model)
+    wanted = ["layer/kernel", "several/scale", "several/value", "value"]
+    assert paths_of(state) == paths_of(nnx.to_pure_dict(state)) == paths_of(model) == wanted
+    boxed = {"kernel": nn.Partitioned(w, names=(None, None)), "value": w}
+    assert paths_of(boxed) == ["kernel", "value"]
+    assert paths_of(nnx.Param(w)) == paths_of(w) == [""]
+
+
+def test_an_attention_is_quantized_with_its_value_projection():
+    tree = {"attn": {name: jnp.ones((8, 8)) for name in ("query", "key", "value")}}
+    rules = Rules([("attn/(query|key|value)", INT4), (".*", None)])
+    assert ab.quantized_paths(tree, rules) == ["attn/key", "attn/query", "attn/value"]
+    assert all(isinstance(leaf, Quantized) for leaf in ab.quantize(tree, rules)["attn"].values())
+    state = ab.quantize(nnx.state(ValueNet(nnx.Rngs(0))), Rules([("value", INT4), (".*", None)]))
+    assert isinstance(state["value"].get_raw_value(), Quantized)
+
+
+@pytest.mark.parametrize(
+    "use", [lambda *a: ab.blend(*a, 0.5), ab.quantize, ab.describe, ab.initial_scales]
+)
+@pytest.mark.parametrize(
+    ("tree", "path"),
+    [
+        ({"a/b": W, "a": {"b": np.ones((3, 3), np.float32)}}, "a/b"),
+        ({"1": {"0/w": W}, "1/0": {"w": W}}, "1/0/w"),
+        ({"a": [W, Projections(W, W)], "a/1/value": W}, "a/1/value"),
+    ],
+)
+def test_two_leaves_of_one_path_are_refused(use, tree, path):
+    """A rule, a scale and an alpha by path would be one for both."""
+    with pytest.raises(ValueError, match=f"path '{path}' is that of two leaves.* Rename"):
+        use(tree, Rules([(".*", INT4)]))
 
 
 # Estimators as values, alpha by path

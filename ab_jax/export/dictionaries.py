@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from ab_jax.assigned import path_of
+from ab_jax.assigned import leaves_by_path
 from ab_jax.quantized import Quantized
 
 Tree = TypeVar("Tree")
@@ -73,8 +73,7 @@ def from_dictionaries(dictionaries: Mapping[str, Any], like: Tree) -> Tree:
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    with_keys = jax.tree.leaves_with_path(tree, is_leaf=_is_quantized)
-    return [(path_of(keys), leaf) for keys, leaf in with_keys]
+    return leaves_by_path(tree, is_leaf=_is_quantized)
 
 
 def _is_quantized(leaf: Any) -> bool:

@@ -1,5 +1,6 @@
 """Trees of several frameworks as nested dictionaries and back."""
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import equinox as eqx
@@ -17,6 +18,12 @@ from ab_jax.export.packed import read_packed, write_packed
 class Layer(NamedTuple):
     kernel: jax.Array
     bias: jax.Array | None
+
+
+class Projections(eqx.Module):
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
 
 
 @pytest.fixture
@@ -72,6 +79,30 @@ def test_modules(make, key):
         np.testing.assert_array_equal(one, other)
 
 
+class Attention(nnx.Module):
+    def __init__(self, rng):
+        for name in ("query", "key", "value"):
+            setattr(self, name, nnx.Param(jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)))
+
+
+@pytest.mark.parametrize("framework", ["dictionaries", "equinox", "haiku", "nnx"])
+def test_parameters_called_value_come_back_from_a_file(framework, rng, tmp_path):
+    state = nnx.state(Attention(rng))
+    trees = {
+        "dictionaries": {"attn": nnx.to_pure_dict(state)},
+        "equinox": Projections(**nnx.to_pure_dict(state)),
+        "haiku": {"attn/~/value": {"value": jnp.ones((4, 4)), "w": jnp.ones((4, 4))}},
+        "nnx": state,
+    }
+    codes = ab.quantize(trees[framework], ab.Rules([(".*", ab.Ternary())]))
+    write_packed(tmp_path / "net", {"params": to_dictionaries(codes)})
+    variables = read_packed(tmp_path / "net").variables
+    found = from_dictionaries(variables["params"], like=codes)
+    assert jax.tree.structure(found) == jax.tree.structure(codes)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(codes), strict=True):
+        np.testing.assert_array_equal(one, other, strict=True)
+
+
 def test_paths_that_clash_are_refused():
     ones = np.ones(2)
     with pytest.raises(ValueError, match="'a/b' is that of two leaves"):
@@ -79,7 +110,11 @@ def test_paths_that_clash_are_refused():
     with pytest.raises(ValueError, match="a/b lies within another leaf"):
         to_dictionaries({"a": ones, "a/b": ones})
     with pytest.raises(ValueError, match="'x' is that of two leaves"):
-        to_dictionaries({"x": {"y": ones}, "x/value": ones})
+        to_dictionaries(OrderedDict([("x/y", ones), ("x", ones)]))
+    twice, once = {"a/b": ones, "a": {"b": ones}}, {"a": {"b": ones}}
+    for dictionaries, like in ((twice, once), (once, twice)):
+        with pytest.raises(ValueError, match="'a/b' is that of two leaves"):
+            from_dictionaries(dictionaries, like=like)
     with pytest.raises(ValueError, match="or of none"):
         to_dictionaries(ones)
 
