@@ -13,7 +13,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.schedules import cubic_ramp
+from ab_jax.schedules import check_window, cubic_ramp
 
 
 def layerwise_ramp(
@@ -52,17 +52,19 @@ def layerwise_ramp(
         before anything is compiled; None: a path is checked once `blend` asks for it.
 
     Raises:
-      ValueError: no layers, or one twice; an overlap outside [0, 1]; windows shorter than a step; a
-        path that belongs to no layer; with `paths`, a layer to which none belongs.
+      ValueError: no layers, or one twice; an overlap outside [0, 1]; a start and a stop that are
+        none of a ramp; windows shorter than a step; a path that belongs to no layer; with `paths`,
+        a layer to which none belongs.
     """
     layers = tuple(layers)
     if not layers or len({*layers}) < len(layers):
         raise ValueError(f"layerwise_ramp takes one or more layers, each once, not {layers}.")
     if not 0 <= overlap <= 1:
         raise ValueError(f"layerwise_ramp(overlap={overlap}): give a share from 0 to 1.")
-    span = stop - start
+    first, last = check_window("layerwise_ramp", start, stop)
+    span = last - first
     length = span / (1 + (len(layers) - 1) * (1 - overlap))
-    if span > 0 and length < 1:
+    if length < 1:
         raise ValueError(
             f"layerwise_ramp(start={start}, stop={stop}): {len(layers)} windows do not fit into "
             f"{span} steps. Give more steps, or a larger overlap."
@@ -70,7 +72,7 @@ def layerwise_ramp(
     begins = [i * (1 - overlap) * length for i in range(len(layers))]
     # Rounded half up, by which a window of a step or more keeps one.
     windows = [
-        (start + math.floor(begin + 0.5), start + math.floor(begin + length + 0.5))
+        (first + math.floor(begin + 0.5), first + min(math.floor(begin + length + 0.5), span))
         for begin in begins
     ]
     ramps = [ramp(*window) for window in windows]

@@ -1,18 +1,28 @@
 """Ramps: schedules that raise alpha from 0 to 1 as training goes on.
 
-Each function returns an optax schedule, a function from the step (an int, or a traced integer
-scalar) to alpha (a float32 scalar): 0 up to `start`, 1 from `stop` on, both in steps.
+Each function returns an optax schedule, a function from the step to alpha (a float32 scalar): 0 up
+to `start`, 1 from `stop` on, both in steps, and never lower at a later step. A step is an int or an
+integer scalar of any width, traced or not (or an array of them). Floats are taken too; a NaN among
+them is a ValueError, and NaN where it is traced.
 
 Start the ramp from a network that is trained already and let it end before training does: under
 alpha-blending the weights move by a factor `1 - alpha`, so a ramp from the very first step starves
 them, and one that ends with training leaves batch norm no time to settle.
 """
 
+import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import Array
 from jax.typing import ArrayLike
+
+_END_OF_STEPS = 2**63  # no counter of 64 bits goes so far
 
 
 def cubic_ramp(start: int, stop: int) -> optax.Schedule:
@@ -25,9 +35,10 @@ def cubic_ramp(start: int, stop: int) -> optax.Schedule:
     [0.0, 0.0, 0.875, 1.0, 1.0]
 
     Raises:
-      ValueError: `stop <= start`, or a negative `start`.
+      ValueError: `stop <= start`, a negative `start`, or one that is not finite. TypeError: one
+        that is no number.
     """
-    return _polynomial_ramp("cubic_ramp", start, stop, power=3)
+    return _ramp(*check_window("cubic_ramp", start, stop), lambda p: 1 - (1 - p) ** 3)
 
 
 def linear_ramp(start: int, stop: int) -> optax.Schedule:
@@ -37,9 +48,10 @@ def linear_ramp(start: int, stop: int) -> optax.Schedule:
     [0.0, 0.0, 0.5, 1.0, 1.0]
 
     Raises:
-      ValueError: `stop <= start`, or a negative `start`.
+      ValueError: `stop <= start`, a negative `start`, or one that is not finite. TypeError: one
+        that is no number.
     """
-    return _polynomial_ramp("linear_ramp", start, stop, power=1)
+    return _ramp(*check_window("linear_ramp", start, stop), lambda p: p)
 
 
 def cosine_ramp(start: int, stop: int) -> optax.Schedule:
@@ -51,15 +63,12 @@ def cosine_ramp(start: int, stop: int) -> optax.Schedule:
     [0.0, 0.146, 0.5, 1.0]
 
     Raises:
-      ValueError: `stop <= start`, or a negative `start`.
+      ValueError: `stop <= start`, a negative `start`, or one that is not finite. TypeError: one
+        that is no number.
     """
-    _check("cosine_ramp", start, stop)
-    # Optax's cosine falls from 1 to 0; read backwards it is 0 up to `start`, 1 from `stop` on.
-    falling = optax.cosine_decay_schedule(init_value=1.0, decay_steps=stop - start)
-    return _of_signed_steps(
-        optax.join_schedules(
-            [optax.constant_schedule(0.0), lambda count: 1 - falling(count)], boundaries=[start]
-        )
+    return _ramp(
+        *check_window("cosine_ramp", start, stop),
+        lambda p: (1 - jnp.cos(np.float32(np.pi) * p)) / 2,
     )
 
 
@@ -74,25 +83,19 @@ def sigmoid_ramp(start: int, stop: int, steepness: float = 10.0) -> optax.Schedu
     [0.0, 0.07, 0.5, 0.93, 1.0]
 
     Raises:
-      ValueError: `stop <= start`, a negative `start`, or a steepness that is not positive and
-        finite.
+      ValueError: `stop <= start`, a negative `start`, one that is not finite, or a steepness that
+        is not positive and finite. TypeError: one that is no number.
     """
-    _check("sigmoid_ramp", start, stop)
+    window = check_window("sigmoid_ramp", start, stop)
     if not 0 < steepness < math.inf:
         raise ValueError(
             f"sigmoid_ramp(start={start}, stop={stop}, steepness={steepness}): the steepness must "
             f"be positive and finite. Give 10 for PARQ's, or use linear_ramp."
         )
-    # Optax has no sigmoid; its line from -1 to 1 is exact at both ends, and tanh is odd.
-    line = optax.linear_schedule(-1.0, 1.0, transition_steps=stop - start, transition_begin=start)
-    half = steepness / 4
-
-    def ramp(step: ArrayLike) -> ArrayLike:
-        p = line(step)
-        rising = 0.5 + 0.5 * jnp.tanh(half * p) / math.tanh(half)
-        return jnp.where(p <= -1, 0.0, jnp.where(p >= 1, 1.0, jnp.clip(rising, 0, 1)))
-
-    return _of_signed_steps(ramp)
+    # Beyond these ends it is the line, and the jump in the middle, to the last digit of float32.
+    half = min(max(steepness, 1e-3), 1e12) / 4
+    at_the_end = math.tanh(half)
+    return _ramp(*window, lambda p: _sigmoid(p, np.float32(half), np.float32(at_the_end)))
 
 
 def jump(at: int) -> optax.Schedule:
@@ -102,46 +105,95 @@ def jump(at: int) -> optax.Schedule:
     [0.0, 0.0, 1.0, 1.0]
 
     Raises:
-      ValueError: a negative `at`.
+      ValueError: an `at` that is negative or not finite. TypeError: one that is no number.
     """
-    if at < 0:
-        raise ValueError(f"jump(at={at}): a step cannot be negative. Give at >= 0.")
-    return _of_signed_steps(
-        optax.join_schedules(
-            [optax.constant_schedule(0.0), optax.constant_schedule(1.0)], boundaries=[at]
+    call = f"jump(at={at})"
+    number = _number(call, "at", at)
+    if number < 0:
+        raise ValueError(f"{call}: a step cannot be negative. Give at >= 0.")
+    return _ramp(number - 1, number, jnp.floor)
+
+
+def check_window(name: str, start: Any, stop: Any) -> tuple[Any, Any]:
+    """Start and stop as Python's numbers.
+
+    Raises:
+      ValueError: `stop <= start`, a negative `start`, one that is not finite; names the ramp.
+        TypeError: one that is no number.
+    """
+    call = f"{name}(start={start}, stop={stop})"
+    first, last = _number(call, "start", start), _number(call, "stop", stop)
+    if last <= first:
+        raise ValueError(
+            f"{call}: the ramp must stop after it starts. "
+            f"Give stop > start, in steps, or use jump(at={start}) for a sudden change."
         )
-    )
+    if first < 0:
+        raise ValueError(f"{call}: a step cannot be negative. Give start >= 0.")
+    return first, last
 
 
-def _polynomial_ramp(name: str, start: int, stop: int, power: int) -> optax.Schedule:
-    _check(name, start, stop)
-    return _of_signed_steps(
-        optax.polynomial_schedule(
-            init_value=0.0,
-            end_value=1.0,
-            power=power,
-            transition_steps=stop - start,
-            transition_begin=start,
-        )
-    )
+def _number(call: str, name: str, value: Any) -> Any:
+    number = value.item() if isinstance(value, np.generic | np.ndarray | Array) else value
+    if not isinstance(number, int | float):
+        raise TypeError(f"{call}: {name} must be a number of steps, not {value!r}.")
+    if not abs(number) < _END_OF_STEPS:  # nor is NaN
+        raise ValueError(f"{call}: {name} must be finite, and below 2**63 steps.")
+    return number
 
 
-def _of_signed_steps(schedule: optax.Schedule) -> optax.Schedule:
-    """Optax subtracts `start` from the step, and an unsigned step before it would wrap around."""
+def _ramp(start: float, stop: float, formula: Callable[[Array], Array]) -> optax.Schedule:
+    """The schedule whose alpha is `formula` of the progress from `start` to `stop`."""
 
     def ramp(step: ArrayLike) -> ArrayLike:
-        return schedule(jnp.asarray(step).astype(jnp.int32))
+        p = _progress(step, start, stop)
+        between = jnp.clip(formula(p), 0, 1)
+        return jnp.where(p <= 0, 0, jnp.where(p >= 1, 1, between)).astype(jnp.float32)
 
     return ramp
 
 
-def _check(name: str, start: int, stop: int) -> None:
-    if stop <= start:
-        raise ValueError(
-            f"{name}(start={start}, stop={stop}): the ramp must stop after it starts. "
-            f"Give stop > start, in steps, or use jump(at={start}) for a sudden change."
+def _progress(step: ArrayLike, start: float, stop: float) -> Array:
+    """`(step - start) / (stop - start)`, cut off at 0 and 1, in float32.
+
+    The start is subtracted in the step's own type, so that no digit of a step is lost; integers are
+    brought into the window before, so that nothing wraps around. Steps that are not JAX's stay
+    NumPy's until then, since JAX may cut them to 32 bits.
+    """
+    if isinstance(step, int):  # of any size
+        step = max(-_END_OF_STEPS, min(step, _END_OF_STEPS - 1))
+    steps = step if isinstance(step, Array) else np.asarray(step)
+    if jnp.issubdtype(steps.dtype, jnp.integer):
+        of_type, limits = steps.dtype.type, jnp.iinfo(steps.dtype)
+        first, last = (
+            of_type(min(max(end, limits.min), limits.max))
+            for end in (math.floor(start), math.ceil(stop))
         )
-    if start < 0:
-        raise ValueError(
-            f"{name}(start={start}, stop={stop}): a step cannot be negative. Give start >= 0."
-        )
+        done = steps.clip(first, last) - first
+        ahead = start - int(first)  # a part of a step, unless steps are too narrow for the window
+    elif jnp.issubdtype(steps.dtype, jnp.floating):
+        if not isinstance(steps, jax.core.Tracer) and np.isnan(steps).any():
+            raise ValueError("A ramp was asked for its alpha at a step that is NaN.")
+        steps = steps if steps.dtype == np.float64 else steps.astype(np.float32)
+        done, ahead = steps - steps.dtype.type(start), 0
+    else:
+        raise TypeError(f"A ramp takes a step, an integer or a float, not {step!r}.")
+    p = (jnp.asarray(done.astype(np.float32)) - np.float32(ahead)) / np.float32(stop - start)
+    return jnp.clip(p, 0, 1)
+
+
+@jax.jit
+def _sigmoid(p: Array, half: np.float32, at_the_end: np.float32) -> Array:
+    """`(1 + tanh(half * (2 p - 1)) / tanh(half)) / 2`: the sigmoid ramp by an odd function.
+
+    XLA's own `tanh` falls now and then by its last digit. Here it is that of `expm1(2 x)`, which is
+    its series for small numbers: all the terms of that rise.
+    """
+    x = 2 * p - 1
+    double = 2 * half * jnp.abs(x)
+    series = functools.reduce(
+        lambda rest, n: double / n * (1 + rest), range(12, 0, -1), jnp.zeros_like(double)
+    )
+    tanh = 1 / (1 + 2 / jnp.where(double < 1, series, jnp.expm1(double)))
+    risen = jnp.minimum(tanh / (2 * at_the_end), 0.5)
+    return jnp.where(x < 0, 0.5 - risen, 0.5 + risen)

@@ -1,6 +1,7 @@
 """Ramps: whole arrays against the closed formulas in float64."""
 
 import doctest
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,15 @@ import optax
 import pytest
 
 import ab_jax
-from ab_jax import cosine_ramp, cubic_ramp, jump, linear_ramp, schedules, sigmoid_ramp
+from ab_jax import (
+    cosine_ramp,
+    cubic_ramp,
+    jump,
+    layerwise_ramp,
+    linear_ramp,
+    schedules,
+    sigmoid_ramp,
+)
 
 LAST_STEP = 2**31 - 1  # of an int32 counter
 
@@ -73,6 +82,114 @@ def test_a_single_step_will_do(ramp):
             np.testing.assert_allclose(alpha, wanted, rtol=0, atol=3e-7)
             assert (alpha == 0) == (step <= 100)
             assert (alpha == 1) == (step >= 300)
+
+
+# Steps and windows of every kind
+
+
+def of_the_last_layer(start, stop):
+    schedule = layerwise_ramp(["a", "b"], start, stop)
+    return lambda step: schedule(step)("b")
+
+
+RAMPS = {  # all that there are, as functions of a start and a stop
+    **{ramp.__name__: ramp for ramp in FORMULAS},
+    "steep": lambda start, stop: sigmoid_ramp(start, stop, 1e300),
+    "flat": lambda start, stop: sigmoid_ramp(start, stop, 1e-300),
+    "jump": lambda start, stop: jump(stop),
+    "layerwise": of_the_last_layer,
+}
+every_ramp = pytest.mark.parametrize("ramp", RAMPS.values(), ids=RAMPS)
+COUNTERS = [*(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)), "float32"]
+
+
+@every_ramp
+@pytest.mark.parametrize("x64", [False, True], ids=["x32", "x64"])
+def test_steps_of_any_width_never_wrap_around(ramp, x64):
+    """0 up to the start, 1 from the stop on, for every counter, up to its own last number."""
+    schedule = ramp(20, 90)
+    steps = {}
+    for dtype in COUNTERS:
+        limits = np.finfo(dtype) if dtype == "float32" else np.iinfo(dtype)
+        steps[dtype] = np.asarray([limits.min, 0, 20, 90, 91, limits.max], dtype)
+    wanted = np.asarray([0, 0, 0, 1, 1, 1], np.float32)
+    with jax.enable_x64(x64), jax.numpy_dtype_promotion("strict"):
+        for given in steps.values():
+            np.testing.assert_array_equal(schedule(given), wanted, strict=True)
+        if not x64:  # JAX cuts them before a ramp sees them
+            steps.pop("int64"), steps.pop("uint64")
+        for found in jax.jit(lambda steps: jax.tree.map(schedule, steps))(steps).values():
+            np.testing.assert_array_equal(found, wanted, strict=True)
+        if not x64:
+            for step, alpha in ((-(10**30), 0), (2**32 + 50, 1), (2**63, 1), (10**30, 1)):
+                assert float(schedule(step)) == alpha
+
+
+@every_ramp
+def test_windows_beyond_a_counter(ramp):
+    """Their alpha is still below 1 at the counter's end, and no step before them is 1."""
+    for start, stop in ((0, 2**31), (2**31 - 2, 2**33), (2**40, 2**41), (0, 2**63 - 1)):
+        schedule = ramp(start, stop)
+        for dtype in (np.int8, np.uint8, np.int32, np.uint32, np.int64):
+            assert (schedule(np.asarray([np.iinfo(dtype).min, 0, 1, 1, 1, 1], dtype)) <= 1e-6).all()
+        first, early, *late = (start, start + (stop - start) // 4, stop, stop, stop + 1, stop + 1)
+        alphas = np.asarray(schedule(np.asarray([first, early, *late], np.uint64)))
+        assert (alphas[0], alphas[1] < 0.6, alphas[2:].min()) == (0, True, 1)
+    halfway = linear_ramp(2**40, 2**40 + 4)(np.int64(2**40) + np.arange(5))
+    np.testing.assert_array_equal(halfway, [0, 0.25, 0.5, 0.75, 1])
+
+
+@every_ramp
+def test_alpha_never_falls(rng, ramp):
+    """Not by the last digit, from any step to the next, eager and compiled."""
+    for span in (300, 90_000, LAST_STEP - 7):
+        schedule = ramp(7, 7 + span)
+        first = int(rng.integers(0, max(1, span - 5000)))
+        steps = np.minimum(first + np.arange(6000), LAST_STEP).astype(np.int32)
+        for call in (schedule, jax.jit(schedule))[: 2 if span == 90_000 else 1]:
+            alphas = np.asarray(call(steps))
+            assert np.diff(alphas).min() >= 0
+            assert alphas.min() >= 0
+            assert alphas.max() <= 1
+
+
+@every_ramp
+def test_a_step_that_is_nan_is_refused_or_seen(ramp):
+    schedule = ramp(2, 4)
+    for step in (math.nan, np.float16("nan"), jnp.asarray([1.0, math.nan], jnp.bfloat16)):
+        with pytest.raises(ValueError, match="at a step that is NaN"):
+            schedule(step)
+    assert np.isnan(jax.jit(schedule)(math.nan))
+    for step in ("3", None, 1j, jax.random.key(0)):
+        with pytest.raises(TypeError, match="takes a step, an integer or a float, not"):
+            schedule(step)
+    found = schedule(np.asarray([-math.inf, 1.5, 4, math.inf]))
+    np.testing.assert_array_equal(found, [0, 0, 1, 1])
+
+
+@every_ramp
+def test_windows_that_have_no_end_are_refused(ramp):
+    for number in (math.nan, math.inf, -math.inf, 2**63, 10**400, np.float32("inf")):
+        for window in ((0, number), (number, number)):
+            with pytest.raises(
+                ValueError, match=r"(start|stop|at) must be finite, and below 2\*\*"
+            ):
+                ramp(*window)
+
+
+@every_ramp
+def test_a_window_that_is_no_number_is_refused(ramp):
+    for number in ("5", None, [1, 2]):
+        with pytest.raises(TypeError, match=r"(start|stop|at) must be a number of steps, not"):
+            ramp(0, number)
+    for number in (np.int32(6), np.float64(6), jnp.uint32(6)):
+        np.testing.assert_array_equal(ramp(2, number)(np.arange(8)), ramp(2, 6)(np.arange(8)))
+
+
+def test_a_window_may_end_within_a_step():
+    """A share of some steps, not rounded: 1 from the first whole step that is behind it."""
+    np.testing.assert_allclose(linear_ramp(0.5, 3.5)(np.arange(5)), [0, 1 / 6, 0.5, 5 / 6, 1])
+    np.testing.assert_array_equal(jump(2.5)(np.arange(5)), [0, 0, 0, 1, 1])
 
 
 @each_ramp
