@@ -25,6 +25,7 @@ from ab_jax.estimators import (
     alpha_blend,
     blended_value,
     replace_value,
+    select,
     soft_straight_through,
 )
 from ab_jax.quantizers import Binary
@@ -149,7 +150,7 @@ class ActivationQuantizer:
         limit = jnp.where(measured, limit, 1)
         plain = jax.lax.stop_gradient(x)
         values = (self._nearest(plain, limit) * self.scale(limit)).astype(x.dtype)
-        blended = jnp.where(measured, blended_value(x, values, alpha), x)
+        blended = select(measured, blended_value(x, values, alpha), x)
         # Of one selection, since gradients through several `where` cost a pass each.
         gain = 1 - jnp.asarray(alpha, x.dtype)
         if self.backward == "clipped":

@@ -151,8 +151,8 @@ def parq(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
     alpha = jnp.asarray(alpha, dtype)
     inverse_slope = jnp.where(alpha == 1, 1, 1 - alpha)
     mapped = jnp.clip(middle + (latent.astype(dtype) - middle) / inverse_slope, below, above)
-    value = jnp.where(alpha == 1, quantized.dequantize(), mapped.astype(w.dtype))
-    return replace_value(w, jnp.where(alpha == 0, latent, value))
+    value = select(alpha == 1, quantized.dequantize(), mapped.astype(w.dtype))
+    return replace_value(w, select(alpha == 0, latent, value))
 
 
 def quantized_value(w: Array, quantizer: Quantizer) -> Array:
@@ -169,7 +169,27 @@ def blended_value(w: Array, q: Array, alpha: ArrayLike) -> Array:
     dtype = _compute_dtype(w)
     alpha = jnp.asarray(alpha, dtype)
     mixed = ((1 - alpha) * w.astype(dtype) + alpha * q.astype(dtype)).astype(w.dtype)
-    return jnp.where(alpha == 0, w, jnp.where(alpha == 1, q, mixed))
+    # Of the plain selection comes the gradient, to the weights and to alpha.
+    graph = jnp.where(alpha == 0, w, jnp.where(alpha == 1, q, mixed))
+    return replace_value(graph, select(alpha == 0, w, select(alpha == 1, q, mixed)))
+
+
+def select(condition: Array, one: Array, other: Array) -> Array:
+    """`one` where the condition holds, else `other`, bit for bit and without a gradient.
+
+    Args:
+      condition: bool, a scalar or of the shape of the two.
+      one, other: of one shape and one floating-point dtype.
+    """
+    # Compilers may widen half precision around a selection, and flush subnormal numbers as they
+    # round back. They leave integers alone.
+    bits = jnp.dtype(f"uint{jnp.finfo(one.dtype).bits}")
+
+    def whole(x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), bits)
+
+    chosen = jnp.where(condition, whole(one), whole(other))
+    return jax.lax.bitcast_convert_type(chosen, one.dtype)
 
 
 def _compute_dtype(w: Array) -> DTypeLike:

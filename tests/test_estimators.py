@@ -19,6 +19,7 @@ from ab_jax import (
     alpha_blend_then_straight_through,
     compensated_alpha_blend,
     full_precision,
+    parq,
     replace_value,
     soft_straight_through,
     straight_through,
@@ -85,7 +86,12 @@ CALLERS = {
 BOTH_ENDS = [
     *((alpha_blend, "float32", call) for call in CALLERS),
     *((alpha_blend, dtype, call) for dtype in DTYPES[1:] for call in ("number", "traced")),
-    *((other, "float32", "traced") for other in BLENDS if other is not alpha_blend),
+    *(
+        (other, dtype, "traced")
+        for other in (*BLENDS, parq)
+        for dtype in DTYPES
+        if other is not alpha_blend
+    ),
 ]
 
 
@@ -110,6 +116,29 @@ def test_alpha_1_is_the_value_of_the_codes_bit_for_bit(rng, estimator, dtype, ca
         wanted = quantizer.quantize(w).dequantize()
         assert_same_bits(found, wanted)
         assert (np.asarray(found) != np.asarray(w)).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize("estimator", [*BLENDS, parq], ids=lambda f: f.__name__)
+def test_alpha_0_keeps_every_odd_number_of_16_bits(estimator, dtype):
+    """All subnormal numbers, zeros, infinities and NaNs, in the shape that the others have."""
+    exponent = ((1 << jnp.finfo(dtype).nexp) - 1) << jnp.finfo(dtype).nmant
+    bits = np.arange(2**16, dtype=np.uint16)
+    bits = bits[np.isin(bits & exponent, (0, exponent))]
+    blend = jax.jit(lambda w, alpha: estimator(w, Binary(fixed_scale=1.0), alpha))
+    for chunk in np.resize(bits, (-(-bits.size // math.prod(SHAPE)), *SHAPE)):
+        found = blend(chunk.view(dtype), 0.0)
+        np.testing.assert_array_equal(np.asarray(found).view(np.uint16), chunk)
+
+
+def test_alpha_1_keeps_values_that_are_subnormal(rng):
+    w = jnp.asarray(1e-6 * rng.normal(size=SHAPE), jnp.float16)
+    quantizer = Uniform(bits=8, scale="absmax")
+    wanted = quantizer.quantize(w).dequantize()
+    assert ((wanted != 0) & (abs(wanted) < jnp.finfo("float16").tiny)).any()
+    for estimator in (*BLENDS, parq, straight_through):
+        found = jax.jit(lambda w, a, f=estimator: f(w, quantizer, a))(w, 1.0)
+        assert_same_bits(found, wanted)
 
 
 @each_dtype
@@ -291,6 +320,17 @@ def test_compensation_is_a_larger_rate_under_sgd_with_momentum(rng):
 def test_a_cap_that_would_slow_down_or_never_ends_is_refused(cap):
     with pytest.raises(ValueError, match=r"finite cap of at least 1, not cap="):
         compensated_alpha_blend(jnp.ones(3), Binary(), 0.5, cap=cap)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_slope_in_alpha_is_the_way_to_the_codes(rng, dtype):
+    """Between the ends, where alpha may be trained."""
+    w = jnp.asarray(rng.normal(size=SHAPE), dtype)
+    way = np.asarray(Binary().quantize(w).dequantize(), np.float64) - np.asarray(w, np.float64)
+    slope = jax.jacfwd(lambda a: alpha_blend(w, Binary(), a))(jnp.float32(0.3))
+    np.testing.assert_allclose(
+        np.asarray(slope, np.float64), way, rtol=1e-2, atol=4 * jnp.finfo(dtype).eps
+    )
 
 
 def test_alpha_blend_has_the_true_gradient_and_the_others_have_not(rng):
