@@ -10,8 +10,13 @@ With codes from -Q to Q and the scale s of a block of N weights (sections 2 to 2
 
 Our choice, where the paper is silent or the house has its own way: levels are the same on both
 sides of 0 (the paper has one more below); a block is what the quantizer's `axis` and `group_size`
-say (the paper: the whole tensor); one bit has the codes -1 and +1, with the formulas at Q = 1; and
-an update at most halves a scale, so that it stays positive.
+say (the paper: the whole tensor); and one bit has the codes -1 and +1, with the formulas at Q = 1.
+
+A step past zero would turn the signs of a block's weights, and one to zero divide by it. So what
+counts of a trained number is its magnitude (`usable_scale`), in the loss and in the codes alike:
+the network at -s is that at s, the gradient is that of the magnitude, and a number that has crossed
+zero is a scale as good as any. `keep_scales_positive` goes further: with it an update at most
+halves a scale.
 
 What is trained is a second tree beside the parameters, a dictionary from a parameter's path to its
 scales. `ab_jax.initial_scales` makes it, `ab_jax.blend` and `ab_jax.quantize` take it.
@@ -45,7 +50,8 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
       quantizer: `Binary`, `Ternary` or a symmetric `Uniform`. It gives the levels and says which
         weights share a scale; how it would fit the scale plays no part.
       alpha: plays no part: the forward pass is quantized from the start.
-      scale: of shape `quantizer.scale_shape(w.shape)`, positive; float32 (float64 for float64 `w`).
+      scale: of shape `quantizer.scale_shape(w.shape)`; float32 (float64 for float64 `w`). It counts
+        as `usable_scale` has it: by its magnitude.
 
     Returns:
       An array of the shape and dtype of `w`.
@@ -55,13 +61,14 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
     """
     highest = highest_level(quantizer)
     value = quantize_at(*jax.lax.stop_gradient((w, scale)), quantizer)
-    relative = jax.lax.stop_gradient(w.astype(scale.dtype) / _spread(scale, w.shape))
+    relative = jax.lax.stop_gradient(w.astype(scale.dtype) / _spread(value.scale, w.shape))
     inside = jnp.abs(relative) < highest
     codes = value.codes.astype(scale.dtype)
     slope = jnp.where(inside, codes - relative, codes)
     per_block = w.size // math.prod(scale.shape)
     # Its value is of no account, its gradients are those above: to a scale, `slope` times g.
-    scaled = scale / math.sqrt(per_block * highest)
+    # That of the magnitude; at 0 upwards, where `jnp.abs` would have none.
+    scaled = jnp.where(scale < 0, -scale, scale) / math.sqrt(per_block * highest)
     graph = jnp.where(inside, w.astype(scale.dtype), 0) + slope * _spread(scaled, w.shape)
     return replace_value(graph.astype(w.dtype), value.dequantize())
 
@@ -115,6 +122,7 @@ def quantize_at(w: Array, scale: Array, quantizer: Quantizer) -> Quantized:
       ValueError: a quantizer whose scale cannot be learned.
     """
     highest = highest_level(quantizer)
+    scale = usable_scale(scale, quantizer, w.dtype)
     if isinstance(quantizer, Binary):
         codes = jnp.where(w >= 0, 1, -1)
     else:
@@ -129,11 +137,32 @@ def quantize_at(w: Array, scale: Array, quantizer: Quantizer) -> Quantized:
     )
 
 
+def usable_scale(scale: Array, quantizer: Quantizer, dtype: Any) -> Array:
+    """What a trained number counts as: its magnitude, where that can serve as a scale.
+
+    At least 2**-100, so that weights can be divided by it, and no larger than that all levels are
+    numbers of the weights' dtype. NaN and infinity stay, to be seen in the loss.
+
+    Args:
+      scale: as for `learned_step_size`.
+      quantizer: as for `learned_step_size`.
+      dtype: of the weights.
+
+    Raises:
+      ValueError: a quantizer whose scale cannot be learned.
+    """
+    # Just below the largest, since products round.
+    largest = float(jnp.finfo(dtype).max) * (1 - 2**-20) / highest_level(quantizer)
+    magnitude = jnp.abs(scale)
+    usable = jnp.clip(magnitude, _SMALLEST, largest)
+    return jnp.where(jnp.isfinite(magnitude), usable, magnitude)
+
+
 def keep_scales_positive(scales: Any, previous: Any) -> Any:
     """The scales after an update, none below half of what it was.
 
-    A step past zero would turn the signs of a block's weights, or divide by zero. With this it
-    halves the scale, and the gradients that follow can raise it again.
+    A step past zero makes a scale of the overshoot (`usable_scale`), however large or small that
+    is. With this it halves the scale, and the gradients that follow can raise it again.
 
     Args:
       scales: what `optax.apply_updates` returned, a tree of arrays.
@@ -176,7 +205,8 @@ def check_scales(scales: Scales, quantized: Mapping[str, tuple[Any, Quantizer]])
             if not (np.all(numbers > 0) and np.all(np.isfinite(numbers))):
                 raise ValueError(
                     f"The scale of {path} holds what is not positive and finite. Call "
-                    f"ab_jax.keep_scales_positive after each update, or lower the learning rate."
+                    f"ab_jax.keep_scales_positive after each update, or lower the learning rate. "
+                    f"Where it is negative, the loss saw its magnitude: jnp.abs gives that network."
                 )
 
 

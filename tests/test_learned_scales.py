@@ -172,6 +172,66 @@ def test_the_loss_sees_the_codes_that_are_deployed_bit_for_bit(
             assert np.asarray(found[name]).tobytes() == np.asarray(value).tobytes()
 
 
+@each_case
+def test_a_traced_scale_counts_by_its_magnitude(rng, quantizer, highest, axes):
+    """In the loss, in both gradients and in the codes; the gradient to it is that of |s|."""
+    w, s = draw(rng, highest, axes)
+    sign = rng.choice(np.float32([-1, 1]), s.shape)
+    sign.flat[0] = -1
+    cotangent = rng.normal(size=SHAPE).astype(np.float32)
+    binary = isinstance(quantizer, ab.Binary)
+    value, to_w, to_s = reference(w, s, cotangent, highest, axes, binary=binary)
+    found = jax.jit(value_and_gradients, static_argnums=3)(w, sign * s, cotangent, quantizer)
+    for one, other in zip(found, (value, to_w, sign * to_s), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+    rules = ab.Rules([("kernel", quantizer)])
+    deploy = jax.jit(lambda w, s: ab.quantize({"kernel": w}, rules, scales={"kernel": s})["kernel"])
+    deployed = deploy(w, sign * s)
+    np.testing.assert_array_equal(deployed.scale, s)
+    assert np.asarray(found[0]).tobytes() == np.asarray(deployed.dequantize()).tobytes()
+
+
+def test_scales_that_overshot_come_back(rng):
+    """Plain descent on the error of the weights, from numbers that are no scales."""
+    quantizer = ab.Uniform(bits=3, axis=None)
+    w = jnp.asarray(rng.normal(size=(64, 1)), jnp.float32)
+
+    def error(s):
+        return jnp.sum((ab.learned_step_size(w, quantizer, 1.0, s) - w) ** 2)
+
+    @jax.jit
+    @jax.vmap
+    def trained(s):
+        return error(jax.lax.fori_loop(0, 400, lambda _, s: s - 0.01 * jax.grad(error)(s), s))
+
+    found = trained(jnp.asarray([-0.03, 0.0, 1e-45, -3.0], jnp.float32).reshape(4, 1, 1))
+    scales = np.linspace(0.1, 1.5, 57)
+    rest = np.asarray(w)[:, 0] - scales[:, None] * np.clip(
+        np.round(np.asarray(w)[:, 0] / scales[:, None]), -3, 3
+    )
+    assert (found < 1.3 * np.min(np.sum(rest**2, axis=1))).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_no_level_of_a_traced_scale_overflows(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    w = jnp.asarray([[largest], [-largest], [0.5 * largest]], dtype)
+    for quantizer in (ab.Binary(), ab.Ternary(), ab.Uniform(bits=8)):
+        rules = ab.Rules([("w", quantizer)])
+        deploy = jax.jit(lambda s, r=rules: ab.quantize({"w": w}, r, scales={"w": s})["w"])
+        for number in (largest, largest / 3, 1e-45, 0.0):
+            codes = deploy(np.full((1, 1), number, np.float32))
+            scale = np.asarray(codes.scale)
+            assert scale > 0
+            top = scale * {1: 1, 2: 1}.get(codes.bits, 127)
+            assert np.isfinite(top.astype(w.dtype)).all()
+            assert np.isfinite(np.asarray(codes.dequantize())).all()
+    for number in (np.nan, np.inf):
+        scale = jnp.full((1, 1), number, jnp.float32)
+        seen = jax.jit(lambda s: ab.learned_step_size(w, ab.Uniform(bits=4), 1.0, s))(scale)
+        assert np.isnan(np.asarray(seen)).any()
+
+
 def test_a_scale_stays_positive_and_loses_at_most_half():
     before = {"a": jnp.float32([[0.5, 0.5, 0.5, 2.0**-100]]), "b": jnp.float32([3.0])}
     after = {"a": jnp.float32([[-1.0, 0.3, 0.7, -1.0]]), "b": jnp.float32([1.0])}
