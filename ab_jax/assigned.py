@@ -72,6 +72,6 @@ def check_fits(path: str, leaf: Any, pattern: str, quantizer: Quantizer) -> None
             f"({re.escape(path)!r}, None) before it."
         )
     try:
-        quantizer.scale_shape(leaf.shape)
+        quantizer.check(leaf.shape, dtype)
     except ValueError as error:
         raise ValueError(f"Rule {pattern!r}, parameter {path}: {error}") from None

@@ -32,6 +32,7 @@ from ab_jax.assigned import assigned, check_fits
 from ab_jax.description import quantized_paths
 from ab_jax.estimators import Estimator, ScaledEstimator, alpha_blend, check_takes_scale
 from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
+from ab_jax.quantized import with_nan_shown
 from ab_jax.quantizers import Quantized, Quantizer
 from ab_jax.rules import Rules
 
@@ -134,7 +135,8 @@ def quantize(params: Any, rules: Rules, *, scales: Scales | None = None) -> Any:
     """The tree with a `Quantized` (codes and scales) in place of each leaf that a rule quantizes.
 
     Made once, these are the codes to evaluate and to export. The same fit compiled into another
-    program may differ in the last bit of a scale.
+    program may differ in the last bit of a scale. Weights that are NaN or infinite make the scale
+    that they share NaN, also where a fixed or trained one would hide them: no file takes it.
 
     Args:
       params, rules: as for `blend`.
@@ -145,9 +147,10 @@ def quantize(params: Any, rules: Rules, *, scales: Scales | None = None) -> Any:
     """
 
     def replace(path: str, leaf: Any, quantizer: Quantizer, *scale: Array) -> Quantized:
+        leaf = jnp.asarray(leaf)
         if scale:
-            return quantize_at(jnp.asarray(leaf), *scale, quantizer)
-        return quantizer.quantize(leaf)
+            return with_nan_shown(quantize_at(leaf, *scale, quantizer), leaf)
+        return with_nan_shown(quantizer.quantize(leaf), leaf)
 
     return _map_quantized(replace, params, rules, scales)
 

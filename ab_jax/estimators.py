@@ -28,9 +28,10 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike, DTypeLike
+from jax.typing import ArrayLike
 
 from ab_jax.quantizers import Quantizer
+from ab_jax.scale_fits import compute_dtype
 
 
 class Estimator(Protocol):
@@ -143,7 +144,7 @@ def parq(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
     `LeastSquaresBinary` of 3 and 4 bits, whose greedy codes may stand for another one. The levels
     are those of the weights as they are now, where the authors' code renews them every ten steps.
     """
-    dtype = _compute_dtype(w)
+    dtype = compute_dtype(w.dtype)
     latent = jax.lax.stop_gradient(w)
     quantized = quantizer.quantize(latent)
     below, above = quantized.beside(latent)
@@ -166,7 +167,7 @@ def blended_value(w: Array, q: Array, alpha: ArrayLike) -> Array:
     The arithmetic alone would not give the two ends: -0.0, subnormal and infinite weights do not
     survive it.
     """
-    dtype = _compute_dtype(w)
+    dtype = compute_dtype(w.dtype)
     alpha = jnp.asarray(alpha, dtype)
     mixed = ((1 - alpha) * w.astype(dtype) + alpha * q.astype(dtype)).astype(w.dtype)
     # Of the plain selection comes the gradient, to the weights and to alpha.
@@ -192,13 +193,9 @@ def select(condition: Array, one: Array, other: Array) -> Array:
     return jax.lax.bitcast_convert_type(chosen, one.dtype)
 
 
-def _compute_dtype(w: Array) -> DTypeLike:
-    return jnp.float64 if w.dtype == jnp.float64 else jnp.float32
-
-
 def _remainder(w: Array, alpha: ArrayLike) -> Array:
     """`1 - alpha`, the gradient's factor in AB."""
-    return 1 - jnp.asarray(alpha, _compute_dtype(w))
+    return 1 - jnp.asarray(alpha, compute_dtype(w.dtype))
 
 
 def _scaled(w: Array, factor: Array) -> Array:

@@ -35,6 +35,7 @@ from jax.typing import ArrayLike
 
 from ab_jax.estimators import replace_value
 from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
+from ab_jax.scale_fits import compute_dtype, limits
 
 Scales = Mapping[str, Array]
 
@@ -103,7 +104,7 @@ def initial_scale(w: Array, quantizer: Quantizer) -> Array:
     """
     shape = quantizer.scale_shape(w.shape)
     split = [n for size, count in zip(w.shape, shape, strict=True) for n in (count, size // count)]
-    blocks = jnp.abs(w.astype(_dtype(w.dtype))).reshape(split)
+    blocks = jnp.abs(w.astype(compute_dtype(w.dtype))).reshape(split)
     per_block = w.size // math.prod(shape)
     # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
     mean = jnp.sum(blocks / per_block, tuple(range(1, len(split), 2)))
@@ -152,7 +153,7 @@ def usable_scale(scale: Array, quantizer: Quantizer, dtype: Any) -> Array:
       ValueError: a quantizer whose scale cannot be learned.
     """
     # Just below the largest, since products round.
-    largest = float(jnp.finfo(dtype).max) * (1 - 2**-20) / highest_level(quantizer)
+    largest = limits(dtype)[1] * (1 - 2**-20) / highest_level(quantizer)
     magnitude = jnp.abs(scale)
     usable = jnp.clip(magnitude, _SMALLEST, largest)
     return jnp.where(jnp.isfinite(magnitude), usable, magnitude)
@@ -191,7 +192,7 @@ def check_scales(scales: Scales, quantized: Mapping[str, tuple[Any, Quantizer]])
         if path not in quantized:
             raise ValueError(f"There is a scale for {path}, which no rule quantizes. {again}")
         (leaf, quantizer), scale = quantized[path], scales[path]
-        wanted = quantizer.scale_shape(leaf.shape), jnp.dtype(_dtype(leaf.dtype))
+        wanted = quantizer.scale_shape(leaf.shape), jnp.dtype(compute_dtype(leaf.dtype))
         found = jnp.shape(scale), jnp.result_type(scale)
         if found != wanted:
             raise ValueError(
@@ -208,11 +209,6 @@ def check_scales(scales: Scales, quantized: Mapping[str, tuple[Any, Quantizer]])
                     f"ab_jax.keep_scales_positive after each update, or lower the learning rate. "
                     f"Where it is negative, the loss saw its magnitude: jnp.abs gives that network."
                 )
-
-
-def _dtype(dtype: Any) -> Any:
-    """Of the scales of weights of this dtype."""
-    return jnp.float64 if dtype == jnp.float64 else jnp.float32
 
 
 def _spread(scale: Array, shape: tuple[int, ...]) -> Array:

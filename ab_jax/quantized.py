@@ -137,6 +137,19 @@ class BinaryCoded(Quantized):
         return _expand(self.scale[0], self.codes.shape)
 
 
+@jax.jit
+def with_nan_shown(quantized: Quantized, w: Array) -> Quantized:
+    """The codes of `w` with NaN for each finite scale of a weight that is NaN or infinite.
+
+    Codes cannot say that they stand for no number, and a scale that was fixed or trained does not.
+    """
+    blocks = quantized.scale.shape[quantized.scale.ndim - w.ndim :]
+    split = [n for size, count in zip(w.shape, blocks, strict=True) for n in (count, size // count)]
+    finite = jnp.all(jnp.isfinite(w).reshape(split), axis=tuple(range(1, len(split), 2)))
+    shown = jnp.broadcast_to(finite, quantized.scale.shape) | ~jnp.isfinite(quantized.scale)
+    return dataclasses.replace(quantized, scale=jnp.where(shown, quantized.scale, jnp.nan))
+
+
 def _signed_sum(codes: Array, scales: list[Array]) -> Array:
     bits = len(scales)
     digits = (codes.astype(jnp.int32) + (2**bits - 1)) >> 1

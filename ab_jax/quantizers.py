@@ -12,7 +12,9 @@ One set of integer conventions holds everywhere:
   of a scale of its own (`ab_jax.quantized.BinaryCoded`).
 
 Arithmetic is float32 (float64 for float64 weights). A channel that holds no number large enough for
-its scale to be a normal float32 (about 1e-36) is quantized to zeros with scale 1.
+its scale to be a normal float32 (about 1e-36) is quantized to zeros: with codes 0 and scale 1, or
+scale 0 where there is no code for zero (`Binary`, `LeastSquaresBinary`). No level is too large for
+the dtype of the weights.
 """
 
 import abc
@@ -25,15 +27,19 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax import scale_fits
 from ab_jax.quantized import BinaryCoded, Quantized
+
+Fit = tuple[Array, Array, Array | None]  # codes, scale, zero point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantizer(abc.ABC):
     """What all quantizers share: which weights have a scale in common.
+
+    Weights of a channel whose largest is below about 3e-36 (float64: 6e-306) all become zeros.
 
     Attributes:
       axis: the channel axes, an int or several. Each index of them has a scale of its own. The
@@ -70,10 +76,11 @@ class Quantizer(abc.ABC):
             )
 
     @abc.abstractmethod
-    def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array | None]:
+    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
         """Codes, scale and zero point of `w`; a scale is shared over `axes`, kept with size 1.
 
-        Scales with one axis more, the first, are those of the bits of `BinaryCoded`.
+        No level is above `largest`, the largest number of the weights' dtype. Scales with one axis
+        more, the first, are those of the bits of `BinaryCoded`.
         """
 
     def quantize(self, w: ArrayLike) -> Quantized:
@@ -84,8 +91,12 @@ class Quantizer(abc.ABC):
                 f"{self} quantizes floating-point weights, not {dtype} (shape {jnp.shape(w)}). "
                 f"Leave such a leaf alone with a rule that maps it to None."
             )
-        self.scale_shape(jnp.shape(w))  # refuses what does not fit before anything is compiled
+        self.check(jnp.shape(w), dtype)  # before anything is compiled
         return _quantize(jnp.asarray(w), self)
+
+    def check(self, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        """Refuse a weight of a shape or floating-point dtype that does not fit: a ValueError."""
+        self.scale_shape(shape)
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the scale of a weight of this shape."""
@@ -134,9 +145,9 @@ def _quantize(w: Array, quantizer: Quantizer) -> Quantized:
     if not shared:  # every weight is a block of its own
         shared.append(len(shape))
         shape.append(1)
-    compute_dtype = jnp.float64 if w.dtype == jnp.float64 else jnp.float32
-    blocks = w.astype(compute_dtype).reshape(shape)
-    codes, scale, zero_point = quantizer._fit(blocks, tuple(shared))
+    blocks = w.astype(scale_fits.compute_dtype(w.dtype)).reshape(shape)
+    _, largest = scale_fits.limits(w.dtype)
+    codes, scale, zero_point = quantizer._fit(blocks, tuple(shared), largest)
     of_bits = scale.shape[: scale.ndim - blocks.ndim]
     return (BinaryCoded if of_bits else Quantized)(
         codes=codes.astype(jnp.int8).reshape(w.shape),
@@ -154,13 +165,15 @@ class Binary(Quantizer):
     Negative subnormal weights count as zero on devices that flush such numbers, as CPUs do.
 
     The scale is the mean of |w|, the least-squares optimum (XNOR-Net, arXiv 1603.05279, section
-    3.1), or a fixed value: 1 in BinaryNet (arXiv 1602.02830).
+    3.1), or a fixed value: 1 in BinaryNet (arXiv 1602.02830). A channel of zeros has the scale 0,
+    since no code stands for zero; a channel with NaN the scale NaN, fixed or not.
 
     Attributes:
       fixed_scale: None for the least-squares optimum, else the scale of every channel.
 
     Raises:
-      ValueError: a fixed scale that is not positive and finite.
+      ValueError: a fixed scale that is not positive and finite; from `quantize` also one that is
+        not so in the dtype of the weights.
     """
 
     bits: ClassVar[int] = 1
@@ -173,11 +186,21 @@ class Binary(Quantizer):
                 f"{self}: fixed_scale must be positive and finite, or None for the mean of |w|."
             )
 
-    def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, None]:
+    def check(self, shape: tuple[int, ...], dtype: DTypeLike) -> None:
+        """As `Quantizer.check`, and a dtype that cannot hold the fixed scale."""
+        super().check(shape, dtype)
+        smallest, largest = scale_fits.limits(dtype)
+        if self.fixed_scale is not None and not smallest <= self.fixed_scale <= largest:
+            raise ValueError(
+                f"{self}: {jnp.dtype(dtype)} weights take a fixed_scale from {smallest:.2g} to "
+                f"{largest:.2g}, not {self.fixed_scale}."
+            )
+
+    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
         scale = scale_fits.mean_magnitude(w, axes)
         if self.fixed_scale is not None:
-            scale = jnp.full_like(scale, self.fixed_scale)
-        return _signs(w), scale, None
+            scale = jnp.where(jnp.isnan(scale), scale, self.fixed_scale)
+        return scale_fits.signs(w), scale, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -191,7 +214,7 @@ class Ternary(Quantizer):
 
     bits: ClassVar[int] = 2
 
-    def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, None]:
+    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
         w, magnitude = scale_fits.normalize(w, axes)
         scale = scale_fits.least_squares_ternary(w, axes)
         codes = jnp.sign(w) * (jnp.abs(w) > scale / 2).astype(w.dtype)
@@ -228,7 +251,7 @@ class Uniform(Quantizer):
                 f"Uniform takes scale='least_squares' or 'absmax', not scale={self.scale!r}."
             )
 
-    def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, Array | None]:
+    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
         highest = 2 ** (self.bits - 1) - 1
         lowest = -highest if self.symmetric else -highest - 1
         w, magnitude = scale_fits.normalize(w, axes)
@@ -244,6 +267,8 @@ class Uniform(Quantizer):
         levels = lowest - zero_point, highest - zero_point
         if self.scale == "least_squares":
             scale = scale_fits.least_squares(w, scale, levels, axes)
+        reach = jnp.maximum(levels[1], -levels[0])
+        scale = jnp.minimum(scale, scale_fits.below(largest, magnitude, reach))
         codes = scale_fits.nearest_level(w, scale, levels) + zero_point
         scale = scale_fits.restore(scale, magnitude)
         return codes, scale, None if self.symmetric else jnp.asarray(zero_point)
@@ -276,22 +301,19 @@ class LeastSquaresBinary(Quantizer):
                 f"comes as close and has one scale."
             )
 
-    def _fit(self, w: Array, axes: tuple[int, ...]) -> tuple[Array, Array, None]:
+    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
         if self.bits == 1:
-            return _signs(w), scale_fits.mean_magnitude(w, axes), None
+            return scale_fits.signs(w), scale_fits.mean_magnitude(w, axes), None
         rest, magnitude = scale_fits.normalize(w, axes)
         best = scale_fits.least_squares_two_signs(rest, axes) if self.bits == 2 else None
         codes = jnp.zeros_like(rest)
         scales = []
         for i in range(self.bits):
             scale = scale_fits.mean_magnitude(rest, axes) if best is None else best[i]
-            signs = _signs(rest)
+            signs = scale_fits.signs(rest)
             rest = rest - signs * scale
             codes = 2 * codes + signs
-            scales.append(scale * magnitude)
-        return codes, jnp.stack(scales), None
-
-
-def _signs(w: Array) -> Array:
-    """-1 or +1 in the dtype of `w`; zero counts as +1."""
-    return jnp.where(w >= 0, 1, -1).astype(w.dtype)
+            scales.append(scale)
+        reach = scale_fits.or_one(sum(scales[1:], scales[0]))  # of the level whose signs are all +
+        fits = jnp.minimum(1, scale_fits.below(largest, magnitude, reach))
+        return codes, jnp.stack([scale * fits * magnitude for scale in scales]), None

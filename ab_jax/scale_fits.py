@@ -12,16 +12,28 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 
 # The lowest and the highest level in units of the scale: integers, or one entry a block.
 Levels = tuple[float | Array, float | Array]
 
-# Below this magnitude a scale (magnitude / 127) may leave the normal float32 numbers. CPUs and
-# accelerators flush such numbers to zero, and a division by it would no longer be finite.
-_SMALLEST_MAGNITUDE = 2.0**-118
+# Below so many times the smallest normal number a scale (magnitude / 127) may be no normal number.
+# CPUs and accelerators flush others to zero, and a division by it would no longer be finite.
+_HEADROOM = 2.0**8
 
 # Scales that `least_squares` tries before it refines the best one.
 _STARTS = 6
+
+
+def compute_dtype(dtype: DTypeLike) -> DTypeLike:
+    """In which weights of this dtype are quantized and blended, and their scales stored."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def limits(dtype: DTypeLike) -> tuple[float, float]:
+    """The smallest and the largest value that a scale, and weights of this dtype, can have."""
+    smallest = jnp.finfo(dtype).smallest_subnormal, jnp.finfo(compute_dtype(dtype)).tiny
+    return max(map(float, smallest)), float(jnp.finfo(dtype).max)
 
 
 def normalize(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -30,7 +42,7 @@ def normalize(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     Blocks that are too small to have a scale become zeros with magnitude 0. NaN stays NaN.
     """
     magnitude = jnp.max(jnp.abs(w), axes, keepdims=True)
-    magnitude = jnp.where(magnitude < _SMALLEST_MAGNITUDE, 0, magnitude)
+    magnitude = jnp.where(magnitude < _HEADROOM * float(jnp.finfo(w.dtype).tiny), 0, magnitude)
     # XLA multiplies by the reciprocal, which is flushed to zero if the divisor is above 2**126.
     shrink = jnp.where(magnitude > 1, 0.25, 1).astype(w.dtype)
     divisor = or_one(magnitude) * shrink
@@ -40,6 +52,19 @@ def normalize(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
 def restore(scale: Array, magnitude: Array) -> Array:
     """The scale of blocks whose normalized scale is `scale`; 1 for blocks of zeros."""
     return jnp.where(magnitude == 0, 1, scale * magnitude)
+
+
+def below(largest: float, magnitude: Array, reach: float | Array) -> Array:
+    """The largest normalized scale at which no level overflows.
+
+    Args:
+      largest: the largest number of the weights' dtype.
+      magnitude: as `normalize` gives it.
+      reach: the magnitude of the outermost level in units of the scale.
+    """
+    shrink = jnp.where(magnitude > 1, 0.25, 1).astype(magnitude.dtype)  # as in `normalize`
+    room = largest * shrink / (or_one(magnitude) * shrink)
+    return room * (1 - 2**-20) / reach  # products round
 
 
 def or_one(x: Array) -> Array:
@@ -141,10 +166,19 @@ def least_squares_two_signs(w: Array, axes: tuple[int, ...]) -> tuple[Array, Arr
 
 
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
-    """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`."""
+    """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`.
+
+    0 where it is no normal number, as it would be on devices that flush others.
+    """
     # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
     count = math.prod(w.shape[i] for i in axes)
-    return jnp.sum(jnp.abs(w) / count, axes, keepdims=True)
+    mean = jnp.sum(jnp.abs(w) / count, axes, keepdims=True)
+    return jnp.where(mean < float(jnp.finfo(w.dtype).tiny), 0, mean)
+
+
+def signs(w: Array) -> Array:
+    """-1 or +1 in the dtype of `w`; zero counts as +1."""
+    return jnp.where(w >= 0, 1, -1).astype(w.dtype)
 
 
 def _sorted_magnitudes(w: Array, axes: tuple[int, ...]) -> Array:

@@ -6,6 +6,7 @@ Most tests share the shape of `weights`, since compiling a fit takes longer than
 import dataclasses
 import itertools
 import pickle
+import re
 
 import hypothesis
 import hypothesis.extra.numpy as hnp
@@ -15,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ab_jax import Binary, Quantized, Ternary, Uniform, alpha_blend
+from ab_jax import (
+    Binary,
+    LeastSquaresBinary,
+    Quantized,
+    Rules,
+    Ternary,
+    Uniform,
+    alpha_blend,
+    describe,
+    quantize,
+)
 
 # One of each kind that the tests of conventions, layouts and extremes go through.
 KINDS = [
@@ -494,6 +505,90 @@ def test_the_largest_floats(rng, quantizer):
     dequantized = assert_sound(w, quantizer.quantize(w), quantizer)
     if quantizer in FITTED and getattr(quantizer, "symmetric", True):
         np.testing.assert_allclose(dequantized, w, rtol=1e-5)
+
+
+ALL_KINDS = [*FITTED, *(LeastSquaresBinary(bits=bits) for bits in (1, 2, 3, 4))]
+ALL_KINDS += [Uniform(bits=4, symmetric=False)]
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "dtype"),
+    [
+        *itertools.product(ALL_KINDS, ["float32"]),
+        *itertools.product(ALL_KINDS[4:6] + ALL_KINDS[-2:], ["float16"]),
+        (ALL_KINDS[-1], "bfloat16"),
+    ],
+    ids=repr,
+)
+def test_no_level_overflows_the_dtype_of_the_weights(rng, quantizer, dtype):
+    """Weights at both ends of the dtype, near them, and far below; all levels, used or not."""
+    largest = np.asarray(jnp.finfo(dtype).max)
+    columns = [np.where(rng.random(SHAPE[0]) < share, -1, 1) for share in (0, 0.5, 0.9, 1)]
+    columns += [np.where(rng.random(SHAPE[0]) < 0.25, 0.03, column) for column in columns]
+    columns += [rng.uniform(-1, 1, SHAPE[0]) for _ in range(4)]
+    shares = np.stack([*columns, *(column / 2 for column in columns)], axis=1)
+    shares = np.pad(shares, [(0, 0), (0, SHAPE[1] - shares.shape[1])])
+    w = (shares * largest.astype(np.float64)).astype(largest.dtype)
+    assert np.isfinite(w).all()
+    quantized = quantizer.quantize(w)
+    for found in (quantized.levels(), quantized.dequantize()):
+        assert np.isfinite(np.asarray(found).astype(w.dtype)).all()
+    # As near as without such an end: the widest gap between levels is that of one bit.
+    off = np.abs(np.asarray(quantized.dequantize(), np.float64) - w.astype(np.float64))
+    used = np.abs(shares).max(0) > 0
+    assert (off[:, used] <= 1.3 * float(largest) * np.abs(shares[:, used]).max(0)).all()
+    if quantizer.bits == 8:
+        assert (off[:, used] <= 0.01 * float(largest)).all()
+
+
+def test_a_channel_without_a_scale_is_zeros():
+    """Scale 1 where there is a code for zero, else 0: on every device, at any width."""
+    w = np.zeros(SHAPE, np.float32)
+    w[:, 0], w[:, 1], w[::2, 2] = 1e-40, -1e-45, 1e-38
+    for quantizer in ALL_KINDS:
+        quantized = quantizer.quantize(w)
+        np.testing.assert_array_equal(quantized.dequantize(), 0.0)
+        no_zero = isinstance(quantizer, Binary | LeastSquaresBinary)
+        np.testing.assert_array_equal(quantized.scale, 0.0 if no_zero else 1.0)
+
+
+def test_small_float64_weights_are_no_zeros(rng):
+    w, tiny = rng.normal(size=(64, 5)), 2.0**-990
+    with jax.enable_x64(True):
+        for quantizer in (Binary(), Ternary(), Uniform(bits=8)):
+            one, small = quantizer.quantize(w), quantizer.quantize(w * tiny)
+            np.testing.assert_array_equal(small.codes, one.codes)
+            np.testing.assert_allclose(small.scale, one.scale * tiny, rtol=1e-12)
+
+
+@pytest.mark.parametrize("fixed", [None, 1.0])
+def test_nan_in_a_channel_makes_its_scale_nan(fixed):
+    w = np.ones((4, 3), np.float32)
+    w[2, 1] = np.nan
+    scale = Binary(fixed_scale=fixed).quantize(w).scale
+    np.testing.assert_array_equal(scale, [[1, np.nan, 1]])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "fixed"),
+    [
+        ("float16", 1e30),
+        ("float16", 1e-9),
+        ("bfloat16", 1e39),
+        ("float32", 1e39),
+        ("float32", 1e-40),
+    ],
+)
+def test_a_fixed_scale_that_the_weights_cannot_hold_is_refused(dtype, fixed):
+    w = jnp.ones((4, 3), dtype)
+    message = f"{dtype} weights take a fixed_scale from .* not {re.escape(str(fixed))}"
+    with pytest.raises(ValueError, match=message):
+        Binary(fixed_scale=fixed).quantize(w)
+    rules = Rules([("layer/w", Binary(fixed_scale=fixed))])
+    for use in (quantize, describe):
+        with pytest.raises(ValueError, match=f"parameter layer/w: .*{message}"):
+            use({"layer": {"w": w}}, rules)
+    assert Binary(fixed_scale=6e4).quantize(jnp.ones((4, 3), "float16")).dequantize().max() < np.inf
 
 
 @pytest.mark.parametrize("quantizer", FITTED, ids=repr)

@@ -87,11 +87,17 @@ def write_packed(
     arrays: dict[str, np.ndarray] = {}
     quantized: dict[str, Any] = {}
     for name, leaf in _leaves(variables):
-        if isinstance(leaf, Quantized):
-            try:
+        if not isinstance(leaf, Quantized | jax.Array | np.ndarray | np.generic):
+            raise ValueError(f"{name} is a {type(leaf).__name__}, not an array. Leave it out.")
+        try:
+            if isinstance(leaf, Quantized):
                 packing, parts = _pack(leaf)
-            except ValueError as error:
-                raise ValueError(f"{name} cannot be packed: {error}.") from None
+            else:
+                arrays[name] = np.asarray(leaf)
+        except (ValueError, TypeError, RuntimeError) as error:  # random keys, traced arrays
+            reason = str(error).partition("\n")[0].rstrip(".")
+            raise ValueError(f"{name} cannot be packed: {reason}.") from None
+        if isinstance(leaf, Quantized):
             arrays |= {f"{name}/{part}": array for part, array in parts.items()}
             quantized[name] = {
                 "kind": _kind(packing, isinstance(leaf, BinaryCoded)),
@@ -99,10 +105,6 @@ def write_packed(
                 "shape": list(leaf.codes.shape),
                 "dtype": leaf.dtype,
             }
-        elif isinstance(leaf, jax.Array | np.ndarray | np.generic):
-            arrays[name] = np.asarray(leaf)
-        else:
-            raise ValueError(f"{name} is a {type(leaf).__name__}, not an array. Leave it out.")
     about = {
         "format": FORMAT,
         "version": VERSION,
@@ -146,6 +148,8 @@ def _pack(leaf: Quantized) -> tuple[Packing, dict[str, np.ndarray]]:
     if codes.dtype != np.int8 or codes.size == 0:
         raise ValueError(f"its codes are {codes.dtype} of shape {codes.shape}")
     _check(packing, codes.shape, leaf.dtype, scale, zero_point, of_signs)
+    if not jnp.isfinite(leaf.dequantize()).all():
+        raise ValueError(f"its scale is too large for values in {leaf.dtype}")
     if of_signs:
         if (codes % 2 == 0).any():
             raise ValueError("its codes of signs are not all odd")

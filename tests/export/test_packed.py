@@ -215,7 +215,14 @@ def replaced(variables: dict[str, Any], **fields: Any) -> dict[str, Any]:
         (lambda v: {"params": [jnp.ones(2)]}, "params is a list, not an array"),
         (lambda v: {"params": {"a": jnp.ones((2, 0))}}, r"params/a is float32 of shape \(2, 0\)"),
         (lambda v: {"a": np.ones(2, bool)}, "a is bool"),
-        (lambda v: {"key": jax.random.key(0)}, "key"),
+        (
+            lambda v: {"rngs": {"key": jax.random.key(0)}},
+            r"rngs/key cannot be packed: .*PRNGKey.*Use jax.random.key_data",
+        ),
+        (
+            lambda v: replaced(v, dtype="float16", scale=jnp.full((1, 3), 1e30)),
+            "params/a cannot be packed: its scale is too large for values in float16",
+        ),
         (lambda v: replaced(v, codes=v["params"]["a"].codes * 8), "params/a cannot be packed: uni"),
         (lambda v: replaced(v, bits=9), "params/a cannot be packed: codes have 1 to 8 bits"),
         (lambda v: replaced(v, scale=jnp.full((1, 3), jnp.nan)), "negative or not finite"),
@@ -229,6 +236,32 @@ def test_what_cannot_be_written_is_named(
     with pytest.raises((ValueError, TypeError), match=message):
         write_packed(tmp_path / "net", change(variables))
     assert not list(tmp_path.iterdir())
+
+
+def test_traced_arrays_are_named(tmp_path: Path, variables: dict[str, Any]) -> None:
+    for tree in ({"stats": {"mean": jnp.ones(3)}}, {"mean": variables["params"]["a"]}):
+        with pytest.raises(ValueError, match=r"mean cannot be packed: .*traced") as error:
+            jax.jit(lambda tree: write_packed(tmp_path / "net", tree))(tree)
+        assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+def test_no_weight_that_is_not_finite_is_written(tmp_path: Path, number: float) -> None:
+    """Whatever its scale: fitted, fixed or trained."""
+    w = np.ones((4, 3), np.float32)
+    w[1, 2] = number
+    params, trained = {"net": {"w": w}}, {"net/w": jnp.ones((1, 3))}
+    absmax = functools.partial(ab.Uniform, bits=4, scale="absmax")
+    quantizers = [ab.Binary(), ab.Binary(fixed_scale=1.0), absmax(), absmax(symmetric=False)]
+    for quantizer in quantizers:
+        rules = ab.Rules([("net/w", quantizer)])
+        made = [ab.quantize(params, rules)]
+        if quantizer in (ab.Binary(), absmax()):
+            made.append(ab.quantize(params, rules, scales=trained))
+        for codes in made:
+            assert np.isfinite(codes["net"]["w"].scale[..., :2]).all()  # of the other channels
+            with pytest.raises(ValueError, match=r"net/w cannot be packed: .* not finite"):
+                write_packed(tmp_path / "net", codes)
 
 
 def test_a_description_must_be_json(tmp_path: Path, variables: dict[str, Any]) -> None:
