@@ -294,11 +294,16 @@ def _say_table(console: Console, rows: Sequence[tuple[str, ...]]) -> None:
         _say(console, "  ".join(cells).rstrip())
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise PlanError(f"{path} is not JSON ({error}): remove it, or its directory") from None
+        if not path.is_file():  # a pipe would be waited for
+            raise ValueError("it is no file")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(stored, dict) or not isinstance(stored.get("config", {}), dict):
+            raise ValueError("it holds no flags")
+    except (ValueError, OSError, RecursionError) as error:
+        raise PlanError(f"{path} is damaged ({error}): remove it, or its directory") from None
+    return stored
 
 
 if __name__ == "__main__":

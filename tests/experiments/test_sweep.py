@@ -474,3 +474,23 @@ def test_a_copy_that_a_full_disk_ends_leaves_the_old_one(
     ):
         sweep.copy_atomically(source, kept)
     assert [path.read_bytes() for path in kept.parent.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("name", ["record.json", "config.json"])
+@pytest.mark.parametrize(
+    "text", [b"[]", b"", b"\xff", b"{", b'{"config": 5}', b"[" * 100_000, None]
+)
+def test_a_damaged_file_of_a_run_is_named_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes | None
+) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "metrics.jsonl").touch()
+    if text is None:
+        (tmp_path / "x" / name).mkdir()
+    else:
+        (tmp_path / "x" / name).write_bytes(text)
+    words = ["binarynet_cifar10", f"--runs_dir={tmp_path}", "--", "--seed=0", "--name=x"]
+    assert sweep.main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {tmp_path / 'x' / name} is damaged")
+    assert "remove it, or its directory" in line
