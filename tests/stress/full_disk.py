@@ -41,7 +41,7 @@ def test_a_full_disk_ends_a_run_with_one_line_and_costs_an_interval(tmp_path: Pa
         (disk / "filler").write_bytes(bytes(int(shutil.disk_usage(disk).free - 2.5 * size)))
         full = train("run")
         assert full.returncode == 1
-        error = full.stderr.splitlines()[-1]
+        (error,) = full.stderr.splitlines()
         assert re.match(r"error: .* (could not|cannot) be written.*No space left on device", error)
         assert len(error) < 500
         (disk / "filler").unlink()
