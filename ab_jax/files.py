@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,27 @@ _FIXES = {
     errno.EACCES: "Make it writable, or choose another directory",
     errno.EPERM: "Make it writable, or choose another directory",
 }
+
+
+def read_regular(path: Path) -> bytes | None:
+    """The bytes of a regular file, also behind a link; None where there is nothing.
+
+    Raises:
+      ValueError: it is something else, a pipe say, which could not be read to an end.
+      OSError: it cannot be read.
+    """
+    try:
+        # A pipe without a writer would otherwise be waited for here.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path} is no regular file. Remove what is there.")
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -32,6 +54,7 @@ def write_whole(path: Path, data: bytes) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(path)
+            _sync_directory(path.parent)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -51,8 +74,15 @@ def append_line(path: Path, line: str) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """The lines of a file that have their end; none of a file that is not there."""
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    """The lines of a file that have their end; none of a file that is not there.
+
+    Bytes that are no UTF-8 become surrogates, which `encode(errors="surrogateescape")` turns back.
+
+    Raises:
+      ValueError, OSError: as `read_regular`.
+    """
+    data = read_regular(path) or b""
+    return data.decode(errors="surrogateescape").split("\n")[:-1]
 
 
 @contextlib.contextmanager
@@ -68,3 +98,12 @@ def writing(path: Path) -> Iterator[None]:
         )
         clear.errno = error.errno
         raise clear from error
+
+
+def _sync_directory(path: Path) -> None:
+    with contextlib.suppress(OSError):  # some file systems do not know how
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

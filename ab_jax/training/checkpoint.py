@@ -4,7 +4,8 @@
     checkpoints/STEP/rest        step, optimizer state and random key
     checkpoints/STEP/scales      scales of the weights, in runs that train them
     checkpoints/STEP/interval    where a run stopped between two evaluations: see `Interval`
-    checkpoints/STEP/about.json  the validation accuracy, by which the best is known
+    checkpoints/STEP/run.json    the seal of the metrics up to there and the ramps: see `Standing`
+    checkpoints/STEP/about.json  its step, and the validation accuracy, by which the best is known
     checkpoints/STEP/MANIFEST    SHA-256 of each of these files, written last
 
 The step is the position in the data and in every schedule, and random numbers are keyed by it.
@@ -18,10 +19,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
 from ab_jax.quantized_inputs import RANGES
+from ab_jax.training.checkpoint_items import (
+    FIELDS,
+    check_same_shapes,
+    host_arrays,
+    items_of,
+    shapes,
+    where_to,
+    without_ranges,
+)
 from ab_jax.training.distributed import is_first, to_global, to_own, value_of_first
 from ab_jax.training.interval import Interval
 from ab_jax.training.retention import (
@@ -31,14 +40,8 @@ from ab_jax.training.retention import (
     seal,
     written,
 )
+from ab_jax.training.standing import Standing
 from ab_jax.training.state import TrainState
-
-# The network is an item of its own, so that another run can start from it whatever its optimizer.
-_FIELDS = {
-    "network": ("params", "model_state"),
-    "rest": ("step", "opt_state", "key"),
-    "scales": ("scales",),  # of runs that train them
-}
 
 
 class Checkpoints:
@@ -63,7 +66,7 @@ class Checkpoints:
         self._keep = keep
         self._newest: int | None = None  # of those known to be whole
         self._looked = False
-        items = {name: ocp.StandardCheckpointHandler() for name in (*_FIELDS, "interval")}
+        items = {name: ocp.StandardCheckpointHandler() for name in (*FIELDS, "interval")}
         self._orbax = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler(**items))
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
         self._sealing: concurrent.futures.Future[None] | None = None
@@ -109,8 +112,18 @@ class Checkpoints:
         if self._sealing is not None and self._sealing.done():
             self._finish()
 
+    @property
+    def standing(self) -> Standing:
+        """Where the run stood at that checkpoint; of none, and of older ones, nothing is known."""
+        return Standing() if self.latest_path is None else Standing.read(self.latest_path)
+
     def save(
-        self, state: TrainState, *, accuracy: float | None = None, interval: Interval | None = None
+        self,
+        state: TrainState,
+        *,
+        accuracy: float | None = None,
+        interval: Interval | None = None,
+        standing: Standing | None = None,
     ) -> None:
         """Write the state in the background; a whole one of that step is left as it is.
 
@@ -118,6 +131,7 @@ class Checkpoints:
           state: its arrays may be overwritten as soon as this returns.
           accuracy: on the validation part, 0 to 1; the best checkpoint is kept.
           interval: between two evaluations, what there is since the last one.
+          standing: where the run stands.
 
         Raises:
           OSError: this one, or the one before, could not be written.
@@ -126,7 +140,7 @@ class Checkpoints:
         if step == self.latest_step:
             return
         items = {
-            item: ocp.args.StandardSave(to_global(tree)) for item, tree in _items(state).items()
+            item: ocp.args.StandardSave(to_global(tree)) for item, tree in items_of(state).items()
         }
         if interval is not None:
             items["interval"] = ocp.args.StandardSave(interval.to_tree())
@@ -136,7 +150,7 @@ class Checkpoints:
             self._orbax.save(path, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._not_written(step, error) from error
-        self._sealing = self._thread.submit(self._seal, step, accuracy)
+        self._sealing = self._thread.submit(self._seal, step, accuracy, standing)
 
     def restore(self, like: TrainState) -> TrainState:
         """The newest whole state.
@@ -145,14 +159,16 @@ class Checkpoints:
           like: a state of the same structure, shapes and dtypes.
 
         Raises:
-          FileNotFoundError: there is no checkpoint. ValueError: none is whole, or the states differ
-            in structure or shapes; names the first such leaf.
+          FileNotFoundError: there is no checkpoint. ValueError: none is whole, or it has another
+            step's name, or the states differ in structure or shapes; names the first such leaf.
         """
         path = self._existing()
-        wanted, stored = _items(like), self._stored(path)
+        wanted, stored = items_of(like), self._stored(path)
         for item in ("scales", "network", "rest"):  # whether there are scales decides on the rest
-            self._check_same_shapes(stored.get(item, {}), wanted.get(item, {}))
-        restored = self._restore(path, **{item: _abstract(tree) for item, tree in wanted.items()})
+            check_same_shapes(self._directory, stored.get(item, {}), wanted.get(item, {}))
+        restored = self._restore(path, **{item: where_to(tree) for item, tree in wanted.items()})
+        if int(step := to_own(restored["rest"])["step"]) != int(path.name):  # of older ones
+            raise ValueError(f"{path} is the checkpoint of step {step}. Give it that name.")
         return TrainState(**{k: v for item in wanted for k, v in to_own(restored[item]).items()})
 
     def restore_interval(self) -> Interval | None:
@@ -165,7 +181,7 @@ class Checkpoints:
         stored = self._stored(path).get("interval")
         if stored is None:
             return None
-        return Interval.from_tree(self._restore(path, interval=_host_arrays(stored))["interval"])
+        return Interval.from_tree(self._restore(path, interval=host_arrays(stored))["interval"])
 
     def restore_network(self, like: TrainState) -> TrainState:
         """`like` with the newest whole checkpoint's parameters and model state.
@@ -179,16 +195,16 @@ class Checkpoints:
         """
         path = self._existing()
         stored = self._stored(path)["network"]
-        wanted = _items(like)["network"]
-        self._check_same_shapes(_without_ranges(stored), _without_ranges(wanted))
-        network = _abstract(_without_ranges(wanted))
+        wanted = items_of(like)["network"]
+        check_same_shapes(self._directory, without_ranges(stored), without_ranges(wanted))
+        network = where_to(without_ranges(wanted))
         if RANGES in stored["model_state"]:  # Orbax restores all of an item or nothing
-            stored_ranges = _host_arrays(stored["model_state"][RANGES])
-            network["model_state"][RANGES] = _abstract(jax.tree.map(jnp.asarray, stored_ranges))
+            stored_ranges = host_arrays(stored["model_state"][RANGES])
+            network["model_state"][RANGES] = where_to(jax.tree.map(jnp.asarray, stored_ranges))
         restored = to_own(self._restore(path, network=network)["network"])
         ranges = wanted["model_state"].get(RANGES)
-        if _shapes(restored["model_state"].get(RANGES)) != _shapes(ranges):
-            restored = _without_ranges(restored)
+        if shapes(restored["model_state"].get(RANGES)) != shapes(ranges):
+            restored = without_ranges(restored)
             if ranges is not None:
                 restored["model_state"][RANGES] = ranges
         return dataclasses.replace(like, **restored)
@@ -203,7 +219,7 @@ class Checkpoints:
         path = self._existing()
         stored = self._stored(path)
         items = [item for item in ("network", "scales") if item in stored]
-        restored = self._restore(path, **{item: _host_arrays(stored[item]) for item in items})
+        restored = self._restore(path, **{item: host_arrays(stored[item]) for item in items})
         return {name: tree for item in items for name, tree in restored[item].items()}
 
     def _find_newest(self) -> int | None:
@@ -233,11 +249,13 @@ class Checkpoints:
             raise FileNotFoundError(f"There is no checkpoint in {self._directory}.")
         return path
 
-    def _seal(self, step: int, accuracy: float | None) -> None:
+    def _seal(self, step: int, accuracy: float | None, standing: Standing | None) -> None:
         """Wait for Orbax, then make the checkpoint a trusted one; in a thread of its own."""
         try:
             self._orbax.wait_until_finished()
             if is_first():
+                if standing is not None:
+                    standing.write(written(self._path(step)))
                 seal(self._path(step), accuracy)
         except Exception as error:
             raise self._not_written(step, error) from error
@@ -270,46 +288,3 @@ class Checkpoints:
     def _restore(self, path: Path, **wanted: Any) -> Any:
         args = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
         return self._orbax.restore(path, args=ocp.args.Composite(**args))
-
-    def _check_same_shapes(self, stored: Any, wanted: Any) -> None:
-        have, want = _shapes(stored), _shapes(wanted)
-        differing = [path for path in sorted({*have, *want}) if have.get(path) != want.get(path)]
-        if differing:
-            path = differing[0]
-            raise ValueError(
-                f"The network in {self._directory} does not fit the model: {path} is "
-                f"{have.get(path, 'absent')} there and {want.get(path, 'absent')} in the model "
-                f"({len(differing)} leaves differ). Give both runs the same model flags."
-            )
-
-
-def _items(state: TrainState) -> dict[str, dict[str, Any]]:
-    """What each item of a checkpoint holds of a state."""
-    return {
-        item: {name: getattr(state, name) for name in names}
-        for item, names in _FIELDS.items()
-        if item != "scales" or state.scales is not None
-    }
-
-
-def _without_ranges(network: dict[str, Any]) -> dict[str, Any]:
-    kept = {name: x for name, x in network["model_state"].items() if name != RANGES}
-    return {**network, "model_state": kept}
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree.leaves_with_path(tree)
-    }
-
-
-def _abstract(tree: Any) -> Any:
-    """Where the arrays are restored to: of several processes, onto the devices of all."""
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), to_global(tree)
-    )
-
-
-def _host_arrays(tree: Any) -> Any:
-    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), tree)

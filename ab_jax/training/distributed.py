@@ -5,11 +5,12 @@ then on `jax.devices()` lists the devices of all, and whatever is computed over 
 all processes in step. One of them, `is_first`, speaks for all: it writes the records.
 """
 
+import contextlib
 import itertools
 import json
 import signal
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -166,6 +167,23 @@ def value_of_first(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+@contextlib.contextmanager
+def first_succeeds(what: str) -> Iterator[None]:
+    """What the first process does here for all, writing a file say: where it fails, all fail.
+
+    Raises:
+      OSError: in the others; names what failed.
+    """
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        of_first = value_of_first(int(done))
+    if not of_first:
+        raise OSError(f"{what} failed in process 0, which says why.")
 
 
 def agreed(asked: Callable[[], str | None], every: int) -> Callable[[], str | None]:

@@ -1,9 +1,8 @@
 """The training loop: a Python loop over compiled steps that evaluates, saves and records."""
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 import optax
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ab_jax.blend import Alpha, AlphaSchedule, initial_scales, mean_alpha
+from ab_jax.blend import AlphaSchedule, initial_scales
 from ab_jax.data.batches import steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
@@ -23,19 +20,21 @@ from ab_jax.estimators import Estimator, ScaledEstimator, takes_scale
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
-from ab_jax.training.distributed import agreed, is_first
+from ab_jax.training.distributed import agreed, first_succeeds, is_first
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
 from ab_jax.training.interval import Interval
 from ab_jax.training.parallel import Parallel
+from ab_jax.training.ramps import Alphas, check_never_falls
 from ab_jax.training.readings import Readings
 from ab_jax.training.records import RunDirectory
+from ab_jax.training.standing import Standing
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step import Preprocessing, make_train_step
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
+from ab_jax.training.watching import PROFILED_STEPS, profiler, shown_progress
 
 _LOOK_EVERY = 20  # steps between looks at the loss: a look waits for the device
-_PROFILED_STEPS = 10, 20  # counted from the first one, which compiles
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,16 +103,17 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
       NonFiniteLossError: names the step, alpha, learning rate, parameter and last checkpoint.
       StoppedError: SIGTERM or SIGINT asked for it; all is saved.
       OSError: something cannot be written, the disk being full, say; names it and the fix.
-      ValueError, FileNotFoundError: arguments that do not fit, before anything is compiled.
+      ValueError, FileNotFoundError: arguments that do not fit each other or what the run has come
+        to, or a file of the run that was changed, before anything is compiled.
     """
     t = training
     started = time.monotonic()
     per_epoch = steps_per_epoch(t.batch_size, len(t.dataset.train))
     if t.steps < 1 or t.eval_every < 1:
         raise ValueError(f"steps={t.steps} and eval_every={t.eval_every} must be at least 1.")
-    if t.profile and t.steps <= _PROFILED_STEPS[0]:
+    if t.profile and t.steps <= PROFILED_STEPS[0]:
         raise ValueError(
-            f"A profile starts after {_PROFILED_STEPS[0]} steps, but this run has {t.steps}. Train "
+            f"A profile starts after {PROFILED_STEPS[0]} steps, but this run has {t.steps}. Train "
             f"longer, or do not profile."
         )
     evaluator = Evaluator(t.model, t.preprocessing, parallel, t.batch_size)
@@ -129,7 +129,15 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         table = describe(state.params, t.rules)  # in every process: it checks the rules
         if is_first():
             print(table)
-        run.forget_after(first)
+        standing = checkpoints.standing
+        if first > t.steps:
+            raise ValueError(
+                f"The run has come to step {first}, and with these flags it ends at {t.steps}. "
+                f"Train longer, or begin a shorter run under another --name."
+            )
+        check_never_falls(first, standing.alphas, _alphas(t, first, state.params).by_path())
+        with first_succeeds(f"Going on in {run.path}"):
+            run.forget_after(first, standing.metrics)
         readings.remember_codes(state)
         recent: list[dict[str, Any]] = []  # metrics since the last evaluation
         if first and (interval := checkpoints.restore_interval()) is not None:
@@ -153,8 +161,8 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         stop = agreed(asked_to_stop, every=_LOOK_EVERY)
         batches = until_asked(stop, batches, alone=jax.process_count() == 1)
         with (
-            _progress(first, t.steps) as show,
-            _profiler(t.profile and is_first(), run.path) as profile,
+            shown_progress(first, t.steps) as show,
+            profiler(t.profile and is_first(), run.path) as profile,
         ):
             for step, batch in enumerate(batches, start=first):
                 profile(step - first)
@@ -170,45 +178,54 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 if not evaluates:
                     continue
                 state = parallel.unreplicate(on_devices)
-                alpha, mean, of_activations = _alphas(t, done, state.params)
-                finite.network(state, mean)
+                alphas = _alphas(t, done, state.params)
+                finite.network(state, alphas.mean)
                 line = {
                     "step": done,
                     "epoch": done / per_epoch,
-                    "alpha": mean,
-                    "activation_alpha": of_activations,
+                    "alpha": alphas.mean,
+                    "activation_alpha": alphas.activations,
                     "learning_rate": float(t.learning_rate(step // t.accumulate)),
                     "train_loss": float(np.mean([m["loss"] for m in recent])),
                     "train_accuracy": float(np.mean([m["accuracy"] for m in recent])),
-                    **readings.metrics(state, alpha, of_activations),
+                    **readings.metrics(state, alphas.weights, alphas.activations),
                 }
                 if left := int(sum(m.get("not_finite_inputs", 0) for m in recent)):
                     line["not_finite_inputs"] = left
                 run.write_metrics({**line, "images_per_second": speed})
                 # After its line, which a run that is cut off in between computes again.
-                checkpoints.save(state, accuracy=line.get("recalibrated_accuracy"))
+                standing = Standing(run.seal(), alphas.by_path())
+                accuracy = line.get("recalibrated_accuracy")
+                checkpoints.save(state, accuracy=accuracy, standing=standing)
                 recent.clear()
                 looked_at, measured_from, since = 0, 0, time.monotonic()
         if done < t.steps:
             look()
             state = parallel.unreplicate(on_devices)
-            finite.network(state, _alphas(t, done, state.params)[1])
+            alphas = _alphas(t, done, state.params)
+            finite.network(state, alphas.mean)
             if recent:
-                checkpoints.save(state, interval=Interval.of(recent, readings.codes))
+                standing = Standing(run.seal(), alphas.by_path())
+                interval = Interval.of(recent, readings.codes)
+                checkpoints.save(state, interval=interval, standing=standing)
             raise StoppedError(run.path, done, stop())
-    alpha, _, of_activations = _alphas(t, t.steps, state.params)
-    summary = readings.summary(state, alpha, of_activations, run.metrics, read_test=t.read_test)
+    alphas, lines = _alphas(t, t.steps, state.params), run.metrics
+    summary = readings.summary(
+        state, alphas.weights, alphas.activations, lines, read_test=t.read_test
+    )
     seconds = time.monotonic() - started
-    return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
+    with first_succeeds(f"Writing the record of {run.path}"):
+        return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
 
 
-def _alphas(training: Training, step: int, params: Any) -> tuple[Alpha, float, float]:
-    """Alpha of the weights after so many steps, its mean over them, and that of activations."""
-    alpha = training.alpha(step)
-    mean = float(np.asarray(mean_alpha(params, training.rules, alpha)))
-    if training.activation_alpha is None:
-        return alpha, mean, mean
-    return alpha, mean, float(training.activation_alpha(step))
+def _alphas(training: Training, step: int, params: Any) -> Alphas:
+    activations = training.activation_alpha
+    return Alphas.of(
+        params,
+        training.rules,
+        training.alpha(step),
+        None if activations is None else float(activations(step)),
+    )
 
 
 def compile_train_step(
@@ -262,49 +279,3 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
     if scale_rules is None:
         return state
     return dataclasses.replace(state, scales=initial_scales(state.params, scale_rules))
-
-
-@contextlib.contextmanager
-def _progress(first: int, steps: int) -> Iterator[Callable[[int, dict[str, Any], float], None]]:
-    columns = (
-        TextColumn("step {task.completed}/{task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[metrics]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(quiet=not is_first())
-    with Progress(*columns, console=console) as progress:
-        task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
-
-        def show(done: int, metrics: dict[str, Any], speed: float) -> None:
-            text = (
-                f"loss {float(metrics['loss']):.3f}, accuracy {float(metrics['accuracy']):.3f}, "
-                f"alpha {float(metrics['alpha']):.3f}, {speed:,.0f} images/s"
-            )
-            progress.update(task, completed=done, metrics=text)
-            if not console.is_terminal:
-                console.print(f"step {done}/{steps}: {text}", soft_wrap=True)
-
-        yield show
-
-
-@contextlib.contextmanager
-def _profiler(enabled: bool, path: Path) -> Iterator[Callable[[int], None]]:
-    first, last = _PROFILED_STEPS
-    enabled = enabled and is_first()
-    running = False
-
-    def profile(step: int) -> None:
-        nonlocal running
-        if enabled and step == first:
-            jax.profiler.start_trace(str(path / "profile"))
-            running = True
-        elif running and step == last:
-            jax.profiler.stop_trace()
-            running = False
-
-    try:
-        yield profile
-    finally:
-        if running:
-            jax.profiler.stop_trace()

@@ -8,29 +8,42 @@ hand:
 """
 
 import hashlib
+import stat
 import sys
 from pathlib import Path
 
-from ab_jax.files import write_whole
+from ab_jax.files import read_regular, write_whole
 
 NAME = "MANIFEST"
+_UNREADABLE = "unreadable"
 
 
 def write_manifest(checkpoint: Path) -> None:
     """Seal a checkpoint, a directory of which every file has been written.
 
     Raises:
+      ValueError: a file there cannot be read; names it.
       OSError: it cannot be written; names the path and the fix.
     """
-    write_whole(checkpoint / NAME, _to_bytes(_digests(checkpoint)))
+    digests = _digests(checkpoint)
+    for name, digest in digests.items():
+        if digest.startswith(_UNREADABLE):
+            raise ValueError(f"{checkpoint / name} is {digest}: it is no part of a checkpoint.")
+    write_whole(checkpoint / NAME, _to_bytes(digests))
 
 
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint; names the file. None: it is as it was written."""
     manifest = checkpoint / NAME
-    if not manifest.is_file():
+    if not checkpoint.is_dir():
+        return f"{checkpoint} is no directory"
+    if not manifest.exists():
         return f"{manifest} is missing"
-    stored, present = manifest.read_bytes(), _digests(checkpoint)
+    try:
+        stored, present = read_regular(manifest), _digests(checkpoint)
+    except (OSError, ValueError):
+        return f"{manifest} is no file that can be read"
+    assert stored is not None
     # To the byte: the manifest itself may be what is damaged.
     if stored == _to_bytes(present):
         return None
@@ -52,12 +65,19 @@ def _digests(checkpoint: Path) -> dict[str, str]:
     for path in checkpoint.rglob("*"):
         name = path.relative_to(checkpoint).as_posix()
         if not path.is_dir() and name != NAME:
-            try:
-                with path.open("rb") as file:
-                    digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            except OSError as error:
-                digests[name] = f"unreadable ({error.strerror})"  # which no manifest holds
+            digests[name] = _digest(path)
     return digests
+
+
+def _digest(path: Path) -> str:
+    """Of one file; of what cannot be read, why, which no manifest holds."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            return f"{_UNREADABLE} (no regular file)"
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        return f"{_UNREADABLE} ({error.strerror})"
 
 
 def _to_bytes(digests: dict[str, str]) -> bytes:
@@ -75,7 +95,10 @@ def main(paths: list[str]) -> None:
     for path in map(Path, paths):
         if not path.is_dir() or (path / NAME).exists():
             sys.exit(f"error: {path} must be a checkpoint's directory, without a {NAME} in it.")
-        write_manifest(path)
+        try:
+            write_manifest(path)
+        except (OSError, ValueError) as error:
+            sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """What a run leaves behind: its configuration, its metrics and, once complete, its record.
 
-    runs/NAME/config.json     every flag, the git revision, package versions, hardware
-    runs/NAME/metrics.jsonl   a line for each evaluation (TensorBoard events lie beside it)
+    runs/NAME/config.json     every flag, the git revision, package versions, hardware; sealed
+    runs/NAME/metrics.jsonl   a line for each evaluation (TensorBoard events lie beside it); sealed
+                              by every checkpoint
     runs/NAME/record.json     all of it and the final readings, when the run is complete
     runs/NAME/lock            held as long as a process runs there
 
@@ -10,23 +11,24 @@ A record worth keeping is copied to `results/`, where tables are made from it.
 
 import contextlib
 import datetime
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from ab_jax.files import append_line, read_lines, write_whole, writing
+from ab_jax.files import write_whole, writing
+from ab_jax.training.lock import take_lock
+from ab_jax.training.metrics_file import MetricsFile, Seal
+from ab_jax.training.provenance import git_revision, hardware
+from ab_jax.training.sealed import read_sealed, seal, write_sealed
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -47,8 +49,8 @@ class RunDirectory:
 
     Raises:
       FileExistsError: the run is complete already. BlockingIOError: another process runs there.
-      ValueError: it was begun with other flags or on other data; names each. OSError: the directory
-        cannot be written.
+      ValueError: it was begun with other flags or on other data, names each; or a file there is not
+        as it was written. OSError: the directory cannot be written.
     """
 
     def __init__(
@@ -72,23 +74,26 @@ class RunDirectory:
         if writes:
             with writing(path):
                 path.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(path) if writes else None
-        self._metrics_path = path / "metrics.jsonl"
+        self._lock = take_lock(path / "lock") if writes else None
         self._config_path = path / "config.json"
         self._described = describe_run(experiment, config, data)
         self._changed: list[dict[str, Any]] = []
         try:
+            self._metrics = MetricsFile(path / "metrics.jsonl", writes=writes)
             # A run that stopped before its first checkpoint, over a mistyped flag say, left nothing
             # to resume: it may start anew with any flags.
-            if self._config_path.exists() and (self.metrics or _has_checkpoints(path)):
-                now, self._described = self._described, json.loads(self._config_path.read_text())
+            if self.metrics or _has_checkpoints(path):
+                now = self._described
+                self._config, self._described = _read_config(self._config_path)
                 self._changed = _changes(self._described, now, free)
                 if self._changed and not allow_changed:
                     raise ValueError(_refusal(path, self._changed))
+                if writes:
+                    seal(self._config_path)
                 for change in self._changed:
                     self._described[change["of"]][change["name"]] = change["is"]
-            elif writes:
-                write_json(self._config_path, self._described)
+            else:
+                self._write_config()
             if writes:
                 with writing(path):
                     self._events = EventsWriter(str(path / "events"))
@@ -107,27 +112,23 @@ class RunDirectory:
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines written so far; of one that was cut off, nothing."""
-        lines = []
-        for number, line in enumerate(read_lines(self._metrics_path), start=1):
-            try:
-                lines.append(json.loads(line))
-            except ValueError as error:
-                raise ValueError(
-                    f"{self._metrics_path} is damaged in line {number}: {error}. Put the right "
-                    f"line back, or remove {self.path} to begin anew."
-                ) from None
-        return lines
+        """The lines written so far; of one that was cut off, nothing.
+
+        Raises:
+          ValueError: one is not as this process wrote or found it; names it and the way out.
+        """
+        return self._metrics.read()
 
     def write_metrics(self, line: Mapping[str, Any]) -> None:
         """Append the metrics of one evaluation; `step` must be among them.
 
         Raises:
+          ValueError: a number that is not finite; names it.
           OSError: it cannot be written, the disk being full, say; names the file and the fix.
         """
         if not self._writes:
             return
-        append_line(self._metrics_path, json.dumps(line))
+        self._metrics.append(line)
         values = [
             Summary.Value(tag=name, simple_value=value)
             for name, value in line.items()
@@ -135,23 +136,45 @@ class RunDirectory:
         ]
         self._write_event(Event(step=line["step"], summary=Summary(value=values)))
 
-    def forget_after(self, step: int) -> None:
-        """Drop the lines of steps after a checkpoint, which a resumed run computes again."""
+    def seal(self) -> Seal | None:
+        """What the next checkpoint is to hold of the lines up to now; None: another process writes.
+
+        Raises:
+          ValueError: a file of the run was changed or removed while it runs; names it.
+        """
+        if not self._writes:
+            return None
+        self._check_config()
+        return self._metrics.seal()
+
+    def forget_after(self, step: int, sealed: Seal | None = None) -> None:
+        """Drop the lines of steps after a checkpoint, which a resumed run computes again.
+
+        Args:
+          step: of the checkpoint; 0: there is none.
+          sealed: what the checkpoint holds of the lines; None: nothing, being older than seals.
+
+        Raises:
+          ValueError: a line up to there is not as it was written; names it and the way out.
+        """
+        self._metrics.cut_back(step, sealed)
         if not self._writes:
             return
-        kept = [line for line in self.metrics if line["step"] <= step]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_whole(self._metrics_path, text.encode())
         if step:  # TensorBoard then drops what it has of the steps from here on
             start = SessionLog(status=SessionLog.START)
             self._write_event(Event(step=step + 1, session_log=start))
         if self._changed:
             changed = [{"after_step": step, **change} for change in self._changed]
             self._described["changed"] = [*self._described.get("changed", []), *changed]
-            write_json(self._config_path, self._described)
+            self._write_config()
 
     def complete(self, summary: Mapping[str, Any]) -> dict[str, Any]:
-        """Write and return the record of the whole run."""
+        """Write and return the record of the whole run.
+
+        Raises:
+          ValueError: a file of the run was changed or removed while it ran; names it.
+        """
+        self._check_config()
         metrics = self.metrics
         record = {**self._described, "metrics": metrics, "summary": dict(summary)}
         if self._writes:
@@ -161,6 +184,18 @@ class RunDirectory:
     def _give_free(self) -> None:
         if self._lock is not None:
             os.close(self._lock)
+
+    def _write_config(self) -> None:
+        self._config = _to_json(self._described)
+        if self._writes:
+            write_sealed(self._config_path, self._config)
+
+    def _check_config(self) -> None:
+        if self._writes and read_sealed(self._config_path) != self._config:
+            raise ValueError(
+                f"{self._config_path} was changed or removed while the run goes on. Put it back "
+                f"as it was and give the same command again, or remove {self.path} to begin anew."
+            )
 
     def _write_event(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -179,10 +214,10 @@ def describe_run(
         "experiment": experiment,
         "config": json.loads(json.dumps(dict(config))),
         **({} if data is None else {"data": json.loads(json.dumps(dict(data)))}),
-        "revision": _git_revision(),
+        "revision": git_revision(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
-        "hardware": _hardware(),
+        "hardware": hardware(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -194,28 +229,38 @@ def write_json(path: Path, value: Any) -> None:
       ValueError: a number that is not finite, which JSON does not have.
       OSError: it cannot be written; names the file and the fix.
     """
-    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(path, _to_json(value))
 
 
-def _lock(path: Path) -> int:
-    """Take the directory for this process, until it closes what is returned or ends in any way."""
-    with writing(path):
-        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+def _to_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
+
+
+def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """What a run is, as it was written and as a value.
+
+    Raises:
+      ValueError: it is missing or not as it was written; names it and the way out.
+    """
+    data = read_sealed(path)
+    if data is None:
+        raise ValueError(
+            f"{path} is missing, but there is a run beside it. Put it back, or remove "
+            f"{path.parent} to begin anew."
+        )
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        holder = os.pread(lock, 200, 0).decode(errors="replace").strip()
-        os.close(lock)
-        raise BlockingIOError(
-            f"The run {path} is in use by another process{f' ({holder})' if holder else ''}. Wait "
-            f"for it or end it, or choose another --name."
+        described = json.loads(data)
+        parts = [described["config"], described.get("data", {})]
+        if not all(isinstance(part, dict) for part in parts):
+            raise TypeError("its flags and data must be objects")
+        if not isinstance(described.get("changed", []), list):
+            raise TypeError("what was changed must be a list")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{path} is damaged: {error}. Put the right one back, or remove {path.parent} to begin "
+            f"anew."
         ) from None
-    except OSError as error:  # some network file systems have no locks
-        print(f"warning: {path} cannot be locked ({error.strerror}): run one process there alone.")
-    with writing(path):
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
-    return lock
+    return data, described
 
 
 def _has_checkpoints(path: Path) -> bool:
@@ -254,43 +299,3 @@ def _refusal(path: Path, changes: list[dict[str, Any]]) -> str:
         f"The run {path} was begun {what}: {', '.join(told)}. {fix} to resume it, choose another "
         f"--name, or go on with the change by --allow_changed."
     )
-
-
-def _git_revision() -> str | None:
-    """The commit of the code that runs, marked when files differ from it; None outside git."""
-    here = Path(__file__).parent
-    try:
-        commit, status = (
-            subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for arguments in (
-                ("rev-parse", "HEAD"),
-                ("status", "--porcelain", "--untracked-files=no"),
-            )
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + ("-dirty" if status else "")
-
-
-def _hardware() -> str:
-    device = jax.devices()[0]
-    name = device.device_kind
-    if device.platform == "cpu":
-        name = next(
-            (
-                line.partition(":")[2].strip()
-                for line in _lines(Path("/proc/cpuinfo"))
-                if line.startswith("model name")
-            ),
-            platform.processor() or platform.machine(),
-        )
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        name = f"{name}, {cores} of {os.cpu_count()} cores"
-    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    return f"{name}; {jax.device_count()} {device.platform} device(s){processes}"
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.exists() else []

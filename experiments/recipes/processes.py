@@ -7,7 +7,7 @@ from typing import Any
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.facts import facts
 from ab_jax.data.stream import StreamedDataset
-from ab_jax.training.distributed import check_same_flags, is_first, start
+from ab_jax.training.distributed import check_same_flags, first_succeeds, is_first, start
 from ab_jax.training.records import RunDirectory
 from experiments.recipes.free_flags import FREE_FLAGS
 
@@ -40,12 +40,13 @@ def open_run(
     """
     flags = recorded(config)
     check_same_flags(flags)
-    return RunDirectory(
-        path,
-        experiment=experiment,
-        config=flags,
-        data=facts(dataset),
-        free=FREE_FLAGS,
-        allow_changed=config.allow_changed,
-        writes=is_first(),
-    )
+    with first_succeeds(f"Opening {path}"):
+        return RunDirectory(
+            path,
+            experiment=experiment,
+            config=flags,
+            data=facts(dataset),
+            free=FREE_FLAGS,
+            allow_changed=config.allow_changed,
+            writes=is_first(),
+        )

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +23,7 @@ from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory
 from ab_jax.training.finite import NonFiniteLossError
 from ab_jax.training.loop import Training, train
+from ab_jax.training.manifest import write_manifest
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.records import RunDirectory
@@ -448,3 +451,97 @@ def test_lengths_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         run(training, tmp_path / "run", **changes)
+
+
+# What a run finds that was cut off before its record
+
+
+@pytest.fixture
+def cut_off(finished: Finished, tmp_path: Path) -> Path:
+    """A whole run but for its record."""
+    path = shutil.copytree(finished.path, tmp_path / finished.path.name)
+    (path / "record.json").unlink()
+    return path
+
+
+def test_changed_lines_and_flags_are_refused_before_anything_is_compiled(
+    training: Training, cut_off: Path
+) -> None:
+    metrics, config = cut_off / "metrics.jsonl", cut_off / "config.json"
+    lines = metrics.read_text().splitlines(True)
+    for changed in ([], lines[:2], [lines[0], lines[2]], [lines[0], *lines]):
+        metrics.write_text("".join(changed))
+        with pytest.raises(ValueError, match=r"metrics\.jsonl was changed: line \d") as error:
+            run(training, cut_off)
+        assert f"remove {cut_off} to begin anew" in str(error.value)
+    metrics.write_text("".join(lines))
+    config.write_text(config.read_text().replace("cpu device", "tpu device"))
+    with pytest.raises(ValueError, match=r"config\.json is not as it was written"):
+        run(training, cut_off)
+    config.unlink()
+    with pytest.raises(ValueError, match=r"config\.json is missing"):
+        run(training, cut_off)
+    assert not (cut_off / "record.json").exists()
+
+
+def test_a_renamed_checkpoint_is_refused_by_its_step(training: Training, cut_off: Path) -> None:
+    """By its own note; and where older code made none, by its state."""
+    checkpoints = cut_off / "checkpoints"
+    for path in checkpoints.iterdir():
+        if path.name != "12":
+            shutil.rmtree(path)
+    path = (checkpoints / "12").rename(checkpoints / "1012")
+    with pytest.raises(ValueError, match=r"1012 is that of step 12"):
+        run(training, cut_off)
+    as_older_code_left_it(path)
+    with pytest.raises(ValueError, match=r"1012 is the checkpoint of step 12. Give it that name"):
+        run(training, cut_off)
+
+
+def as_older_code_left_it(checkpoint: Path) -> None:
+    """Without its step and what it seals of its run."""
+    (checkpoint / "run.json").unlink()
+    (checkpoint / "about.json").write_text('{"accuracy": 0.5}')
+    (checkpoint / "MANIFEST").unlink()
+    write_manifest(checkpoint)
+
+
+def test_a_run_that_older_code_left_goes_on(
+    training: Training, finished: Finished, cut_off: Path
+) -> None:
+    for path in (cut_off / "checkpoints").iterdir():
+        as_older_code_left_it(path)
+    (cut_off / "config.json.sha256").unlink()
+    record = run(training, cut_off)
+    assert record["metrics"] == finished.record["metrics"]
+    assert record["summary"]["test"] == finished.record["summary"]["test"]
+
+
+def test_a_ramp_that_would_run_backwards_is_refused(training: Training, cut_off: Path) -> None:
+    """At step 12 alpha is 1 in both layers."""
+    layers = ["conv/kernel", "head/kernel"]
+    ramps: dict[str, tuple[Any, str]] = {
+        "longer": (ab.cubic_ramp(2, 14), r"activations|conv/kernel"),
+        "none": (optax.constant_schedule(0.0), r"activations|conv/kernel"),
+        "layerwise": (ab.layerwise_ramp(layers, 2, 14, paths=layers), r"head/kernel"),
+        "backward": (ab.layerwise_ramp(layers[::-1], 2, 14, paths=layers), r"conv/kernel"),
+    }
+    before = (cut_off / "metrics.jsonl").read_bytes()
+    for alpha, name in ramps.values():
+        with pytest.raises(ValueError, match="The ramp would run backwards: at step 12") as error:
+            run(training, cut_off, alpha=alpha, steps=16)
+        message = str(error.value)
+        assert re.search(rf"the alpha of ({name}) is 1, with these flags it would fall", message)
+        assert "--ramp_stop" in message
+        assert "--init_from" in message
+    activations = optax.constant_schedule(0.75)
+    with pytest.raises(ValueError, match=r"alpha of activations is 1, .* would fall to 0\.75"):
+        run(training, cut_off, activation_alpha=activations, steps=16)
+    assert (cut_off / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_does_not_end_before_the_step_it_has_come_to(
+    training: Training, cut_off: Path
+) -> None:
+    with pytest.raises(ValueError, match="has come to step 12, and with these flags it ends at 8"):
+        run(training, cut_off, steps=8)

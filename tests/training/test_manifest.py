@@ -1,5 +1,6 @@
 """The manifest: what sha256sum says of it, and that no change to a checkpoint escapes it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ab_jax.training import manifest
 from ab_jax.training.manifest import NAME, find_damage, write_manifest
 
 ROOT = Path(__file__).parents[2]
@@ -80,3 +82,23 @@ def test_a_checkpoint_without_a_manifest_gets_one_by_hand_alone(checkpoint: Path
     (checkpoint / NAME).unlink()
     subprocess.run(command, cwd=ROOT, check=True)
     assert (checkpoint / NAME).read_bytes() == stored
+
+
+@pytest.mark.parametrize("where", ["file", "manifest"])
+def test_a_pipe_and_a_device_are_named_instead_of_waited_for(checkpoint: Path, where: str) -> None:
+    path = checkpoint / ("sub/b" if where == "file" else NAME)
+    path.unlink()
+    os.mkfifo(path)
+    assert str(path) in str(find_damage(checkpoint))
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    assert str(path) in str(find_damage(checkpoint))
+
+
+def test_what_cannot_be_read_is_not_sealed(checkpoint: Path) -> None:
+    (checkpoint / NAME).unlink()
+    os.mkfifo(checkpoint / "pipe")
+    with pytest.raises(SystemExit) as ended:
+        manifest.main([str(checkpoint)])
+    assert f"error: {checkpoint}/pipe is unreadable (no regular file)" in str(ended.value)
+    assert not (checkpoint / NAME).exists()

@@ -116,3 +116,58 @@ def test_what_is_damaged_goes_when_a_whole_one_has_passed_it(tmp_path: Path) -> 
     write(tmp_path, 20)
     remove_replaced(tmp_path, 20, keep=1)
     assert names(tmp_path) == {"20", "notes.txt"}
+
+
+# What else may lie there
+
+
+def test_a_checkpoint_by_another_name_is_none(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    write(tmp_path, 8).rename(tmp_path / "1008")
+    (message,) = told_by(tmp_path, 4)
+    assert f"{tmp_path}/1008 is that of step 8, whose name it must have" in message
+    (tmp_path / "4" / "MANIFEST").unlink()
+    with pytest.raises(NoWholeCheckpointError, match="1008 is that of step 8"):
+        newest_whole(tmp_path)
+    (tmp_path / "1008").rename(tmp_path / "8")
+    assert newest_whole(tmp_path) == 8
+
+
+def test_entries_that_are_no_checkpoints_are_named_and_left_alone(tmp_path: Path) -> None:
+    write(tmp_path, 4)
+    (tmp_path / "99").write_text("a file")
+    (tmp_path / "0099").mkdir()
+    (tmp_path / "\u0663").mkdir()  # an Arabic 3
+    (tmp_path / "5").symlink_to("4")
+    messages = told_by(tmp_path, 4)
+    assert any(f"{tmp_path}/99 is no directory" in message for message in messages)
+    assert any(f"{tmp_path}/0099 has no checkpoint's name" in message for message in messages)
+    assert any(f"{tmp_path}/5 is that of step 4" in message for message in messages)
+    before = names(tmp_path)
+    for step in (120, 121):
+        write(tmp_path, step)
+        remove_replaced(tmp_path, step, keep=1)
+    assert names(tmp_path) == before - {"4"} | {"121"}
+    assert newest_whole(tmp_path) == 121
+
+
+def test_a_manifest_that_is_a_directory_is_named_and_goes_with_its_checkpoint(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, 4)
+    (write(tmp_path, 8) / "MANIFEST").unlink()
+    (tmp_path / "8" / "MANIFEST").mkdir()
+    (message,) = told_by(tmp_path, 4)
+    assert f"{tmp_path}/8/MANIFEST is no file that can be read" in message
+    write(tmp_path, 12)
+    remove_replaced(tmp_path, 12, keep=1)
+    assert names(tmp_path) == {"12"}
+
+
+@pytest.mark.parametrize("about", ["[]", "5", "{}", '{"accuracy": "a"}', '{"accuracy": [1]}', ""])
+def test_an_accuracy_that_cannot_be_read_is_less_than_any(tmp_path: Path, about: str) -> None:
+    for step, accuracy in ((4, 0.5), (8, 0.25), (12, 0.0)):
+        write(tmp_path, step, accuracy)
+    (tmp_path / "4" / "about.json").write_text(about)
+    remove_replaced(tmp_path, 12, keep=1)
+    assert names(tmp_path) == {"8", "12"}

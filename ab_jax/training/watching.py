@@ -1,0 +1,74 @@
+"""What is seen of a run as it trains: its progress and, where asked for, a trace of some steps."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ab_jax.training.distributed import is_first
+
+PROFILED_STEPS = 10, 20  # counted from the first one, which compiles
+
+
+@contextlib.contextmanager
+def shown_progress(
+    first: int, steps: int
+) -> Iterator[Callable[[int, dict[str, Any], float], None]]:
+    """Within it, what it yields shows a step's metrics and the speed, in images/s.
+
+    Args:
+      first: steps done before.
+      steps: in all.
+    """
+    columns = (
+        TextColumn("step {task.completed}/{task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[metrics]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(quiet=not is_first())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
+
+        def show(done: int, metrics: dict[str, Any], speed: float) -> None:
+            text = (
+                f"loss {float(metrics['loss']):.3f}, accuracy {float(metrics['accuracy']):.3f}, "
+                f"alpha {float(metrics['alpha']):.3f}, {speed:,.0f} images/s"
+            )
+            progress.update(task, completed=done, metrics=text)
+            if not console.is_terminal:
+                console.print(f"step {done}/{steps}: {text}", soft_wrap=True)
+
+        yield show
+
+
+@contextlib.contextmanager
+def profiler(enabled: bool, path: Path) -> Iterator[Callable[[int], None]]:
+    """Within it, what it yields is told of each step, from 0, and traces `PROFILED_STEPS`.
+
+    Args:
+      enabled: whether it does anything.
+      path: the run's directory, where the trace goes to `profile`.
+    """
+    first, last = PROFILED_STEPS
+    enabled = enabled and is_first()
+    running = False
+
+    def profile(step: int) -> None:
+        nonlocal running
+        if enabled and step == first:
+            jax.profiler.start_trace(str(path / "profile"))
+            running = True
+        elif running and step == last:
+            jax.profiler.stop_trace()
+            running = False
+
+    try:
+        yield profile
+    finally:
+        if running:
+            jax.profiler.stop_trace()
