@@ -23,6 +23,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 _END_OF_STEPS = 2**63  # no counter of 64 bits goes so far
+_SHORTEST = 2.0**-60  # steps; a window must be a normal float32
 
 
 def cubic_ramp(start: int, stop: int) -> optax.Schedule:
@@ -130,6 +131,8 @@ def check_window(name: str, start: Any, stop: Any) -> tuple[Any, Any]:
         )
     if first < 0:
         raise ValueError(f"{call}: a step cannot be negative. Give start >= 0.")
+    if last - first < _SHORTEST:
+        raise ValueError(f"{call}: the ramp is shorter than a step can tell. Use jump(at={start}).")
     return first, last
 
 

@@ -177,6 +177,12 @@ def test_windows_that_have_no_end_are_refused(ramp):
                 ramp(*window)
 
 
+@pytest.mark.parametrize("ramp", [cubic_ramp, linear_ramp, cosine_ramp, sigmoid_ramp])
+def test_a_window_that_float32_cannot_hold_is_refused(ramp):
+    with pytest.raises(ValueError, match=r"shorter than a step can tell"):
+        ramp(0, 1e-50)
+
+
 @every_ramp
 def test_a_window_that_is_no_number_is_refused(ramp):
     for number in ("5", None, [1, 2]):

@@ -47,7 +47,7 @@ def damage(directory: Path, *, whole: str | None = None) -> str | None:
     try:
         listed = json.loads((directory / NAME).read_bytes())
         expected = [(name, int(of["bytes"]), str(of["sha256"])) for name, of in listed.items()]
-    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, IsADirectoryError):
         return f"{NAME} is unreadable"
     for name, size, digest in expected:
         path = directory / name

@@ -122,7 +122,11 @@ def scan(source: Path, *, skip_bad: bool = False, way_out: str = "") -> Contents
     try:
         _check_splits(source, counts)
     except ValueError as error:  # what was left out may be what is missed
-        raise ValueError("; ".join((str(error), *left_out(source, ignored)))) from error
+        told = [str(error), *left_out(source, ignored)]
+        if bad.reasons:
+            first = shown(next(iter(bad.reasons)))
+            told.append(f"{len(bad.reasons)} images cannot be read, such as {first}")
+        raise ValueError("; ".join(told)) from error
     return Contents(counts, ignored, bad.reasons)
 
 

@@ -16,7 +16,7 @@ from ab_jax.data.batches import steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
 from ab_jax.description import describe
-from ab_jax.estimators import Estimator, ScaledEstimator, takes_scale
+from ab_jax.estimators import Estimator, ScaledEstimator, full_precision, takes_scale
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
@@ -127,9 +127,15 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         state = _initial_state(t, checkpoints)
         first = int(state.step)
         table = describe(state.params, t.rules)  # in every process: it checks the rules
-        if is_first():
+        if is_first() and t.estimator is not full_precision:  # which no rule touches
             print(table)
         standing = checkpoints.standing
+        # A run that was killed in its first evaluations may have lines and no checkpoint yet.
+        if not first and len(run.metrics) > 2:
+            raise ValueError(
+                f"There is no checkpoint in {run.path / 'checkpoints'}, but {len(run.metrics)} "
+                f"lines of metrics. Put the checkpoints back, or remove {run.path} to begin anew."
+            )
         if first > t.steps:
             raise ValueError(
                 f"The run has come to step {first}, and with these flags it ends at {t.steps}. "

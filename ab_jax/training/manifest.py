@@ -46,6 +46,10 @@ def find_damage(checkpoint: Path) -> str | None:
     assert stored is not None
     # To the byte: the manifest itself may be what is damaged.
     if stored == _to_bytes(present):
+        # Orbax takes a directory for an item, whether anything lies in it or not.
+        for entry in sorted(checkpoint.iterdir()):
+            if entry.is_dir() and not any(name.startswith(f"{entry.name}/") for name in present):
+                return f"{entry} is no part of it"
         return None
     known = _from_bytes(stored)
     if _to_bytes(known) != stored:

@@ -33,6 +33,8 @@ def shown_progress(
     console = Console(quiet=not is_first())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
+        if not console.is_terminal:
+            console.print(f"step {first}/{steps}: compiling", soft_wrap=True)
 
         def show(done: int, metrics: dict[str, Any], speed: float) -> None:
             text = (

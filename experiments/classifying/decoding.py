@@ -1,6 +1,7 @@
 """From an image file to pixels, as `ab_jax.data.pixels` decodes it, without loading JAX."""
 
 import io
+import warnings
 
 import cv2
 import numpy as np
@@ -33,7 +34,7 @@ def decode(encoded: bytes, name: str, mode: str) -> np.ndarray:
       uint8 [height, width] or [height, width, 3].
 
     Raises:
-      ValueError: it is no such image, or a damaged one.
+      ValueError: it is no such image, a damaged one, or one of more pixels than Pillow trusts.
     """
     try:
         if encoded[8:12] == b"WEBP" and not features.check("webp"):
@@ -46,7 +47,13 @@ def decode(encoded: bytes, name: str, mode: str) -> np.ndarray:
         return np.asarray(pixels if turn is None else pixels.transpose(turn))
     except UnidentifiedImageError as error:  # whose message names a buffer of ours
         raise _unreadable(name, "it does not start as one") from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        ValueError,
+        Image.DecompressionBombError,
+        Image.DecompressionBombWarning,
+    ) as error:
         raise _unreadable(name, error) from error
 
 
@@ -55,9 +62,11 @@ def _unreadable(name: str, why: object) -> ValueError:
 
 
 def _opened(encoded: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
-        image.load()
-        return image
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # beyond 89,478,485 pixels
+        with Image.open(io.BytesIO(encoded), formats=_FORMATS) as image:
+            image.load()
+            return image
 
 
 def _ends_early(encoded: bytes, image: Image.Image) -> bool:

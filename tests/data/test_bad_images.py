@@ -70,7 +70,10 @@ def test_skipping_changes_nothing_where_all_can_be_read(image_folder, tmp_path):
 def test_a_class_without_a_readable_image_is_named(image_folder, tmp_path):
     source, _ = image_folder({"train": 1, "test": 1})
     (source / "train/bee/0.png").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"same classes, but bee"):
+    with pytest.raises(
+        ValueError,
+        match=r"same classes, but bee.*; 1 images cannot be read, such as train/bee/0.png",
+    ):
         prepare_image_folder(source, "bugs", tmp_path / "data", skip_bad=True)
 
 

@@ -172,3 +172,16 @@ def test_damaged_files_give_pixels_or_one_kind_of_error(
             else:
                 assert found.dtype == np.uint8
                 assert found.ndim == 3
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "CMYK"])
+def test_more_pixels_than_a_file_may_declare_are_refused(read: Read, mode: str) -> None:
+    """In one line, and before any of them is decoded."""
+    buffer = io.BytesIO()
+    Image.new(mode, (64, 64)).save(buffer, "JPEG")
+    file = bytearray(buffer.getvalue())
+    frame = file.index(b"\xff\xc0")
+    file[frame + 5 : frame + 9] = (13_000).to_bytes(2) * 2
+    with pytest.raises(ValueError, match=r"it\.png is not a readable .*pixels") as refused:
+        read(bytes(file))
+    assert len(str(refused.value).splitlines()) == 1

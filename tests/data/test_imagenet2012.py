@@ -7,7 +7,7 @@ import pytest
 
 from ab_jax.data.facts import facts
 from ab_jax.data.stream import IMAGENET_MEAN, load_stream
-from experiments.recipes.generated_imagenet import (
+from experiments.generated_imagenet import (
     SIZES,
     photo,
     prepare_generated_imagenet,

@@ -484,6 +484,14 @@ def test_changed_lines_and_flags_are_refused_before_anything_is_compiled(
     assert not (cut_off / "record.json").exists()
 
 
+def test_a_run_without_its_checkpoints_does_not_begin_anew_unseen(
+    training: Training, cut_off: Path
+) -> None:
+    shutil.rmtree(cut_off / "checkpoints")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* but \d+ lines of metrics"):
+        run(training, cut_off)
+
+
 def test_a_renamed_checkpoint_is_refused_by_its_step(training: Training, cut_off: Path) -> None:
     """By its own note; and where older code made none, by its state."""
     checkpoints = cut_off / "checkpoints"

@@ -69,6 +69,11 @@ def test_a_cut_a_missing_and_a_foreign_file_are_named(checkpoint: Path) -> None:
         foreign.touch()
         assert find_damage(checkpoint) == f"{foreign} is no part of it"
         foreign.unlink()
+    # An item of Orbax's is a directory.
+    for make in (lambda path: path.mkdir(), lambda path: path.symlink_to(".")):
+        make(foreign := checkpoint / "foreign")
+        assert find_damage(checkpoint) == f"{foreign} is no part of it"
+        foreign.unlink() if foreign.is_symlink() else foreign.rmdir()
     (checkpoint / NAME).unlink()
     assert find_damage(checkpoint) == f"{checkpoint / NAME} is missing"
 
