@@ -4,7 +4,7 @@
 #     sbatch docs/slurm.sh
 #
 # The same command again goes on from the last checkpoint; a job that is stopped at its time limit
-# puts itself into the queue again.
+# puts itself into the queue again. (For the many small runs of a study: docs/pod.md, "A study".)
 
 # EDIT 1: which machines, how many, for how long; a process for each GPU.
 #SBATCH --partition=gpu
@@ -31,7 +31,7 @@ RUNS=/shared/runs
 srun python -m experiments.resnet50_imagenet --distributed \
     --dataset=imagenet2012 --data_dir="$DATA" --workers=10 \
     --runs_dir="$RUNS" --name=resnet50/slurm \
-    --version=1 --method=ab --weight_bits=4 --act_bits=4 \
+    --network=resnet50_v1 --method=ab --weights=int4 --act_bits=4 \
     --batch_size=1024 --dtype=bfloat16 || {
     code=$?
     if [ $code -eq 75 ]; then scontrol requeue "$SLURM_JOB_ID"; fi # stopped, and all is saved

@@ -25,6 +25,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from ab_jax.files import write_whole, writing
+from ab_jax.training.begun import changes_between, has_checkpoints, told
 from ab_jax.training.lock import take_lock
 from ab_jax.training.metrics_file import MetricsFile, Seal
 from ab_jax.training.provenance import git_revision, hardware
@@ -82,10 +83,10 @@ class RunDirectory:
             self._metrics = MetricsFile(path / "metrics.jsonl", writes=writes)
             # A run that stopped before its first checkpoint, over a mistyped flag say, left nothing
             # to resume: it may start anew with any flags.
-            if self.metrics or _has_checkpoints(path):
+            if self.metrics or has_checkpoints(path):
                 now = self._described
                 self._config, self._described = _read_config(self._config_path)
-                self._changed = _changes(self._described, now, free)
+                self._changed = changes_between(self._described, now, free)
                 if self._changed and not allow_changed:
                     raise ValueError(_refusal(path, self._changed))
                 if writes:
@@ -263,39 +264,12 @@ def _read_config(path: Path) -> tuple[bytes, dict[str, Any]]:
     return data, described
 
 
-def _has_checkpoints(path: Path) -> bool:
-    return any((path / "checkpoints").glob("[0-9]*"))
-
-
-def _changes(
-    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
-) -> list[dict[str, Any]]:
-    """Each flag, and each fact of the data, in which a run differs from what it was begun with.
-
-    A fact that the code did not note yet when the run was begun tells nothing.
-    """
-    changes = []
-    for of in ("config", "data"):
-        if of in before and of in now:
-            was, is_ = before[of], now[of]
-            names = {*was, *is_}.difference(free) if of == "config" else was
-            for name in sorted(names):
-                if was.get(name) != is_.get(name):
-                    change = {"of": of, "name": name, "was": was.get(name), "is": is_.get(name)}
-                    changes.append(change)
-    return changes
-
-
 def _refusal(path: Path, changes: list[dict[str, Any]]) -> str:
-    prefix = {"config": "--", "data": "data "}
-    told = [  # of a thousand names of classes, the first ones
-        f"{prefix[c['of']]}{c['name']} was {c['was']!r:.200}, is {c['is']!r:.200}" for c in changes
-    ]
     if any(c["of"] == "config" for c in changes):
         what, fix = "with other flags", "Give the same flags"
     else:
         what, fix = "on other data", "Give the --data_dir of that data"
     return (
-        f"The run {path} was begun {what}: {', '.join(told)}. {fix} to resume it, choose another "
-        f"--name, or go on with the change by --allow_changed."
+        f"The run {path} was begun {what}: {', '.join(told(changes))}. {fix} to resume it, choose "
+        f"another --name, or go on with the change by --allow_changed."
     )

@@ -1,1 +1,1 @@
-"""From lists of flags to processes: the parts of `experiments.sweep`."""
+"""From runs to processes, on this machine and on a cluster; lists of flags to runs."""

@@ -9,14 +9,10 @@ Pure functions; processes are the business of `experiments.sweep`.
 """
 
 import itertools
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
-
-from experiments.recipes.free_flags import FREE_FLAGS
 
 
 class PlanError(Exception):
@@ -112,50 +108,6 @@ def fill_templates(flags: Mapping[str, str]) -> dict[str, str]:
         return re.sub(r"\{(\w+)\}", value, flags[flag])
 
     return {flag: fill(flag, ()) for flag in flags}
-
-
-def differing_flags(run: Run, experiment: str, stored: Mapping[str, Any]) -> list[str]:
-    """What a stored `config.json` or `record.json` holds otherwise than `run` asks: one line each.
-
-    Values are compared after parsing: 1e-1 equals 0.1, True equals true, None equals null. Flags
-    that cannot change a result may differ.
-    """
-    lines = []
-    if stored.get("experiment", experiment) != experiment:
-        lines.append(f"experiment: asked {experiment}, stored {stored['experiment']}")
-    config = stored.get("config", {})
-    for flag, text in run.flags.items():
-        if flag.removeprefix("no_") in FREE_FLAGS:
-            continue
-        asked, positive = _parse(text), flag.removeprefix("no_")
-        if flag not in config and asked is True and positive in config:
-            flag, asked = positive, False
-        if flag not in config:
-            lines.append(f"{flag}: asked {text}, stored nothing")
-        elif not _equal(asked, _parse(config[flag])):
-            lines.append(f"{flag}: asked {text}, stored {config[flag]}")
-    return lines
-
-
-def _parse(value: Any) -> Any:
-    if not isinstance(value, str):
-        return value
-    words = {"true": True, "false": False, "none": None, "null": None}
-    if value.lower() in words:
-        return words[value.lower()]
-    for number in (int, float):
-        try:
-            return number(value)
-        except ValueError:
-            pass
-    return value
-
-
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b):
-        return True
-    # Python holds True == 1; a switch and a count are different flags' values.
-    return isinstance(a, bool) == isinstance(b, bool) and a == b
 
 
 def _argument(flag: str, text: str) -> str:

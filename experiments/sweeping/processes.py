@@ -1,7 +1,6 @@
-"""Child processes of a sweep: pinned to cores, ended as a group, never two in one directory."""
+"""Child processes: pinned to cores, ended as a group."""
 
 import contextlib
-import fcntl
 import os
 import shlex
 import signal
@@ -11,6 +10,40 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from experiments.sweeping.plan import PlanError
+from experiments.sweeping.tasks import Task
+
+
+class LocalProcesses:
+    """Runs tasks on this machine, so many at a time, each on cores of its own."""
+
+    poll_seconds = 0.1
+
+    def __init__(self, jobs: int, cores_per_job: int, stop_after: float) -> None:
+        self._free = core_groups(jobs, cores_per_job)
+        self._cores: dict[int, tuple[int, ...]] = {}
+        self._stop_after = stop_after
+
+    def has_room(self) -> bool:
+        """Whether another task may start."""
+        return bool(self._free)
+
+    def start(self, task: Task) -> subprocess.Popen[bytes]:
+        """Start a task; it holds its cores until `code` says that it has ended."""
+        cores = self._free.pop(0)
+        process = start_process(task.command, task.log, cores)
+        self._cores[process.pid] = cores
+        return process
+
+    def code(self, job: subprocess.Popen[bytes]) -> int | None:
+        """The exit code of a task, None while it runs; negative: the signal that killed it."""
+        code = job.poll()
+        if code is not None and job.pid in self._cores:
+            self._free.append(self._cores.pop(job.pid))
+        return code
+
+    def end(self, jobs: Sequence[subprocess.Popen[bytes]]) -> None:
+        """Ask tasks to end, and kill what does not."""
+        end_processes(jobs, self._stop_after)
 
 
 def core_groups(jobs: int, cores_per_job: int) -> list[tuple[int, ...]]:
@@ -37,15 +70,9 @@ def core_groups(jobs: int, cores_per_job: int) -> list[tuple[int, ...]]:
 def start_process(
     command: Sequence[str], log_path: Path, cores: tuple[int, ...]
 ) -> subprocess.Popen[bytes]:
-    """Start `command` in a process group of its own, on `cores`, appending to `log_path`.
-
-    Raises BlockingIOError if another process that was started so still writes that log.
-    """
+    """Start `command` in a process group of its own, on `cores`, appending to `log_path`."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
-        # The child inherits the lock with the file: it is held as long as the run lives, even
-        # when the sweep itself was killed.
-        fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
         log.write(f"$ {shlex.join(command)}\n".encode())
         log.flush()
         with _pinned(cores):
@@ -57,18 +84,6 @@ def start_process(
                 env={**os.environ, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,
             )
-
-
-def is_being_written(log_path: Path) -> bool:
-    """Whether a process that `start_process` started still holds this log."""
-    try:
-        with log_path.open("rb") as log:
-            fcntl.flock(log, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def end_processes(processes: Sequence[subprocess.Popen[bytes]], seconds: float) -> None:

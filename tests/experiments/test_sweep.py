@@ -1,74 +1,24 @@
-"""The sweep: its plan as pure functions, its processes with a tiny experiment of our own."""
+"""The sweep: its plan as pure functions, its processes with a stand-in for training."""
 
 import contextlib
 import itertools
-import json
 import os
-import shutil
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from experiments import sweep
-from experiments.recipes import free_flags
+import experiments
+from experiments.sweep import EXPERIMENTS, main
 from experiments.sweeping import plan as sweep_plan
 from experiments.sweeping import processes as sweep_processes
-from experiments.sweeping.plan import PlanError, Run, differing_flags, plan
+from experiments.sweeping.execution import copy_atomically
+from experiments.sweeping.plan import PlanError, Run, plan
+from tests.experiments.house import House, alive, house, wait_for
 
-# An experiment without JAX. It counts to --steps, keeps its count in the run's directory and goes
-# on from there, as real ones do with their checkpoints.
-FAKE = """
-import json, os, pathlib, signal, subprocess, sys, time
-
-flags = dict(word.removeprefix("--").split("=", 1) if "=" in word
-             else ((word[5:], "False") if word.startswith("--no_") else (word[2:], "True"))
-             for word in sys.argv[1:])
-directory = pathlib.Path(flags["runs_dir"]) / flags["name"]
-config = {key: json.loads(text) if text[:1].isdigit() else text for key, text in flags.items()}
-stored = {"experiment": "experiments.fake", "config": config}
-(directory / "config.json").write_text(json.dumps(stored))
-if "deaf" in flags:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-if "worker" in flags:
-    worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    (directory / "worker").write_text(str(worker.pid))
-    def look(*_):
-        time.sleep(0.2)
-        state = "alive" if worker.poll() is None else "dead"
-        (directory / "worker_at_the_end").write_text(state)
-        sys.exit(75)
-    if "patient" in flags:
-        signal.signal(signal.SIGTERM, look)
-(directory / "pid").write_text(str(os.getpid()))
-if flags.get("stop") == flags.get("seed", "-") and not (directory / "count").exists():
-    (directory / "count").write_text("0")
-    sys.exit(75)
-if flags.get("fail") == flags.get("seed", "-"):
-    raise RuntimeError("the loss is not finite")
-
-count = directory / "count"
-first = int(count.read_text()) if count.exists() else 0
-print("first step", first, flush=True)
-for step in range(first, int(flags.get("steps", 1))):
-    (directory / "next").write_text(str(step + 1))
-    (directory / "next").replace(count)
-    time.sleep(float(flags.get("sleep", 0)))
-deadline = time.monotonic() + 30
-while len(list(directory.parent.glob("*/pid"))) < int(flags.get("meet", 1)):
-    assert time.monotonic() < deadline, "the other run never came"
-    time.sleep(0.02)
-if "mute" not in flags:
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    record = {"name": flags["name"], **stored, "metrics": [], "summary": {"cores": cores}}
-    (directory / "record.json").write_text(json.dumps(record))
-"""
-
+__all__ = ["house"]
 
 # The plan
 
@@ -165,49 +115,6 @@ def test_two_runs_of_one_name_are_refused_naming_both() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("asked", "stored"),
-    [
-        ("1e-1", 0.1),
-        ("4", 4),
-        ("4", 4.0),
-        ("True", True),
-        ("true", "True"),
-        ("FALSE", False),
-        ("None", None),
-        ("null", None),
-        ("nan", float("nan")),
-        ("ab", "ab"),
-        ("", ""),
-    ],
-)
-def test_equal_values_agree_however_they_are_written(asked: str, stored: object) -> None:
-    assert differing_flags(Run("n", {"x": asked}), "m", {"config": {"x": stored}}) == []
-
-
-@pytest.mark.parametrize(
-    ("asked", "stored"),
-    [("0.1", 0.2), ("1", True), ("0", False), ("None", 0), ("ab", "AB"), ("", None), ("3", [3])],
-)
-def test_different_values_differ(asked: str, stored: object) -> None:
-    lines = differing_flags(Run("n", {"x": asked}), "m", {"config": {"x": stored}})
-    assert lines == [f"x: asked {asked}, stored {stored}"]
-
-
-def test_differences_name_the_experiment_missing_flags_and_negated_switches() -> None:
-    run = Run("n", {"seed": "1", "no_flip": "true", "old": "2", "no_test": "true"})
-    stored = {
-        "experiment": "experiments.other",
-        "config": {"seed": 1, "flip": True, "no_test": True, "name": "elsewhere"},
-    }
-    assert differing_flags(run, "experiments.fake", stored) == [
-        "experiment: asked experiments.fake, stored experiments.other",
-        "flip: asked true, stored True",
-        "old: asked 2, stored nothing",
-    ]
-    assert differing_flags(Run("n", {"no_flip": "true"}), "m", {"config": {"flip": False}}) == []
-
-
 def test_core_groups_are_disjoint_and_never_more_than_there_are() -> None:
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this system does not pin processes to cores")
@@ -222,243 +129,220 @@ def test_core_groups_are_disjoint_and_never_more_than_there_are() -> None:
         sweep_processes.core_groups(0, 1)
 
 
+# The flags
+
+
+def test_flags_are_checked_before_anything_starts(house: House) -> None:
+    for words, message in [
+        (["--epochs=1,-1"], "--epochs=-1.0: should be greater than 0"),
+        (["--width=nan"], "--width=nan: should be a finite number"),
+        (["--method=ste,abc"], "--method=abc is not known. Choose one of float, ste"),
+        (["--weights=int9"], "--weights=int9 is not known"),
+        (["--learning_rat=0.1"], "--learning_rat=0.1: Unrecognized options"),
+        (["--act_start=0.1"], "--act_start and --act_stop are for --act_bits"),
+    ]:
+        code, output = house.call(main, "train", "--", *words)
+        assert code == 2
+        assert message in output
+    assert not (house.path / "runs").exists()
+
+
+def test_what_can_be_swept_is_what_makes_runs_by_flags() -> None:
+    """The trainer, all that has defaults for it, and the decoder; nothing else."""
+    makes_runs = {"train", "decoder_text"}
+    for path in Path(experiments.__path__[0]).glob("*.py"):
+        if "\n    train.main(DEFAULTS" in path.read_text("utf-8"):
+            makes_runs.add(path.stem)
+    assert {*EXPERIMENTS} == makes_runs
+
+
 # The processes
 
 
-@pytest.fixture
-def house(tmp_path: Path) -> Path:
-    """A folder whose `experiments` holds the sweep and one experiment, `fake`."""
-    folder = tmp_path / "experiments"
-    folder.mkdir()
-    shutil.copy(str(sweep.__file__), folder)
-    shutil.copytree(Path(str(sweep_plan.__file__)).parent, folder / "sweeping")
-    (folder / "recipes").mkdir()
-    shutil.copy(str(free_flags.__file__), folder / "recipes")
-    (folder / "__init__.py").touch()
-    (folder / "fake.py").write_text(FAKE)
-    return tmp_path
-
-
-@pytest.fixture
-def start(house: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts a sweep over `fake` with the given words; whatever is left at the end is killed."""
-    processes = []
-    # A process in the background may ignore SIGINT, and those it starts would too.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def start(*words: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "experiments.sweep", "fake", *words]
-        process = subprocess.Popen(
-            command, cwd=house, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        processes.append(process)
-        return process
-
-    yield start
-    signal.signal(signal.SIGINT, before)
-    for process in processes:
-        process.kill()
-        process.communicate()
-    for file in house.rglob("pid"):
-        if alive(file):
-            os.kill(int(file.read_text()), signal.SIGKILL)
-
-
-def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
-    output, _ = process.communicate(timeout=60)
-    return process.returncode, output
-
-
-def alive(pid_file: Path) -> bool:
-    """Whether that process runs (one that has ended and waits to be reaped does not)."""
-    try:
-        status = Path(f"/proc/{pid_file.read_text()}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return status.rpartition(")")[2].split()[0] != "Z"
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 40
-    while not condition():
-        assert time.monotonic() < deadline, "waited 40 s in vain"
-        time.sleep(0.02)
-
-
-def record(house: Path, name: str) -> dict:
-    return json.loads((house / "runs" / name / "record.json").read_text())
-
-
-def test_all_runs_are_done_kept_and_then_skipped(house: Path, start: Callable) -> None:
-    words = ("--keep=results/s", "--", "--seed=0..1", "--rate=1e-1", "--name=s/seed{seed}")
-    code, output = finish(start(*words))
+def test_all_runs_are_done_kept_and_then_skipped(house: House) -> None:
+    words = ("train", "--keep=results/s", "--", "--seed=0..1", "--learning_rate=1e-1")
+    code, output = house.call(main, *words, "--name=s/seed{seed}")
     assert code == 0, output
     assert "2 done" in output
     for seed in (0, 1):
-        kept = house / f"results/s/s/seed{seed}.json"
-        assert kept.read_bytes() == (house / f"runs/s/seed{seed}/record.json").read_bytes()
-        assert record(house, f"s/seed{seed}")["config"]["seed"] == seed
-    assert sorted(path.name for path in (house / "results/s/s").iterdir()) == [
-        "seed0.json",
-        "seed1.json",
-    ]
+        kept = house.path / f"results/s/s/seed{seed}.json"
+        assert kept.read_bytes() == (house.path / f"runs/s/seed{seed}/record.json").read_bytes()
+        assert house.record(f"s/seed{seed}")["config"]["seed"] == seed
+    found = sorted(path.name for path in (house.path / "results/s/s").iterdir())
+    assert found == ["seed0.json", "seed1.json"]
 
-    (house / "results/s/s/seed0.json").unlink()
-    log = (house / "runs/s/seed0/log.txt").read_text()
-    code, output = finish(start(*words[:3], "--rate=0.1", words[4]))
+    (house.path / "results/s/s/seed0.json").unlink()
+    log = (house.path / "runs/s/seed0/log.txt").read_text()
+    code, output = house.call(main, *words[:-1], "--learning_rate=0.1", "--name=s/seed{seed}")
     assert code == 0, output
     assert "2 skipped" in output
-    assert (house / "runs/s/seed0/log.txt").read_text() == log
-    assert (house / "results/s/s/seed0.json").exists()
+    assert (house.path / "runs/s/seed0/log.txt").read_text() == log
+    assert (house.path / "results/s/s/seed0.json").exists()
 
 
-def test_a_finished_run_with_other_flags_stops_everything(house: Path, start: Callable) -> None:
-    code, _ = finish(start("--", "--seed=0..1", "--epochs=4", "--rate=0.1", "--name=s{seed}"))
-    assert code == 0
-    code, output = finish(
-        start("--", "--seed=0..2", "--epochs=8", "--rate=0.2", "--name=s{seed}", "--flip=false")
+def test_a_finished_run_with_other_flags_stops_everything(house: House) -> None:
+    words = ("train", "--", "--name=s{seed}", "--seed=0..1")
+    code, output = house.call(main, *words, "--epochs=4", "--learning_rate=0.1")
+    assert code == 0, output
+    words = ("train", "--", "--name=s{seed}", "--seed=0..2")
+    # What is not given, and cannot change a result, may differ: here where data lie.
+    code, output = house.call(
+        main, *words, "--epochs=8", "--learning_rate=0.2", "--flip=false", "--data_dir=x"
     )
     assert code == 2
     for seed in (0, 1):
         expected = (
             f"runs/s{seed} exists with other flags:\n"
-            "    epochs: asked 8, stored 4\n"
-            "    rate: asked 0.2, stored 0.1\n"
-            "    flip: asked false, stored nothing\n"
-            f"  give another --name, or remove runs/s{seed}"
+            "    --epochs was 4, is 8.0\n"
+            "    --flip was True, is False\n"
+            "    --learning_rate was 0.1, is 0.2\n"
+            f"  give another name, or remove runs/s{seed}"
         )
         assert expected in output
-    assert not (house / "runs/s2").exists()
+    assert not (house.path / "runs/s2").exists()
 
 
-def test_a_failing_run_does_not_stop_the_others(house: Path, start: Callable) -> None:
-    words = ("--runs_dir=out", "--", "--seed=0..2", "--fail=1", "--name=s{seed}")
-    code, output = finish(start(*words))
+def test_a_failing_run_does_not_stop_the_others(house: House) -> None:
+    words = ("train", "--runs_dir=out", "--", "--seed=0..2", "--name=s{seed}")
+    code, output = house.call(main, *words, fake="fail=1")
     assert code == 1
     assert "2 done, 1 failed" in output
     (row,) = [line for line in output.splitlines() if line.endswith("out/s1/log.txt")]
     assert row.split() == ["s1", "exit", "code", "1", "out/s1/log.txt"]
-    assert "RuntimeError: the loss is not finite" in (house / "out/s1/log.txt").read_text()
-    assert (house / "out/s2/record.json").exists()
+    assert "  RuntimeError: the loss is not finite\n" in output
+    assert (house.path / "out/s2/record.json").exists()
 
 
-def test_a_run_that_ends_without_its_record_has_failed(start: Callable) -> None:
-    code, output = finish(start("--", "--mute", "--name=a"))
+def test_a_run_that_ends_without_its_record_has_failed(house: House) -> None:
+    code, output = house.call(main, "train", "--", "--name=a", fake="mute")
     assert code == 1
     assert "failed a (ended without record.json)" in output
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_sweep_ends_its_runs_and_goes_on_later(
-    house: Path, start: Callable, number: signal.Signals
+    house: House, number: signal.Signals
 ) -> None:
-    words = ("--", "--seed=0..1", "--worker", "--steps=100", "--sleep=0.1", "--name=s{seed}")
-    process = start(*words)
-    count, pids = house / "runs/s0/count", [house / "runs/s0/pid", house / "runs/s0/worker"]
-    wait_for(lambda: count.exists() and count.read_text() not in ("", "1"))
-    assert all(map(alive, pids))
-    process.send_signal(number)
-    code, output = finish(process)
+    words = ("train", "--", "--seed=0..1", "--name=s{seed}")
+    fake = "worker steps=100 sleep=0.1"
+    count = house.path / "runs/s0/count"
+    pids = [house.path / "runs/s0/pid", house.path / "runs/s0/worker"]
+
+    def is_under_way() -> bool:
+        return count.exists() and count.read_text() not in ("", "1") and all(map(alive, pids))
+
+    code, output = house.call(main, *words, fake=fake, stop=(is_under_way, number))
     assert code == 128 + number
-    assert not any(map(alive, pids))
+    wait_for(lambda: not any(map(alive, pids)), seconds=5)
     assert "stopped s0" in output
     assert "1 stopped, 1 not started" in output
-    assert not list(house.rglob("record.json"))
+    assert not list(house.path.rglob("record.json"))
 
     # The same command resumes: cut the rest short by setting the count near the end.
     reached = count.read_text()
     assert 2 <= int(reached) < 100
     count.write_text("99")
-    (house / "runs/s1").mkdir()
-    (house / "runs/s1/count").write_text("98")
-    code, output = finish(start(*words))
+    (house.path / "runs/s1").mkdir()
+    (house.path / "runs/s1/count").write_text("98")
+    code, output = house.call(main, *words, fake=fake)
     assert code == 0, output
-    log = (house / "runs/s0/log.txt").read_text()
+    log = (house.path / "runs/s0/log.txt").read_text()
     assert log.count("first step 0\n") == 1
     assert log.count("first step 99\n") == 1
-    assert record(house, "s1")["config"]["steps"] == 100
+    assert (house.path / "runs/s1/count").read_text() == "100"
 
 
-def test_a_run_that_was_asked_to_stop_has_not_failed(house: Path, start: Callable) -> None:
-    words = ("--", "--seed=0..1", "--stop=0", "--name=s{seed}")
-    code, output = finish(start(*words))
+def test_a_run_that_was_asked_to_stop_has_not_failed(house: House) -> None:
+    words = ("train", "--", "--seed=0..1", "--name=s{seed}")
+    code, output = house.call(main, *words, fake="stop=0")
     assert code == 75
     assert "stopped s0 (the same command resumes it)" in output
     assert "1 stopped, 1 done" in output
-    code, output = finish(start(*words))
+    code, output = house.call(main, *words, fake="stop=0")
     assert code == 0, output
-    assert (house / "runs/s0/record.json").exists()
+    assert (house.path / "runs/s0/record.json").exists()
 
 
-def test_the_end_reaches_a_run_before_its_workers(house: Path, start: Callable) -> None:
+def test_the_end_reaches_a_run_before_its_workers(house: House) -> None:
     """A run needs its workers on the way to where it saves its state."""
-    process = start("--", "--worker", "--patient", "--steps=600", "--sleep=0.1", "--name=a")
-    wait_for(lambda: (house / "runs/a/count").exists())
-    process.terminate()
-    assert finish(process)[0] == 128 + signal.SIGTERM
-    assert (house / "runs/a/worker_at_the_end").read_text() == "alive"
-    assert not alive(house / "runs/a/worker")
+    stop = ((house.path / "runs/a/count").exists, signal.SIGTERM)
+    fake = "worker patient steps=600 sleep=0.1"
+    code, _ = house.call(main, "train", "--", "--name=a", fake=fake, stop=stop)
+    assert code == 128 + signal.SIGTERM
+    assert (house.path / "runs/a/worker_at_the_end").read_text() == "alive"
+    wait_for(lambda: not alive(house.path / "runs/a/worker"), seconds=5)
 
 
-def test_a_run_that_ignores_the_end_is_killed(house: Path, start: Callable) -> None:
-    process = start("--stop_after=0.3", "--", "--deaf", "--steps=600", "--sleep=0.1", "--name=a")
-    wait_for(lambda: (house / "runs/a/count").exists())
-    process.terminate()
-    assert finish(process)[0] == 128 + signal.SIGTERM
-    assert not alive(house / "runs/a/pid")
+def test_a_run_that_ignores_the_end_is_killed(house: House) -> None:
+    stop = ((house.path / "runs/a/count").exists, signal.SIGTERM)
+    words = ("train", "--stop_after=0.3", "--", "--name=a")
+    code, _ = house.call(main, *words, fake="deaf steps=600 sleep=0.1", stop=stop)
+    assert code == 128 + signal.SIGTERM
+    assert not alive(house.path / "runs/a/pid")
 
 
-def test_a_run_that_outlived_its_sweep_is_not_started_twice(house: Path, start: Callable) -> None:
-    words = ("--", "--steps=600", "--sleep=0.1", "--name=a")
-    process = start(*words)
-    wait_for(lambda: (house / "runs/a/count").exists())
+def test_a_run_that_outlived_its_sweep_is_not_started_twice(house: House) -> None:
+    (house.path / "runs/a").mkdir(parents=True)
+    process = house.train("--name=a", fake="steps=600 sleep=0.1")
+    wait_for((house.path / "runs/a/count").exists)
+    code, output = house.call(main, "train", "--", "--name=a")
+    assert code == 2
+    assert "runs/a is in use: wait, or end its process" in output
+    assert process.poll() is None
     process.kill()
     process.wait()
-    code, output = finish(start(*words))
-    assert code == 2
-    assert "runs/a is still being written: wait, or end its process" in output
-    assert (house / "runs/a/log.txt").read_text().count("first step") == 1
+    code, output = house.call(main, "train", "--", "--name=a")
+    assert code == 0, output
 
 
-def test_jobs_run_side_by_side_on_their_own_cores(house: Path, start: Callable) -> None:
+def test_jobs_run_side_by_side_on_their_own_cores(house: House) -> None:
     if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
         pytest.skip("needs two cores to pin processes to")
     # Each run waits for the other to have started: one at a time, neither would end.
-    code, output = finish(start("--jobs=2", "--", "--seed=0,1", "--meet=2", "--name=s{seed}"))
+    words = ("train", "--jobs=2", "--", "--seed=0,1", "--name=s{seed}")
+    code, output = house.call(main, *words, fake="meet=2")
     assert code == 0, output
-    cores = [record(house, name)["summary"]["cores"] for name in ("s0", "s1")]
+    cores = [house.record(name)["summary"]["cores"] for name in ("s0", "s1")]
     assert [len(group) for group in cores] == [1, 1]
     assert cores[0] != cores[1]
 
 
-def test_more_jobs_than_cores_are_refused(start: Callable) -> None:
+def test_more_jobs_than_cores_are_refused(house: House) -> None:
     if not hasattr(os, "sched_getaffinity"):
         pytest.skip("this system does not pin processes to cores")
-    code, output = finish(start("--jobs=10000", "--", "--name=a"))
+    code, output = house.call(main, "train", "--jobs=10000", "--", "--name=a")
     assert code == 2
     assert "--jobs=10000 with --cores_per_job=1 needs 10000 cores" in output
 
 
-def test_dry_run_shows_every_command_and_starts_nothing(house: Path, start: Callable) -> None:
-    (house / "runs/s1").mkdir(parents=True)
-    code, output = finish(start("--dry_run", "--", "--seed=0,1", "--flip=false", "--name=s{seed}"))
+def test_dry_run_shows_every_command_and_starts_nothing(house: House) -> None:
+    (house.path / "runs/s1").mkdir(parents=True)
+    words = ("train", "--dry_run", "--", "--seed=0,1", "--flip=false", "--name=s{seed}")
+    code, output = house.call(main, *words)
     assert code == 0
     rows = [line.split() for line in output.splitlines()]
     assert rows[0] == ["run", "state", "command"]
     assert rows[1][:2] == ["s0", "new"]
     assert rows[2][:3] == ["s1", "cut", "off"]
-    command = "-m experiments.fake --seed=0 --no_flip --name=s0 --runs_dir=runs"
+    command = "-m experiments.train --seed=0 --no_flip --name=s0 --runs_dir=runs"
     assert rows[1][3:] == command.split()
-    assert not (house / "runs/s0").exists()
-    assert not list((house / "runs/s1").iterdir())
+    assert not (house.path / "runs/s0").exists()
+    assert not list((house.path / "runs/s1").iterdir())
 
 
-def test_an_unknown_experiment_names_those_that_exist(house: Path) -> None:
-    (house / "experiments/other.py").touch()
-    command = [sys.executable, "-m", "experiments.sweep", "fakes", "--", "--seed=0"]
-    result = subprocess.run(command, cwd=house, capture_output=True, text=True, check=False)
-    assert result.returncode == 2
-    assert "there is no experiment 'fakes'; there are: fake, other" in result.stderr
+def test_the_time_left_is_told_once_a_run_has_ended(house: House) -> None:
+    words = ("train", "--", "--seed=0..2", "--name=s{seed}")
+    code, output = house.call(main, *words, fake="steps=2 sleep=0.1")
+    assert code == 0, output
+    done = [line for line in output.splitlines() if "] done " in line]
+    assert [" left" in line for line in done] == [True, True, False]
+
+
+@pytest.mark.parametrize("name", ["binarynet_cifar", "bench_peers", "sweep", "report"])
+def test_an_unknown_experiment_names_those_that_exist(house: House, name: str) -> None:
+    code, output = house.call(main, name, "--", "--seed=0")
+    assert code == 2
+    assert f"there is no experiment {name!r}; there are: binarynet_cifar10, decoder_text" in output
 
 
 def test_a_copy_that_a_full_disk_ends_leaves_the_old_one(
@@ -466,13 +350,13 @@ def test_a_copy_that_a_full_disk_ends_leaves_the_old_one(
 ) -> None:
     source, kept = tmp_path / "record.json", tmp_path / "kept" / "run.json"
     source.write_bytes(b"old")
-    sweep.copy_atomically(source, kept)
+    copy_atomically(source, kept)
     source.write_bytes(bytes(100))
     with (
         full_disk(50),
         pytest.raises(OSError, match=r"run\.json cannot be written: File too large"),
     ):
-        sweep.copy_atomically(source, kept)
+        copy_atomically(source, kept)
     assert [path.read_bytes() for path in kept.parent.iterdir()] == [b"old"]
 
 
@@ -484,13 +368,13 @@ def test_a_damaged_file_of_a_run_is_named_before_anything_starts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, text: bytes | None
 ) -> None:
     (tmp_path / "x").mkdir()
-    (tmp_path / "x" / "metrics.jsonl").touch()
+    (tmp_path / "x" / "metrics.jsonl").write_text("{}\n")
     if text is None:
         (tmp_path / "x" / name).mkdir()
     else:
         (tmp_path / "x" / name).write_bytes(text)
-    words = ["binarynet_cifar10", f"--runs_dir={tmp_path}", "--", "--seed=0", "--name=x"]
-    assert sweep.main(words) == 2
+    words = ["train", f"--runs_dir={tmp_path}", "--", "--seed=0", "--name=x"]
+    assert main(words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {tmp_path / 'x' / name} is damaged")
-    assert "remove it, or its directory" in line
+    assert f"Remove {tmp_path / 'x'}" in line

@@ -1,0 +1,103 @@
+"""What a run's directory holds already: a run that was begun, and perhaps its process.
+
+`RunDirectory` asks before it writes there, and whoever starts many runs before it starts one.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ab_jax.files import read_regular
+
+
+def stored_run(path: Path) -> dict[str, Any] | None:
+    """What a run's directory says of it: its record, or the description of one to be resumed.
+
+    None where a run may begin anew: nothing is there, or what stopped before its first checkpoint.
+
+    Raises:
+      ValueError: the file is damaged; names it.
+    """
+    file = path / "record.json"
+    if not file.exists():
+        metrics = path / "metrics.jsonl"
+        has_metrics = metrics.exists() and metrics.stat().st_size > 0
+        if not (has_metrics or has_checkpoints(path)):
+            return None
+        file = path / "config.json"
+    try:
+        data = read_regular(file)
+        if data is None:
+            return None
+        stored = json.loads(data)
+        if not isinstance(stored, dict) or not isinstance(stored.get("config", {}), dict):
+            raise ValueError("it holds no flags")
+    except (ValueError, OSError, RecursionError) as error:
+        raise ValueError(f"{file} is damaged ({error}). Remove {path} to run it anew.") from None
+    return stored
+
+
+def differences(
+    was: Mapping[str, Any], is_: Mapping[str, Any], free: Collection[str] = ()
+) -> list[str]:
+    """Each flag in which a run differs from what it was begun with: `--epochs was 4, is 8`.
+
+    Args:
+      was: the flags that are stored.
+      is_: those of now, as a run records them.
+      free: flags that may differ.
+    """
+    asked = json.loads(json.dumps(dict(is_)))
+    return told(changes_between({"config": was}, {"config": asked}, free))
+
+
+def is_in_use(path: Path) -> bool:
+    """Whether a process runs in a run's directory."""
+    try:
+        lock = os.open(path / "lock", os.O_RDONLY | os.O_NONBLOCK)  # a pipe would be waited for
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no locks there
+        return False
+    finally:
+        os.close(lock)
+    return False
+
+
+def has_checkpoints(path: Path) -> bool:
+    """Whether a run can be resumed there."""
+    return any((path / "checkpoints").glob("[0-9]*"))
+
+
+def changes_between(
+    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
+) -> list[dict[str, Any]]:
+    """Each flag, and each fact of the data, in which a run differs from what it was begun with.
+
+    A fact that the code did not note yet when the run was begun tells nothing.
+    """
+    changes = []
+    for of in ("config", "data"):
+        if of in before and of in now:
+            was, is_ = before[of], now[of]
+            names = {*was, *is_}.difference(free) if of == "config" else was
+            for name in sorted(names):
+                if was.get(name) != is_.get(name):
+                    change = {"of": of, "name": name, "was": was.get(name), "is": is_.get(name)}
+                    changes.append(change)
+    return changes
+
+
+def told(changes: list[dict[str, Any]]) -> list[str]:
+    """The changes in words: `--epochs was 4, is 8`."""
+    prefix = {"config": "--", "data": "data "}
+    return [  # of a thousand names of classes, the first ones
+        f"{prefix[c['of']]}{c['name']} was {c['was']!r:.200}, is {c['is']!r:.200}" for c in changes
+    ]

@@ -1,0 +1,1 @@
+"""From a study's file to runs: the parts of `experiments.study`."""
