@@ -14,10 +14,14 @@ ROOMS := $(filter-out ab_jax/__% %.typed ab_jax/blend.py,$(wildcard ab_jax/*))
 TORCH_VENV := $(VENV)-torch
 TORCH := $(TORCH_VENV)/.installed-torch
 
+# No training, and nothing but JAX and the core to compile.
+CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture blend estimators layerwise \
+	learned_scales least_squares_binary parq quantizers schedules structures))
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-torch stress lint format docs clean distclean
+.PHONY: help quickstart test test-fast test-full test-torch stress lint format docs clean distclean
 
 help: ## show this list
 	@echo "Targets:"
@@ -29,6 +33,12 @@ quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (
 
 test: lint ## check the style and the types, then run all tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
+
+test-fast: $(TEST) ## the core alone: rules, quantizers, estimators, ramps (under a minute)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
+
+test-full: lint ## what test runs, and whole studies cut off and resumed (half an hour)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py
 
 test-torch: $(TORCH) ## compare PARQ with its authors' code, in an environment with PyTorch
 	JAX_PLATFORMS=cpu $(TORCH_VENV)/bin/python -m pytest tests/against_torch/live.py

@@ -64,6 +64,7 @@ def sign(x: Array, alpha: ArrayLike, *, estimator: Estimator = soft_straight_thr
 #: The activations that experiments offer by name.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": relu,
+    "relu6": relu6,
     "sign": sign,
     "sign_blend": functools.partial(sign, estimator=alpha_blend),
 }

@@ -31,7 +31,7 @@ from ab_jax.data.jpeg import decode_photo, random_part
 from ab_jax.data.prepared import source_of
 from ab_jax.data.stream import Photos, load_stream
 from ab_jax.training.records import describe_run, write_json
-from experiments.recipes.generated_imagenet import prepare_generated_imagenet
+from experiments.generated_imagenet import prepare_generated_imagenet
 from experiments.reporting.paired_statistics import median_interval
 
 _GENERATED = 256  # photographs

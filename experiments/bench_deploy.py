@@ -38,7 +38,7 @@ from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
 from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs
 from ab_jax.training.records import describe_run, write_json
-from experiments.recipes.methods import named
+from experiments.choices import choose
 from experiments.reporting.paired_statistics import median_interval
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -137,7 +137,7 @@ def run(config: Config) -> dict[str, Any]:
             f"--rounds={c.rounds}, --single={c.single}, --batch_size={c.batch_size} and "
             f"--cores={c.cores} must be at least 1."
         )
-    makers = {name: named("networks", name, MODELS) for name in c.networks}
+    makers = {name: choose("networks", name, MODELS) for name in c.networks}
     everything = _cores()
     if everything and max(c.cores) > len(everything):
         raise ValueError(

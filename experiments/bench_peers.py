@@ -29,13 +29,13 @@ import flax.linen as nn
 import tyro
 
 from ab_jax.training.records import describe_run, write_json
+from experiments.choices import choose
 from experiments.peers import gradients, timing
 from experiments.peers.libraries import LIBRARIES, Bits, is_comparable
 from experiments.peers.lines import SNIPPETS, lines_to_write
 from experiments.peers.networks import CLASSES, NETWORKS, SHORT_NETWORKS
 from experiments.peers.steps import generated_images, generated_variables
 from experiments.peers.tables import table
-from experiments.recipes.methods import named
 
 PEERS = ("qwix", "aqtp")
 
@@ -68,9 +68,9 @@ def run(config: Config) -> dict[str, Any]:
             f"at least 1."
         )
     for name in c.networks:
-        named("networks", name, NETWORKS)
+        choose("networks", name, NETWORKS)
     for name in c.libraries:
-        named("libraries", name, LIBRARIES)
+        choose("libraries", name, LIBRARIES)
     if c.libraries[:1] != ("float",):
         raise ValueError("--libraries must begin with float: the others are compared with it.")
     quantized = Bits(c.bits), Bits(c.bits, c.bits)

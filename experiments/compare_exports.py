@@ -33,9 +33,10 @@ from ab_jax.export.graph import Affine, Convolution, Dense, Graph, Quantize, eva
 from ab_jax.export.integers import evaluate_in_integers
 from ab_jax.training.records import describe_run, write_json
 from experiments import export
-from experiments.exporting.networks import Network, load_packed, read_run
-from experiments.recipes.command_line import end_with_a_line
-from experiments.recipes.methods import named
+from experiments.choices import choose
+from experiments.command_line import end_with_a_line
+from experiments.exporting.networks import TrainedNetwork, load_packed, read_run
+from experiments.old_flags import todays
 
 _BATCH = 250  # images at a time
 
@@ -51,19 +52,19 @@ class Config:
     out: Path | None = None  # where to write the counts, as JSON
 
 
-def folded(network: Network, directory: Path) -> Logits:
+def folded(network: TrainedNetwork, directory: Path) -> Logits:
     """The graph in float32, batch norm folded."""
     graph = fold_batch_norm(graph_of(network))
     return jax.jit(lambda images: evaluate(graph, images))
 
 
-def integers(network: Network, directory: Path) -> Logits:
+def integers(network: TrainedNetwork, directory: Path) -> Logits:
     """The same in integers."""
     graph = fold_batch_norm(graph_of(network))
     return jax.jit(lambda images: evaluate_in_integers(graph, images))
 
 
-def float64(network: Network, directory: Path) -> Logits:
+def float64(network: TrainedNetwork, directory: Path) -> Logits:
     """The graph as it is, in float64; codes of inputs are still those nearest in float32."""
     graph = graph_of(network)
     with jax.enable_x64(True):
@@ -83,7 +84,7 @@ def float64(network: Network, directory: Path) -> Logits:
     return logits
 
 
-def packed(network: Network, directory: Path) -> Logits:
+def packed(network: TrainedNetwork, directory: Path) -> Logits:
     """A packed file."""
     path = directory / "net.safetensors"
     export.packed(network, path)
@@ -91,14 +92,14 @@ def packed(network: Network, directory: Path) -> Logits:
     return jax.jit(lambda images: model.apply(variables, images, train=False))
 
 
-def stablehlo(network: Network, directory: Path) -> Logits:
+def stablehlo(network: TrainedNetwork, directory: Path) -> Logits:
     """A StableHLO program."""
     path = directory / "net.stablehlo"
     export.stablehlo(network, path)
     return jax.jit(jax.export.deserialize(bytearray(path.read_bytes())).call)
 
 
-def onnx(network: Network, directory: Path, *, integer_biases: bool = False) -> Logits:
+def onnx(network: TrainedNetwork, directory: Path, *, integer_biases: bool = False) -> Logits:
     """An ONNX file in ONNX Runtime, from normalized images."""
     import onnxruntime
 
@@ -114,7 +115,7 @@ def onnx(network: Network, directory: Path, *, integer_biases: bool = False) -> 
     return lambda images: session.run(None, {IMAGES: images})[0]
 
 
-def litert(network: Network, directory: Path) -> Logits:
+def litert(network: TrainedNetwork, directory: Path) -> Logits:
     """A .tflite file in LiteRT's interpreter."""
     from ai_edge_litert.interpreter import Interpreter
 
@@ -125,7 +126,7 @@ def litert(network: Network, directory: Path) -> Logits:
 
 
 #: What a network is compared with, in the order of the table.
-FORMS: dict[str, Callable[[Network, Path], Logits]] = {
+FORMS: dict[str, Callable[[TrainedNetwork, Path], Logits]] = {
     "folded": folded,
     "integers": integers,
     "packed": packed,
@@ -137,14 +138,14 @@ FORMS: dict[str, Callable[[Network, Path], Logits]] = {
 }
 
 
-def graph_of(network: Network) -> Graph:
+def graph_of(network: TrainedNetwork) -> Graph:
     """The network as a graph."""
     return describe(network.model, network.variables, network.image_shape)
 
 
 def run(config: Config) -> dict[str, Any]:
     """Compare, print a table, and return the record."""
-    forms = {name: named("forms", name, FORMS) for name in config.forms or FORMS}
+    forms = {name: choose("forms", name, FORMS) for name in config.forms or FORMS}
     if not config.runs:
         raise ValueError("There are no runs to compare. Name some directories.")
     counts = {}
@@ -160,9 +161,9 @@ def run(config: Config) -> dict[str, Any]:
     return record
 
 
-def images_of(network: Network) -> tuple[np.ndarray, np.ndarray]:
+def images_of(network: TrainedNetwork) -> tuple[np.ndarray, np.ndarray]:
     """The test images of the run's data, normalized, and their labels."""
-    flags = network.description["config"]
+    flags = todays(network.description["experiment"], network.description["config"])
     if flags.get("stream") or flags["dataset"] == "imagenet2012":
         raise ValueError(
             f"The run's data are a stream of {flags['dataset']}. Only images that fit in memory "
@@ -182,10 +183,10 @@ def images_of(network: Network) -> tuple[np.ndarray, np.ndarray]:
 
 
 def compare(
-    network: Network,
+    network: TrainedNetwork,
     images: np.ndarray,
     labels: np.ndarray,
-    forms: dict[str, Callable[[Network, Path], Logits]],
+    forms: dict[str, Callable[[TrainedNetwork, Path], Logits]],
 ) -> dict[str, Any]:
     """Counts by form, over all images."""
     variables = ab.dequantize(network.variables)

@@ -41,12 +41,12 @@ from ab_jax import nnx as ab_nnx
 from ab_jax.export.dictionaries import from_dictionaries, to_dictionaries
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.training.records import RunDirectory
+from experiments.command_line import end_with_a_line
+from experiments.config import FREE_FLAGS
 from experiments.decoding.model import RULES, Decoder
 from experiments.decoding.text import Text, load_text
 from experiments.decoding.training import bits_per_byte, make_optimizer, make_step, train
-from experiments.recipes.command_line import end_with_a_line
-from experiments.recipes.free_flags import FREE_FLAGS
-from experiments.recipes.methods import ESTIMATORS, Ramp, alpha_schedule
+from experiments.methods import METHODS, alpha_schedule
 
 PARAMETERS = "params.safetensors"  # as trained, for further runs to start from
 CODES = "net.safetensors"
@@ -60,7 +60,7 @@ class Config:
     method: Literal[
         "float", "ste", "soft_ste", "ab", "ab_compensated", "ab_then_ste", "float_then_ste", "parq"
     ] = "ab"
-    ramp: Ramp = "cubic"  # of alpha
+    ramp: Literal["cubic", "linear", "cosine", "sigmoid", "jump"] = "cubic"  # of alpha
     ramp_start: float = 0.0  # in parts of the run
     ramp_stop: float = 0.9  # in parts of the run
     steps: int = 1000  # updates
@@ -110,10 +110,9 @@ def run(config: Config, text: Text | None = None) -> dict[str, Any]:
     if config.width % config.heads:
         raise ValueError(f"--heads={config.heads} does not divide --width={config.width}.")
     text = load_text() if text is None else text
-    estimator = ESTIMATORS[config.method]
-    alpha = alpha_schedule(
-        config.method, config.ramp, config.ramp_start, config.ramp_stop, config.steps
-    )
+    method = METHODS[config.method]
+    estimator = method.estimator
+    alpha = alpha_schedule(method, config.ramp, config.ramp_start, config.ramp_stop, config.steps)
     model = build(config)
     optimizer = make_optimizer(model, config.learning_rate, config.steps, config.warmup)
     sizes = {"batch_size": config.batch_size, "context": config.context}

@@ -41,9 +41,9 @@ from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
 from ab_jax.quantized_inputs import layer_paths
-from experiments.exporting.networks import Network, plain_convolutions, read_run
-from experiments.recipes.command_line import end_with_a_line
-from experiments.recipes.methods import named
+from experiments.choices import choose
+from experiments.command_line import end_with_a_line
+from experiments.exporting.networks import TrainedNetwork, plain_convolutions, read_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,15 @@ class Config:
     # packed, stablehlo, qwix, onnx, onnx_int4, onnx_integer_bias or litert
     format: str = "packed"
     image_size: int | None = None  # pixels, of runs whose record does not tell (older code)
+    network: str | None = None  # of a run of somebody else's network: its --network once more
 
 
-def packed(network: Network, path: Path) -> int:
+def packed(network: TrainedNetwork, path: Path) -> int:
     """Write the packed file; returns its bytes."""
     return write_packed(path, network.variables, rules=network.rules, network=network.description)
 
 
-def stablehlo(network: Network, path: Path) -> int:
+def stablehlo(network: TrainedNetwork, path: Path) -> int:
     """Write the program; returns its bytes."""
     # Convolutions made for CPUs are for a given number of images, too.
     apply = functools.partial(plain_convolutions(network.model).apply, train=False)
@@ -71,7 +72,7 @@ def stablehlo(network: Network, path: Path) -> int:
     return len(data)
 
 
-def qwix(network: Network, path: Path) -> int:
+def qwix(network: TrainedNetwork, path: Path) -> int:
     """Write the checkpoint; returns its bytes."""
     try:
         from ab_jax.export.qwix import input_codes, to_qwix, write_qwix
@@ -88,7 +89,9 @@ def qwix(network: Network, path: Path) -> int:
     return write_qwix(path, variables, inputs=inputs, network=network.description)
 
 
-def onnx(network: Network, path: Path, *, int4: bool = False, integer_biases: bool = False) -> int:
+def onnx(
+    network: TrainedNetwork, path: Path, *, int4: bool = False, integer_biases: bool = False
+) -> int:
     """Write the ONNX file; returns its bytes."""
     try:
         from ab_jax.export.onnx import to_onnx
@@ -112,7 +115,7 @@ def onnx(network: Network, path: Path, *, int4: bool = False, integer_biases: bo
     return len(written)
 
 
-def litert(network: Network, path: Path) -> int:
+def litert(network: TrainedNetwork, path: Path) -> int:
     """Write the .tflite file; returns its bytes."""
     try:
         from ab_jax.export.litert import to_litert
@@ -127,7 +130,7 @@ def litert(network: Network, path: Path) -> int:
 
 
 #: What writes each format: a function of the network and the path that returns the bytes written.
-FORMATS: dict[str, Callable[[Network, Path], int]] = {
+FORMATS: dict[str, Callable[[TrainedNetwork, Path], int]] = {
     "packed": packed,
     "stablehlo": stablehlo,
     "qwix": qwix,
@@ -140,8 +143,8 @@ FORMATS: dict[str, Callable[[Network, Path], int]] = {
 
 def run(config: Config) -> int:
     """Export as the flags say, say what came out, and return the bytes written."""
-    write = named("format", config.format, FORMATS)
-    network = read_run(config.run, config.image_size)
+    write = choose("format", config.format, FORMATS)
+    network = read_run(config.run, config.image_size, config.network)
     written = write(network, config.out)
     in_float = float32_bytes(network.variables)
     print(

@@ -24,8 +24,8 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments import binarynet_cifar10
-from experiments.recipes.command_line import end_with_a_line
+from experiments import train
+from experiments.command_line import end_with_a_line
 from experiments.report import write_report
 from experiments.reporting.readings import Record, read_records
 from experiments.reporting.tables import method_label
@@ -56,7 +56,7 @@ def run(config: Config) -> list[Record]:
     """Train every method, print the table, write the report; returns the records."""
     keep = config.runs_dir
     with tempfile.TemporaryDirectory() if keep is None else contextlib.nullcontext(keep) as runs:
-        base = binarynet_cifar10.Config(
+        base = train.Config(
             dataset="digits",
             runs_dir=str(runs),
             width=config.width,
@@ -67,14 +67,14 @@ def run(config: Config) -> list[Record]:
             warmup=2.0,
             watch="conv3/kernel",
         )
-        binarynet_cifar10.run(
+        train.run(
             dataclasses.replace(
                 base, name="start", method="float", epochs=config.start_epochs, read_test=False
             )
         )
         records = []
         for method in config.methods:
-            binarynet_cifar10.run(
+            train.run(
                 dataclasses.replace(
                     base,
                     name=method,

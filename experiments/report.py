@@ -30,7 +30,7 @@ from experiments.reporting.figures import Plot, render_plots
 from experiments.reporting.page import render_page
 from experiments.reporting.panels import panels
 from experiments.reporting.readings import Record, ReportError, read_records
-from experiments.reporting.readme_blocks import parse_options, renew_all, renew_readme
+from experiments.reporting.readme_blocks import block_text, parse_options, renew_all, renew_readme
 from experiments.reporting.table import StudyTables, TableOptions
 from experiments.reporting.tables import study_tables
 
@@ -127,7 +127,7 @@ def run(config: Config) -> Path:
         if len(config.records) != 1 or not first.is_dir():
             raise ReportError("--readme needs one directory of records: its name is the study's")
         text = _read_readme(config.readme)
-        new = renew_readme(text, study, tables.to_markdown(), options)
+        new = renew_readme(text, study, block_text(study, tables, first.parent), options)
         written[config.readme] = new.encode()
     for path, data in written.items():
         write_file(path, data)

@@ -7,8 +7,8 @@ choice.
 Full size, on an accelerator, from scratch as in the table below:
 
     python -m experiments.resnet20_cifar10 --method=float --name=resnet20/float
-    python -m experiments.resnet20_cifar10 --method=ste --quantizer=binary --name=resnet20/ste
-    python -m experiments.resnet20_cifar10 --method=ab --quantizer=binary --name=resnet20/ab
+    python -m experiments.resnet20_cifar10 --method=ste --weights=binary --name=resnet20/ste
+    python -m experiments.resnet20_cifar10 --method=ab --weights=binary --name=resnet20/ab
 
 Each is 9 million images of 0.24 GFLOP, 2.2e15 in all. To go on from the float network instead, add
 --init_from=runs/resnet20/float.
@@ -33,42 +33,15 @@ Small, on one core, three to four minutes each (1,250 images/s, half a minute to
         --init_from=runs/small/float
 """
 
-import dataclasses
-from typing import Any
+from experiments import train
+from experiments.config import Config
 
-import flax.linen as nn
-import tyro
-
-from ab_jax.models.resnet import resnet20
-from experiments.recipes import cifar, cifar_training
-from experiments.recipes.command_line import end_with_a_line
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(cifar.Config):
-    """Train ResNet-20 with low-precision weights."""
-
-    epochs: float = 200.0  # length of the run, in epochs
-    weight_decay: float = 1e-4  # on kernels only
-    name: str = "resnet20_cifar10"  # the run's directory below runs_dir; the same name resumes
-
-
-def make_model(config: Config, *, image_size: int, **fields: Any) -> nn.Module:
-    """The network that the flags ask for; `fields` are those of `cifar.make_model`."""
-    del image_size  # the stem is the one for 32 pixels; smaller and larger images pass it too
-    return cifar.make_model(resnet20, config, **fields)
-
-
-def run(config: Config) -> dict[str, Any]:
-    """Train as the flags say and return the run's record."""
-    return cifar_training.run(config, make_model, "experiments.resnet20_cifar10")
-
-
-def main() -> None:
-    """The command line; what the user can mend ends it with one line on stderr."""
-    config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    end_with_a_line(lambda: run(config))
-
+DEFAULTS = Config(
+    network="resnet20",
+    epochs=200.0,
+    weight_decay=1e-4,
+    name="resnet20_cifar10",
+)
 
 if __name__ == "__main__":
-    main()
+    train.main(DEFAULTS, __doc__, "experiments.resnet20_cifar10")

@@ -201,3 +201,7 @@ def strict_dtypes() -> Iterator[None]:
     """
     with jax.numpy_dtype_promotion("strict"):
         yield
+
+
+# Runs as a command in place of training; nothing to be imported.
+collect_ignore = ["experiments/fake_training.py"]

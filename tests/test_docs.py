@@ -15,7 +15,7 @@ import tyro
 import yaml
 
 import ab_jax
-from experiments import plan
+from experiments import plan, study
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -126,6 +126,16 @@ def test_the_jobset_is_as_large_as_its_slice() -> None:
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     # The batch can be shared by all chips.
     assert parse(*jobset_command()).batch_size % 256 == 0
+
+
+def test_an_indexed_job_runs_a_share_of_a_study() -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", POD, re.DOTALL)
+    job = yaml.safe_load(block)["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    words = [word.replace("$(JOB_COMPLETION_INDEX)", "3") for word in container["command"][3:]]
+    config = parse("study", words)
+    assert study.parse_shard(config.shard) == (3, job["completions"])
+    assert study.read_study(ROOT / config.file).stages
 
 
 PLANS = re.findall(r"<!-- plan: (.*?) -->\n(.*?)\n<!-- /plan -->", POD, re.DOTALL)

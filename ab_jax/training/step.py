@@ -5,6 +5,7 @@ images by index out of uint8 images on the device: the whole training set, or it
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -69,8 +70,9 @@ def make_train_step(
     """The training step of one device.
 
     Args:
-      model: takes images, `train` and `alpha`; synchronizes its batch statistics over `AXIS`, or
-        over groups of it (`axis_index_groups`, as our models have it).
+      model: takes images, `train` and, if its activations follow a ramp, `alpha`; synchronizes its
+        batch statistics over `AXIS`, or over groups of it (`axis_index_groups`, as our models have
+        it).
       optimizer: applied to gradients averaged over the devices.
       rules, estimator: what the loss sees of each parameter; an estimator that takes scales has
         those of the state, which are trained with the parameters.
@@ -104,8 +106,7 @@ def make_train_step(
         logits, model_state = model.apply(
             {"params": effective, **state.model_state},
             images,
-            train=True,
-            alpha=of_activations,
+            **_call(model, train=True, alpha=of_activations),
             mutable=[*state.model_state, *([NOT_FINITE] if RANGES in state.model_state else [])],
         )
         targets = optax.smooth_labels(
@@ -180,7 +181,8 @@ def make_eval_step(model: nn.Module, preprocessing: Preprocessing) -> Callable[.
     ) -> Metrics:
         variables = {"params": params, **model_state}
         batch = preprocessing.normalize(images[indices])
-        logits = jnp.asarray(model.apply(variables, batch, train=False, alpha=alpha))
+        call = _call(model, train=False, alpha=alpha)
+        logits = jnp.asarray(model.apply(variables, batch, **call))
         targets = labels[indices]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
         sums = {
@@ -201,7 +203,8 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
       of these images alone, augmented as in training: the weights have learned to work with those.
       (Statistics of images without the black borders of random crops cost BinaryNet 2 points.)
     """
-    model = model.clone(batch_stats_momentum=0.0)
+    if hasattr(model, "batch_stats_momentum"):  # a network without batch norm has none
+        model = model.clone(batch_stats_momentum=0.0)
 
     def batch_stats_step(
         params: Any, model_state: Any, alpha: ArrayLike, images: Array, indices: Array
@@ -212,13 +215,18 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
         _, measured = model.apply(
             variables,
             preprocessing.normalize(batch),
-            train=True,
-            alpha=alpha,
+            **_call(model, train=True, alpha=alpha),
             mutable=["batch_stats"],
         )
         return _equal_on_all_devices(model, measured)
 
     return batch_stats_step
+
+
+def _call(model: nn.Module, *, train: bool, alpha: ArrayLike) -> dict[str, Any]:
+    """The arguments of a model's call, `alpha` only if it has activations that take it."""
+    takes_alpha = "alpha" in inspect.signature(type(model).__call__).parameters
+    return {"train": train, **({"alpha": alpha} if takes_alpha else {})}
 
 
 def _equal_on_all_devices(model: nn.Module, model_state: Any) -> Any:

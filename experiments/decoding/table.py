@@ -18,7 +18,7 @@ from pathlib import Path
 import tyro
 
 from ab_jax.files import write_whole
-from experiments.recipes.free_flags import FREE_FLAGS
+from experiments.config import FREE_FLAGS
 from experiments.reporting.paired_statistics import (
     NOT_RUN,
     mean_and_deviation,

@@ -7,9 +7,7 @@ which shape, and the checkpoint has the rest. The batch statistics are the runni
 import dataclasses
 import functools
 import json
-import types
-import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,52 +19,17 @@ import ab_jax as ab
 from ab_jax.export.packed import read_packed, readable
 from ab_jax.quantized_inputs import ActivationRules
 from ab_jax.training.checkpoint import Checkpoints
-from experiments import (
-    binarynet_cifar10,
-    mobilenet_v1_imagenet,
-    resnet20_cifar10,
-    resnet50_imagenet,
-)
-from experiments.recipes import cifar, imagenet
+from experiments.build import make_model
+from experiments.config import Config, FlagError
+from experiments.networks import NETWORKS
+from experiments.old_flags import todays
+from experiments.rules import activation_rules, weight_rules
 
 _MOST = 2**24  # classes, or pixels of a side: far more than any, and no number to hang over
 
 
 @dataclasses.dataclass(frozen=True)
-class Experiment:
-    """How an experiment makes its network of its flags."""
-
-    config: type[Any]
-    make_model: Callable[..., nn.Module]
-    weight_rules: Callable[[Any], ab.Rules]
-    activation_rules: Callable[[Any], ActivationRules | None]
-
-
-# By the name in the record. A table, since a file must not name modules to be imported.
-EXPERIMENTS: dict[str, Experiment] = {
-    **{
-        f"experiments.{name}": Experiment(
-            config, make_model, cifar.weight_rules, cifar.activation_rules
-        )
-        for name, config, make_model in (
-            ("binarynet_cifar10", binarynet_cifar10.Config, binarynet_cifar10.make_model),
-            ("resnet20_cifar10", resnet20_cifar10.Config, resnet20_cifar10.make_model),
-        )
-    },
-    **{
-        f"experiments.{name}": Experiment(
-            config, make_model, imagenet.weight_rules, imagenet.activation_rules
-        )
-        for name, config, make_model in (
-            ("mobilenet_v1_imagenet", imagenet.Config, mobilenet_v1_imagenet.make_model),
-            ("resnet50_imagenet", resnet50_imagenet.Config, resnet50_imagenet.make_model),
-        )
-    },
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Network:
+class TrainedNetwork:
     """A trained network at alpha 1.
 
     Attributes:
@@ -96,7 +59,9 @@ class Network:
         return height, width, channels
 
 
-def read_run(path: Path, image_size: int | None = None) -> Network:
+def read_run(
+    path: Path, image_size: int | None = None, network: str | None = None
+) -> TrainedNetwork:
     """The network of a finished run, from its record and its last checkpoint.
 
     It is quantized as the run's own evaluation does it at alpha 1, whatever its method: of a float
@@ -105,6 +70,7 @@ def read_run(path: Path, image_size: int | None = None) -> Network:
     Args:
       path: the run's directory.
       image_size: in pixels, for runs of older code whose record does not tell.
+      network: of a run of somebody else's network, the value of its --network once more.
 
     Raises:
       FileNotFoundError: the run is not complete. ValueError: its record or checkpoints are damaged,
@@ -144,7 +110,7 @@ def read_run(path: Path, image_size: int | None = None) -> Network:
         "revision": record.get("revision"),
         "step": step,
     }
-    model, rules, of_activations = rebuilt(description)
+    model, rules, of_activations = rebuilt(description, network)
     scales = stored.get("scales")  # of a run that trained them
     if scales is not None:
         description["scales"] = "learned"
@@ -153,14 +119,17 @@ def read_run(path: Path, image_size: int | None = None) -> Network:
     if of_activations is not None:
         description["activation_rules"] = readable(of_activations)
     variables = jax.tree.map(jnp.asarray, variables)
-    return Network(model, variables, rules, of_activations, description)
+    return TrainedNetwork(model, variables, rules, of_activations, description)
 
 
-def load_packed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
+def load_packed(path: Path, network: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
     """The model and the variables of a packed file that `experiments.export` wrote.
 
     `model.apply(variables, images, train=False)` gives the logits of the network at alpha 1, bit
     for bit.
+
+    Args:
+      network: as for `read_run`.
 
     Raises:
       ValueError: it is no such file, as `read_packed` has it, or its network is none of ours.
@@ -168,7 +137,7 @@ def load_packed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     packed = read_packed(path)
     try:
-        model, _, _ = rebuilt(packed.network)
+        model, _, _ = rebuilt(packed.network, network)
         _check_fits(model, packed.network["image_shape"], packed.variables)
     # Flags that make no sense fail in Flax and JAX in as many ways as there are.
     except Exception as error:
@@ -178,27 +147,30 @@ def load_packed(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def rebuilt(
-    description: Mapping[str, Any],
+    description: Mapping[str, Any], network: str | None = None
 ) -> tuple[nn.Module, ab.Rules, ActivationRules | None]:
     """The model, and the rules of its weights and of its activations, from a description.
 
+    Args:
+      description: as of a `TrainedNetwork`.
+      network: the value of --network where it names somebody else's module, which is imported: a
+        file alone must not name code to be run.
+
     Raises:
-      ValueError: an experiment, a flag or a number that there is not.
+      ValueError: a network, a flag or a number that there is not.
     """
-    name = description.get("experiment")
-    if not isinstance(name, str) or name not in EXPERIMENTS:
-        raise ValueError(
-            f"The experiment is {name!r}. Networks are rebuilt of {', '.join(EXPERIMENTS)}."
-        )
-    experiment = EXPERIMENTS[name]
-    config = _config(experiment.config, description.get("config"))
+    config = _config(description, network)
     classes, shape = description.get("classes"), description.get("image_shape")
     sizes = [classes, *shape] if isinstance(shape, list) else []
     if len(sizes) != 4 or not all(type(x) is int and 1 <= x <= _MOST for x in sizes):
         raise ValueError(f"{classes!r} classes of images of shape {shape!r} make no network.")
     assert isinstance(shape, list)
-    model = experiment.make_model(config, num_classes=classes, image_size=shape[0])
-    return model, experiment.weight_rules(config), experiment.activation_rules(config)
+    assert isinstance(classes, int)
+    try:
+        model = make_model(config, num_classes=classes, image_size=shape[0])
+        return model, weight_rules(config), activation_rules(config)
+    except FlagError as error:
+        raise ValueError(str(error)) from error
 
 
 def plain_convolutions(model: nn.Module) -> nn.Module:
@@ -220,26 +192,25 @@ def _read_record(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is no record of a run.")
 
 
-def _config(kind: type[Any], flags: Any) -> Any:
-    """The flags of a record as the experiment's own; what an older record lacks has its default."""
+def _config(description: Mapping[str, Any], trusted: str | None) -> Config:
+    """The flags of a description; what those of an older record lack has its default."""
+    flags = description.get("config")
     if not isinstance(flags, dict):
         raise ValueError(f"The flags are {flags!r}.")
-    hints = typing.get_type_hints(kind)
-    for name, value in flags.items():
-        if name not in hints:
-            raise ValueError(f"There is no flag --{name} any more. Use the code of the run.")
-        if not _is(value, hints[name]):
-            raise ValueError(f"--{name}={value!r} is no value of that flag.")
-    return kind(**flags)
-
-
-def _is(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of the type of a flag."""
-    if typing.get_origin(hint) is typing.Literal:
-        return value in typing.get_args(hint)
-    if isinstance(hint, types.UnionType):
-        return any(_is(value, choice) for choice in typing.get_args(hint))
-    return type(value) is hint or (hint is float and type(value) is int)
+    flags = todays(description.get("experiment"), flags)
+    network = flags.get("network")
+    if not isinstance(network, str) or network not in {*NETWORKS, trusted}:
+        raise ValueError(
+            f"The network is {network!r}, none of {', '.join(NETWORKS)}. If it is yours, name it "
+            f"once more by --network: a file alone must not name code to be run."
+        )
+    known = {field.name for field in dataclasses.fields(Config)}
+    if unknown := sorted(flags.keys() - known):
+        raise ValueError(f"There is no flag --{unknown[0]} any more. Use the code of the run.")
+    try:
+        return Config(**flags)
+    except FlagError as error:
+        raise ValueError(str(error)) from error
 
 
 def _check_fits(model: nn.Module, image_shape: list[int], variables: Mapping[str, Any]) -> None:

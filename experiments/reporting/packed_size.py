@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 import ab_jax as ab
-from experiments.exporting.networks import EXPERIMENTS, rebuilt
+from experiments.exporting.networks import rebuilt
 from experiments.reporting.readings import Record
 
 # Classes and image shape where a record of older code does not tell them.
@@ -22,7 +22,7 @@ def packed_size(record: Record) -> tuple[int, int] | None:
     fold into its scale and shift, which are. None for a record of which the network is not known.
     """
     classes, shape = _images(record)
-    if record.experiment not in EXPERIMENTS or shape is None:
+    if "network" not in record.config or shape is None:
         return None
     description = {
         "experiment": record.experiment,

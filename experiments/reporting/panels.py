@@ -12,6 +12,7 @@ from experiments.reporting.readings import (
     group_records,
     method_label,
     value_text,
+    without_starts,
 )
 from experiments.reporting.table import TableOptions
 from experiments.reporting.themes import Series
@@ -35,6 +36,7 @@ class Panel:
 
 def panels(records: Sequence[Record], options: TableOptions) -> list[Panel]:
     """The panels of these records; the final runs', or the trials' where there are no others."""
+    records = without_starts(records)
     if options.ablation:
         return _of_changes(records, options)
     if options.columns:

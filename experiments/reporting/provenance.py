@@ -5,16 +5,11 @@ import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from experiments.datasets import label_of
 from experiments.reporting.readings import Record, distinct
 
 # What a study is cut to, as found in a record's summary or config.
 CUT = ("dataset", "classes", "image_size", "width", "epochs", "batch_size", "train_images")
-DATASETS = {
-    "cifar10": "CIFAR-10",
-    "cifar10_jpeg": "CIFAR-10 (JPEG copy)",
-    "digits": "scikit-learn's digits",
-    "tiny_imagenet": "Tiny ImageNet",
-}
 # Flags that say where things lie on a machine: whoever repeats a run chooses their own.
 PLACES = ("runs_dir", "data_dir", "compilation_cache")
 
@@ -74,7 +69,7 @@ def commands(groups: Sequence[Sequence[Record]]) -> str:
 
 def _value_text(key: str, value: Any) -> str:
     if key == "dataset":
-        return DATASETS.get(value, str(value))
+        return label_of(str(value))
     if isinstance(value, float):
         return f"{value:g}"
     return f"{value:,}" if isinstance(value, int) else str(value)

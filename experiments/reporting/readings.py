@@ -6,32 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# The methods in the order of a table, and their names there.
-METHODS = {
-    "float": "float",
-    "ste": "STE",
-    "soft_ste": "soft STE (BinaryRelax)",
-    "ab": "AB",
-    "ab_compensated": "AB compensated",
-    "ab_then_ste": "AB then STE",
-    "float_then_ste": "float then STE",
-    "ab_layerwise": "AB layer by layer",
-    "parq": "PARQ",
-    "lsq": "LSQ",
-}
-# A flag that this method alone reads: it is a part of the method's name, and how.
-VARIANTS = {"ab_compensated": ("cap", " (cap {})"), "ab_layerwise": ("layer_order", " {}")}
-_RAMP = frozenset({"ramp", "ramp_start", "ramp_stop", "act_start", "act_stop"})
-# Flags that a method does not read, although its records hold a value.
-UNREAD = {
-    "float": _RAMP,
-    "ste": _RAMP,
-    "lsq": _RAMP,
-    "float_then_ste": _RAMP - {"ramp_stop", "act_stop"},
-}
-# Flags that records of earlier versions lack, and what those versions did.
-ADDED_LATER = {"final_rate": 0.0}
-NO_VALUE = "–"  # what a table shows of such a flag
+from experiments.methods import METHODS
+from experiments.old_flags import ADDED_LATER, todays
+
+NO_VALUE = "–"  # what a table shows of a flag that a method does not read
+_OWN = "/"  # between a method and the value of the flag that it alone reads
 Group = tuple[Any, ...]
 
 
@@ -61,10 +40,12 @@ class Record:
 
     @property
     def method(self) -> str:
-        """The method, with the value of the flag that it alone reads: `ab_layerwise:forward`."""
-        method = str(self.config["method"])
-        flag, _ = VARIANTS.get(method, ("", ""))
-        return f"{method}:{value_text(self.config[flag])}" if flag in self.config else method
+        """The method, with the value of the flag that it alone reads: `ab_layerwise/forward`."""
+        name = str(self.config["method"])
+        flag = METHODS[name].own_flag if name in METHODS else None
+        if flag is None or flag not in self.config:
+            return name
+        return f"{name}{_OWN}{value_text(self.config[flag])}"
 
     @property
     def seed(self) -> int:
@@ -89,9 +70,8 @@ class Record:
 
     def reads(self, flag: str) -> bool:
         """Whether a flag has a meaning for this run's method."""
-        method = str(self.config["method"])
-        owners = [owner for owner, (own, _) in VARIANTS.items() if own == flag]
-        return flag not in UNREAD.get(method, ()) and (not owners or method in owners)
+        name = str(self.config["method"])
+        return name not in METHODS or flag not in METHODS[name].unread
 
     def value(self, flag: str) -> Any:
         """What runs are grouped by: `method`, a flag's template, NO_VALUE where it is not read."""
@@ -130,6 +110,12 @@ def read_records(paths: Iterable[Path | str]) -> list[Record]:
     return [records[name] for name in sorted(records)]
 
 
+def without_starts(records: Sequence[Record]) -> Sequence[Record]:
+    """Those that no other of the records goes on from: a start is neither trial nor final run."""
+    starts = {str(record.config.get("init_from")) for record in records}
+    return [r for r in records if not any(start.endswith(f"/{r.name}") for start in starts)]
+
+
 def _read_record(file: Path) -> Record | None:
     try:
         held = json.loads(file.read_text(encoding="utf-8"))
@@ -146,6 +132,7 @@ def _read_record(file: Path) -> Record | None:
     known |= {"revision", "hardware", "packages"}
     fields = {key: held[key] for key in known & held.keys() if held[key] is not None}
     name = held.get("name") or held["config"].get("name") or file.stem
+    fields["config"] = todays(held.get("experiment"), held["config"])
     return Record(name=name, path=file, **fields)
 
 
@@ -206,8 +193,8 @@ def sort_key(values: Iterable[Any]) -> list[tuple[int, float, str]]:
     order: list[str] = list(METHODS)
     key = []
     for value in values:
-        if isinstance(value, str) and value.partition(":")[0] in order:
-            key.append((0, float(order.index(value.partition(":")[0])), value))
+        if isinstance(value, str) and name_of(value) in order:
+            key.append((0, float(order.index(name_of(value))), value))
         elif isinstance(value, int | float):
             key.append((1, float(value), ""))
         else:
@@ -217,9 +204,16 @@ def sort_key(values: Iterable[Any]) -> list[tuple[int, float, str]]:
 
 def method_label(method: str) -> str:
     """A method's name in tables and plots; `method` is that of a `Record`, or a flag's value."""
-    name, _, value = method.partition(":")
-    label = METHODS.get(name, name)
-    return label + VARIANTS[name][1].format(value) if value else label
+    name, _, value = method.partition(_OWN)
+    if name not in METHODS:  # from elsewhere: package.module:NAME
+        return name.rpartition(":")[2]
+    label = METHODS[name].label
+    return label + METHODS[name].suffix.format(value) if value else label
+
+
+def name_of(method: str) -> str:
+    """The flag's value of a `Record`'s method."""
+    return method.partition(_OWN)[0]
 
 
 def value_text(value: Any) -> str:

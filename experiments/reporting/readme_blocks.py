@@ -10,13 +10,13 @@ are not the defaults. So a block says all that is needed to make its table anew.
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from experiments.reporting.readings import ReportError, read_records
-from experiments.reporting.table import TableOptions
-from experiments.reporting.tables import readme_table
+from experiments.reporting.table import StudyTables, TableOptions
+from experiments.reporting.tables import study_tables
 
 DEFAULTS = TableOptions()
 _START = r"<!-- table: (\S+)((?: \w+=\S+)*) -->\n"
@@ -32,9 +32,23 @@ class ReadmeBlock:
 
     def table(self, results: Path) -> str:
         """What should stand there by the records in `results`. Raises ReportError."""
-        return readme_table(
-            read_records([results / study for study in self.study.split(",")]), self.options
-        )
+        records = read_records([results / study for study in self.study.split(",")])
+        return block_text(self.study, study_tables(records, self.options), results)
+
+
+def block_text(name: str, tables: StudyTables, results: Path) -> str:
+    """What stands between the markers of a block: the tables, and the command that repeats them.
+
+    Args:
+      name: the block's name, of a directory in `results`, or several by comma.
+      results: the directory of all records; studies/ lies beside it.
+    """
+    studies = dict.fromkeys(part.partition("/")[0] for part in name.split(","))
+    files = [f"studies/{study}.toml" for study in studies]
+    if all((results.resolve().parent / file).exists() for file in files):
+        lines = [f"python -m experiments.study {file} --jobs=2" for file in files]
+        tables = replace(tables, commands="\n".join(lines))
+    return tables.to_markdown()
 
 
 def readme_blocks(text: str) -> list[ReadmeBlock]:

@@ -54,8 +54,9 @@ def selection_table(
         means = {cell: statistics.fmean(found) for cell, found in readings.items() if found}
         finite = [cell for cell, mean in means.items() if math.isfinite(mean)]
         if finite:
-            # max keeps the first of equals, and rates ascend: a tie goes to the smaller rate.
-            chosen = max(finite, key=lambda cell: means[cell])
+            # max keeps the first of equals: a tie goes to the smaller rate.
+            rates_first = sorted(finite, key=lambda cell: sort_key((cell[1], *cell[0])))
+            chosen = max(rates_first, key=lambda cell: means[cell])
             texts[chosen] = f"**{texts[chosen]}**"
         total = sum(map(len, members.values()))
         for row in of_method:

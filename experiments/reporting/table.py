@@ -3,16 +3,17 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from experiments.recipes.free_flags import FREE_FLAGS
+from experiments.config import FREE_FLAGS
+from experiments.methods import METHODS
 from experiments.reporting.paired_statistics import NOT_RUN
 from experiments.reporting.readings import (
     NO_VALUE,
-    VARIANTS,
     Group,
     Record,
     ReportError,
     distinct,
     method_label,
+    name_of,
     value_text,
 )
 
@@ -104,7 +105,9 @@ class StudyTables:
             parts.append(self.selection.to_markdown())
         if self.commands:
             code = f"```bash\n{self.commands}\n```"
-            parts.append(f"<details><summary>Commands</summary>\n\n{code}\n\n</details>")
+            if "\n" in self.commands:
+                code = f"<details><summary>Commands</summary>\n\n{code}\n\n</details>"
+            parts.append(code)
         return "\n\n".join(parts)
 
 
@@ -139,7 +142,7 @@ def spoken(flags: Sequence[str]) -> str:
 
 def is_method(method: str, asked: str) -> bool:
     """Whether a record's method is the one asked for, by its name or with its own flag's value."""
-    return asked in (method, method.partition(":")[0])
+    return asked in (method, name_of(method))
 
 
 def partner(
@@ -165,7 +168,7 @@ def differing_settings(
       groups: the runs, by `options.groups`.
       shown: flags that have a column, of which the values need not be told.
     """
-    own = {flag for flag, _ in VARIANTS.values()}
+    own = {method.own_flag for method in METHODS.values()}
     at = options.groups.index("method")
     levels: dict[Group, list[Record]] = {}
     for group, members in groups.items():

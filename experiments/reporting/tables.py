@@ -8,12 +8,12 @@ one the trials, which did not, and by which the learning rates were chosen.
 
 from collections.abc import Mapping, Sequence
 
+from experiments.methods import METHODS
 from experiments.reporting.ablation import ablation_settings, ablation_table
 from experiments.reporting.across_levels import of_these_levels, tables_across_levels
 from experiments.reporting.paired_statistics import NOT_RUN, difference_cell, mean_cell
 from experiments.reporting.provenance import commands, provenance
 from experiments.reporting.readings import (
-    METHODS,
     NO_VALUE,
     Group,
     Record,
@@ -21,6 +21,7 @@ from experiments.reporting.readings import (
     group_records,
     method_label,
     sort_key,
+    without_starts,
 )
 from experiments.reporting.selection import selection_table
 from experiments.reporting.table import (
@@ -41,6 +42,7 @@ from experiments.reporting.through_training import through_training_table
 def study_tables(records: Sequence[Record], options: TableOptions | None = None) -> StudyTables:
     """The tables of these records. Raises ReportError where a row would mix unlike runs."""
     options = options or TableOptions()
+    records = without_starts(records)
     methods = {record.method for record in records}
     if not any(is_method(method, options.baseline) for method in methods | METHODS.keys()):
         known = ", ".join(sorted(methods | METHODS.keys()))

@@ -8,7 +8,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.reporting.readings import Record
+from experiments.methods import METHODS
+from experiments.reporting.readings import Record, name_of
 
 WIDTH = 5.6  # inches; narrow, so that text stays legible on a phone
 
@@ -48,41 +49,18 @@ class Theme:
         }
 
 
-# Distinct to readers with colour blindness too (the palette of Okabe and Ito, lighter on dark).
 LIGHT = Theme(
     background="#ffffff",
     text="#222222",
     grid="#d9d9d9",
-    methods={
-        "float": "#555555",
-        "ste": "#d55e00",
-        "soft_ste": "#009e73",
-        "ab": "#0072b2",
-        "ab_compensated": "#56b4e9",
-        "ab_then_ste": "#7f4fc9",
-        "float_then_ste": "#b58900",
-        "ab_layerwise": "#7fa800",
-        "parq": "#cc79a7",
-        "lsq": "#9c4a2f",
-    },
+    methods={name: m.colors[0] for name, m in METHODS.items() if m.colors},
     others=("#e0408a", "#2f7d7d", "#a3a3d1"),
 )
 DARK = Theme(
     background="#16191d",
     text="#e4e6e8",
     grid="#3a3f45",
-    methods={
-        "float": "#b4b8bc",
-        "ste": "#ff8a4c",
-        "soft_ste": "#3dcb9f",
-        "ab": "#5bb8f5",
-        "ab_compensated": "#a8e0ff",
-        "ab_then_ste": "#b79bf0",
-        "float_then_ste": "#e6c34d",
-        "ab_layerwise": "#b5d94c",
-        "parq": "#f0a3cb",
-        "lsq": "#cf8165",
-    },
+    methods={name: m.colors[1] for name, m in METHODS.items() if m.colors},
     others=("#ff7ab8", "#6fbdbd", "#c9c9ee"),
 )
 
@@ -102,7 +80,7 @@ class Series:
 
 def colors(series: Sequence[Series], theme: Theme) -> list[str]:
     """One colour a line: a method's own, and other shades of it for its further lines."""
-    names = [line.method.partition(":")[0] for line in series]
+    names = [name_of(line.method) for line in series]
     unknown = sorted({*names} - theme.methods.keys())
     base = {m: theme.others[i % len(theme.others)] for i, m in enumerate(unknown)}
     base.update(theme.methods)

@@ -21,13 +21,12 @@ from ab_jax.export.packed import read_packed
 from ab_jax.quantized_inputs import RANGES
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory
-from experiments import binarynet_cifar10, export
-from experiments.binarynet_cifar10 import Config
+from experiments import binarynet_cifar10, export, train
+from experiments.build import make_model, settled
+from experiments.config import FREE_FLAGS, PLACES, Config, recorded
 from experiments.exporting.networks import load_packed
-from experiments.recipes import cifar, imagenet
-from experiments.recipes.free_flags import FREE_FLAGS
-from experiments.recipes.methods import alpha_schedule
-from experiments.recipes.processes import recorded
+from experiments.methods import alpha_schedule, method_of
+from experiments.rules import activation_rules
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,11 +83,11 @@ def test_each_method_runs_to_its_record(
     tiny: Config, first_losses: dict[str, float], method: Any
 ) -> None:
     config = dataclasses.replace(tiny, method=method, ramp_stop=0.75, name=f"digits/{method}")
-    record = binarynet_cifar10.run(config)
+    record = train.run(config, "experiments.binarynet_cifar10")
     directory = Path(tiny.runs_dir) / "digits" / method
     assert json.loads((directory / "record.json").read_text()) == record
     assert record["experiment"] == "experiments.binarynet_cifar10"
-    assert record["config"] == recorded(config)
+    assert record["config"] == recorded(settled(config))
 
     lines, summary = record["metrics"], record["summary"]
     assert [line["step"] for line in lines] == [1, 2, 3, 4]
@@ -156,15 +155,13 @@ def check_learned_scales(directory: Path) -> None:
 
 
 def test_act_bits_quantizes_the_input_of_every_layer() -> None:
-    model = binarynet_cifar10.make_model(
-        Config(act_bits=4, width=1 / 32), num_classes=3, image_size=8
-    )
+    model = make_model(Config(act_bits=4, width=1 / 32), num_classes=3, image_size=8)
     images = jax.ShapeDtypeStruct((1, 8, 8, 1), np.float32)
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     layers = [name for name, leaf in variables["params"].items() if "kernel" in leaf]
     assert len(layers) == 9
     assert sorted(variables[RANGES]) == sorted(f"{layer}_input" for layer in layers)
-    rules = cifar.activation_rules(Config(act_bits=4))
+    rules = activation_rules(Config(act_bits=4))
     assert rules is not None
     bits = {layer: (rules.of(layer).bits, rules.of(layer).signed) for layer in ("conv0", "head")}
     assert bits == {"conv0": (8, True), "head": (4, False)}
@@ -172,8 +169,9 @@ def test_act_bits_quantizes_the_input_of_every_layer() -> None:
 
 def test_alpha_follows_the_flags() -> None:
     def alphas(**flags: Any) -> list[float]:
-        c = Config(**flags)
-        schedule = alpha_schedule(c.method, c.ramp, c.ramp_start, c.ramp_stop, 100)
+        c = settled(Config(**flags))
+        method = method_of(c.method)
+        schedule = alpha_schedule(method, str(c.ramp), c.ramp_start, c.ramp_stop, 100)
         return [float(schedule(step)) for step in (0, 20, 50, 80, 100)]
 
     assert alphas(method="float") == [0, 0, 0, 0, 0]
@@ -202,7 +200,7 @@ def stderr_of(
         words = ["binarynet_cifar10", f"--runs_dir={tmp_path}", "--compilation_cache=", *flags]
         monkeypatch.setattr(sys, "argv", words)
         with pytest.raises(SystemExit) as exit_:
-            binarynet_cifar10.main()
+            train.main(binarynet_cifar10.DEFAULTS, binarynet_cifar10.__doc__, "experiments.x")
         assert exit_.value.code not in (0, None)
         message = exit_.value.code if isinstance(exit_.value.code, str) else ""
         return plain(capsys.readouterr().err + message)
@@ -222,11 +220,14 @@ def plain(text: str) -> str:
         (["--learning_rat=0.1"], ["--learning_rat", "--learning_rate"]),
         (["--method=admm"], ["--method", "admm", "float, ste, soft_ste, ab, lsq"]),
         (["--epochs=many"], ["--epochs", "many"]),
-        (["--quantizer=int9"], ["--quantizer=int9 is not known", "binary", "int8_absmax"]),
-        (["--activation=tanh"], ["--activation=tanh is not known", "relu, sign, sign_blend"]),
+        (["--weights=int9"], ["--weights=int9 is not known", "binary", "int8"]),
+        (
+            ["--activation=tanh"],
+            ["--activation=tanh is not known", "relu6, sign"],
+        ),
         (["--act_bits=4", "--activation=sign"], ["--act_bits=4 is for --activation=relu"]),
-        (["--act_bits=9"], ["bits=9", "bits must be 2 to 8"]),
-        (["--dataset=mnist"], ["no data set named 'mnist'", "digits", "cifar10_jpeg"]),
+        (["--act_bits=9"], ["--act_bits=9: should be less than or equal to 8"]),
+        (["--dataset=mnist"], ["--dataset=mnist is not known", "digits", "cifar10_jpeg"]),
     ],
 )
 def test_an_unknown_flag_or_value_is_named(
@@ -246,13 +247,13 @@ def test_an_unknown_flag_or_value_is_named(
         (["--ramp_start=0.5", "--ramp_stop=0.5"], "must stop after it starts"),
         (["--ramp_start=0.75", "--ramp_stop=0.25", "--ramp=linear"], "must stop after it starts"),
         (["--warmup=30"], "A warm-up of 540 steps does not fit into 540 steps"),
-        (["--learning_rate=-1"], "learning_rate=-1.0: the learning rate must be positive"),
-        (["--momentum=2"], "momentum=2.0 must lie in [0, 1)"),
+        (["--learning_rate=-1"], "--learning_rate=-1.0: should be greater than 0"),
+        (["--momentum=2"], "--momentum=2.0: should be less than 1"),
         (["--batch_size=5000"], "batch_size=5000 must lie between 1 and"),
         (["--batch_size=63"], "A batch of 63 cannot be shared evenly by 2 devices"),
         (["--init_from=nowhere"], "There is no run to start from in nowhere"),
         (["--image_size=3"], "image_size"),
-        (["--method=lsq", "--quantizer=binary_fixed"], "The scales of Binary(axis=-1"),
+        (["--method=lsq", "--weight_scale=one"], "The scales of Binary(axis=-1"),
         (["--watch=conv9/kernel"], "no quantized parameter 'conv9/kernel' to watch"),
     ],
 )
@@ -294,7 +295,7 @@ def test_a_stopped_run_exits_with_75_and_goes_on_with_its_own_flags_or_those_it_
         places = [f"--compilation_cache={tiny.compilation_cache}", "--no_read_test"]
         monkeypatch.setattr(sys, "argv", ["binarynet_cifar10", *words, *places, *flags])
         try:
-            binarynet_cifar10.main()
+            train.main(binarynet_cifar10.DEFAULTS, binarynet_cifar10.__doc__, "experiments.x")
         except SystemExit as exit_:
             message = exit_.code if isinstance(exit_.code, str) else ""
             return exit_.code, plain(capsys.readouterr().err + message)
@@ -334,10 +335,7 @@ def test_a_stopped_run_exits_with_75_and_goes_on_with_its_own_flags_or_those_it_
 
 def test_the_free_flags_are_flags() -> None:
     """A name mistyped there would free nothing."""
-    known = {
-        field.name for config in (Config, imagenet.Config) for field in dataclasses.fields(config)
-    }
-    assert known >= FREE_FLAGS
+    assert {field.name for field in dataclasses.fields(Config)} >= FREE_FLAGS | PLACES
 
 
 def test_help_says_what_each_flag_does() -> None:

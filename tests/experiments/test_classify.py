@@ -24,12 +24,13 @@ from ab_jax.data.load import load
 from ab_jax.data.pixels import box_downsample
 from ab_jax.export.packed import write_packed
 from ab_jax.models.binarynet import BinaryNet
-from experiments import binarynet_cifar10, classify, export
+from experiments import classify, export
+from experiments.build import make_model
 from experiments.classifying.networks import from_onnx
 from experiments.classifying.pictures import fitted, read_picture
-from experiments.exporting.networks import Network
-from experiments.recipes import cifar
-from experiments.recipes.processes import recorded
+from experiments.config import Config, recorded
+from experiments.exporting.networks import TrainedNetwork
+from experiments.rules import weight_rules
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -46,7 +47,7 @@ assert not loaded & {"jax", "jaxlib", "flax", "optax", "orbax", "ab_jax", "onnx"
 
 
 class Exported(NamedTuple):
-    network: Network
+    network: TrainedNetwork
     files: dict[str, Path]
 
 
@@ -54,8 +55,8 @@ class Exported(NamedTuple):
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """BinaryNet for digits, of random variables, as ONNX and packed."""
     rng = np.random.default_rng()
-    config = binarynet_cifar10.Config(dataset="digits", width=1 / 32)
-    model = binarynet_cifar10.make_model(config, num_classes=10, image_size=8)
+    config = Config(dataset="digits", width=1 / 32)
+    model = make_model(config, num_classes=10, image_size=8)
     assert isinstance(model, BinaryNet)
     spec = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), spec)
@@ -74,7 +75,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         return jnp.asarray(value, leaf.dtype)
 
     variables = jax.tree.map_with_path(draw, shapes)
-    rules = cifar.weight_rules(config)
+    rules = weight_rules(config)
     variables["params"] = ab.quantize(variables["params"], rules)
     description = {
         "experiment": "experiments.binarynet_cifar10",
@@ -83,7 +84,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
         "image_shape": list(SHAPE),
         "data": {"mean": [0.31], "std": [0.37], "class_names": NAMES},
     }
-    network = Network(model, variables, rules, None, description)
+    network = TrainedNetwork(model, variables, rules, None, description)
     folder = tmp_path_factory.mktemp("exported")
     files = {"onnx": folder / "net.onnx", "packed": folder / "net.safetensors"}
     for form, path in files.items():
@@ -91,7 +92,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     return Exported(network, files)
 
 
-def logits_of(network: Network, images: np.ndarray) -> np.ndarray:
+def logits_of(network: TrainedNetwork, images: np.ndarray) -> np.ndarray:
     """By the model's own code."""
 
     @jax.jit

@@ -10,18 +10,18 @@ import ab_jax as ab
 from ab_jax.export.fold import fold_batch_norm
 from ab_jax.export.graph import Dense, values_of
 from experiments.compare_exports import compare, graph_of, last_step, table
-from experiments.exporting.networks import Network
+from experiments.exporting.networks import TrainedNetwork
 from tests.export.networks import make
 
 
 @pytest.fixture
-def network(rng: np.random.Generator) -> Network:
+def network(rng: np.random.Generator) -> TrainedNetwork:
     model, variables, shape = make("binarynet", rng)
-    return Network(model, variables, ab.Rules([(".*", None)]), None, {"image_shape": shape})
+    return TrainedNetwork(model, variables, ab.Rules([(".*", None)]), None, {"image_shape": shape})
 
 
 def test_images_are_counted_whose_class_or_logits_differ(
-    rng: np.random.Generator, network: Network
+    rng: np.random.Generator, network: TrainedNetwork
 ) -> None:
     images = rng.normal(size=(300, *network.image_shape)).astype(np.float32)
     variables = ab.dequantize(network.variables)
@@ -31,7 +31,7 @@ def test_images_are_counted_whose_class_or_logits_differ(
     def made(change: Any) -> Any:
         """Logits by the model, changed for the images of `wrong`."""
 
-        def make(network: Network, directory: Any) -> Any:
+        def make(network: TrainedNetwork, directory: Any) -> Any:
             start = 0
 
             def logits(batch: np.ndarray) -> np.ndarray:
@@ -76,7 +76,9 @@ def test_images_are_counted_whose_class_or_logits_differ(
     assert other == f"| other | {cell} | {cell} |"
 
 
-def test_a_step_of_the_last_layer_is_what_one_code_of_its_input_may_do(network: Network) -> None:
+def test_a_step_of_the_last_layer_is_what_one_code_of_its_input_may_do(
+    network: TrainedNetwork,
+) -> None:
     graph = fold_batch_norm(graph_of(network))
     (head,) = [node.operation for node in graph.nodes if node.name == "head"]
     (source,) = [node.operation for node in graph.nodes if node.name == "head_input"]

@@ -16,9 +16,11 @@ from PIL import Image
 import ab_jax as ab
 from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION
-from experiments import resnet50_imagenet
-from experiments.recipes.generated_imagenet import prepare_generated_imagenet
-from experiments.recipes.imagenet import Config, activation_rules, stem_for, weight_rules
+from experiments import mobilenet_v1_imagenet, resnet50_imagenet
+from experiments.build import make_model
+from experiments.generated_imagenet import prepare_generated_imagenet
+from experiments.networks import stem_for
+from experiments.rules import activation_rules, weight_rules
 from tests.fast_compilation import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +64,8 @@ def flags(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "warmup": 0.0,
         "pad": 1,
         # Compiles in two thirds of the time; least squares is looked at where rules are.
-        "weight_scales": "tensor_absmax",
+        "weight_scale": "absmax",
+        "weight_granularity": "tensor",
     }
     return [f"--{name}={value}" for name, value in values.items()]
 
@@ -74,7 +77,7 @@ def record_of(flags: list[str], name: str) -> dict[str, Any]:
 
 def check_quantized(record: dict[str, Any], weight_bits: int, act_bits: int) -> None:
     config, lines, summary = record["config"], record["metrics"], record["summary"]
-    assert (config["weight_bits"], config["act_bits"]) == (weight_bits, act_bits)
+    assert (config["weights"], config["act_bits"]) == (f"int{weight_bits}", act_bits)
     assert lines[-1]["alpha"] == lines[-1]["activation_alpha"] == 1
     assert all(np.isfinite(line["train_loss"]) for line in lines)
     # At alpha 1 the blended network is the quantized one.
@@ -96,7 +99,7 @@ def test_mobilenet_trains_from_scratch_and_from_another_run(flags: list[str]) ->
     for name, weight_bits, act_bits in (("m88", 8, 8), ("m44", 4, 4)):
         (runs,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--runs_dir="))
         start = [] if name == "m88" else [f"--init_from={runs}/m88/float"]
-        bits = [f"--weight_bits={weight_bits}", f"--act_bits={act_bits}"]
+        bits = [f"--weights=int{weight_bits}", f"--act_bits={act_bits}"]
         done = run("mobilenet_v1_imagenet", *flags, *bits, *start, f"--name={name}")
         assert done.returncode == 0, done.stderr
         # Before it starts the run says what becomes of each layer's input and of each parameter.
@@ -109,14 +112,16 @@ def test_mobilenet_trains_from_scratch_and_from_another_run(flags: list[str]) ->
 
 def test_both_resnets_are_made_and_the_second_trains(flags: list[str]) -> None:
     for version, variant in ((1, TORCHVISION), (2, TIMM_V2)):
-        config = resnet50_imagenet.Config(version=version)
-        model = resnet50_imagenet.make_model(config, num_classes=3, image_size=8)
+        config = dataclasses.replace(
+            resnet50_imagenet.DEFAULTS, network=f"resnet50_v{version}", width=1 / 16
+        )
+        model = make_model(config, num_classes=3, image_size=8)
         assert (model.variant, model.stage_sizes) == (variant, (3, 4, 6, 3))
-    bits = ["--weight_bits=4", "--act_bits=8", "--version=2", "--name=r2"]
+    bits = ["--weights=int4", "--act_bits=8", "--network=resnet50_v2", "--name=r2"]
     done = run("resnet50_imagenet", *flags, *bits)
     assert done.returncode == 0, done.stderr
     record = record_of(flags, "r2")
-    assert record["config"]["version"] == 2
+    assert record["config"]["network"] == "resnet50_v2"
     check_quantized(record, 4, 8)
     check_two_phases(flags, "r2")
 
@@ -151,7 +156,7 @@ def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) ->
 
 
 def test_the_first_and_the_last_layer_keep_8_bits():
-    config = Config(weight_bits=4, act_bits=3)
+    config = dataclasses.replace(mobilenet_v1_imagenet.DEFAULTS, weights="int4", act_bits=3)
     assert [(p, q and q.bits) for p, q in weight_rules(config).rules] == [
         (r"(stem|head)/kernel", 8),
         (r"(.*/)?kernel", 4),
@@ -168,11 +173,11 @@ def test_the_first_and_the_last_layer_keep_8_bits():
 
 
 def test_weights_have_scales_by_channel_or_one():
-    for scales, fit, axis in (
-        ("channel_least_squares", "least_squares", -1),
-        ("tensor_absmax", "absmax", None),
-    ):
-        quantizers = [q for _, q in weight_rules(Config(weight_scales=scales)).rules if q]
+    for granularity, fit, axis in (("channel", "least_squares", -1), ("tensor", "absmax", None)):
+        config = dataclasses.replace(
+            mobilenet_v1_imagenet.DEFAULTS, weight_scale=fit, weight_granularity=granularity
+        )
+        quantizers = [q for _, q in weight_rules(config).rules if q]
         assert {(q.scale, q.axis) for q in quantizers} == {(fit, axis)}
         assert all(isinstance(q, ab.Uniform) for q in quantizers)
 
@@ -183,7 +188,11 @@ def test_the_range_of_activations_is_what_the_flag_says():
         ("percentile", (None, 99.9)),
         ("fixed", (6.0, None)),
     ):
-        rules = activation_rules(Config(act_range=flag, act_backward="blended"))
+        rules = activation_rules(
+            dataclasses.replace(
+                mobilenet_v1_imagenet.DEFAULTS, act_range=flag, act_backward="blended"
+            )
+        )
         assert rules is not None
         inner = rules.of("block3/pointwise")
         assert inner is not None
@@ -202,9 +211,9 @@ def test_the_stem_fits_the_images(size, stem):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        (["--weight_bits=1"], ["bits", "1"]),
-        (["--act_bits=9"], ["bits must be 2 to 8"]),
-        (["--dataset=imagenet"], ["no data set named 'imagenet'"]),
+        (["--weights=int1"], ["--weights=int1 is not known", "binary"]),
+        (["--act_bits=9"], ["--act_bits=9: should be less than or equal to 8"]),
+        (["--dataset=imagenet"], ["--dataset=imagenet is not known"]),
         (["--init_from=nowhere"], ["no run to start from in nowhere"]),
     ],
 )

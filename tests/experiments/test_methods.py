@@ -1,6 +1,5 @@
 """Methods by name: their estimators, and layers in the order in which a network calls them."""
 
-import typing
 from typing import Any
 
 import flax.linen as nn
@@ -11,39 +10,77 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.models.binarynet import BinaryNet
-from experiments.recipes.cifar import QUANTIZERS
-from experiments.recipes.methods import (
-    ESTIMATORS,
-    LayerOrder,
-    Method,
-    estimator_of,
-    layerwise_schedule,
-)
+from experiments.build import layerwise_schedule, settled
+from experiments.config import Config, FlagError
+from experiments.methods import METHODS, estimator_of
+from experiments.rules import WEIGHTS, weight_quantizer
 
 RULES = ab.Rules([(r"(.*/)?kernel", ab.Binary()), (r".*", None)])
 BINARYNET = [*(f"conv{i}" for i in range(6)), "dense0", "dense1", "head"]
 
 
-def test_every_method_has_an_estimator() -> None:
-    assert ESTIMATORS.keys() == {*typing.get_args(Method)}
-    for method in typing.get_args(Method):
-        if method != "ab_compensated":
-            assert estimator_of(method, 8.0) is ESTIMATORS[method]
-
-
 def test_the_cap_is_that_of_the_compensation() -> None:
     w, alpha = jnp.asarray([[0.3], [-0.7]]), 0.9
     for cap, factor in ((1.0, 0.1), (4.0, 0.4), (20.0, 1.0)):
-        estimator = estimator_of("ab_compensated", cap)
+        estimator = estimator_of(METHODS["ab_compensated"], {"cap": cap})
         gradient = jax.grad(lambda w, f=estimator: f(w, ab.Binary(), alpha).sum())(w)
         np.testing.assert_allclose(gradient, factor, rtol=1e-5)
-    with pytest.raises(ValueError, match=r"--cap=0.5 is below 1"):
-        estimator_of("ab", 0.5)
+    for name, method in METHODS.items():
+        if name != "ab_compensated":
+            assert estimator_of(method, {"cap": 1.0, "layer_order": "forward"}) is method.estimator
 
 
-def test_binary_with_a_scale_for_each_bit_by_name() -> None:
-    for bits in (1, 2, 3, 4):
-        assert QUANTIZERS[f"least_squares_binary{bits}"] == ab.LeastSquaresBinary(bits=bits)
+def test_what_a_method_does_not_read_is_not_compared() -> None:
+    ramp = {"ramp", "ramp_start", "ramp_stop", "act_start", "act_stop"}
+    for name, ramp_flags in (
+        ("float", set()),
+        ("ste", set()),
+        ("lsq", set()),
+        ("float_then_ste", {"ramp_stop", "act_stop"}),
+        ("ab", ramp),
+        ("parq", ramp),
+    ):
+        assert ramp - METHODS[name].unread == ramp_flags, name
+    for name, flag in (("ab_compensated", "cap"), ("ab_layerwise", "layer_order")):
+        assert [m for m, method in METHODS.items() if flag not in method.unread] == [name]
+
+
+def test_a_methods_ramp_is_its_own_unless_the_flag_says() -> None:
+    assert settled(Config(method="ab")).ramp == "cubic"
+    assert settled(Config(method="parq")).ramp == "sigmoid"
+    assert settled(Config(method="parq", ramp="linear")).ramp == "linear"
+
+
+def test_every_name_of_weights_is_its_quantizer() -> None:
+    expected = {
+        "binary": ab.Binary(),
+        "ternary": ab.Ternary(),
+        **{f"int{bits}": ab.Uniform(bits=bits) for bits in range(2, 9)},
+        **{f"least_squares_binary{b}": ab.LeastSquaresBinary(bits=b) for b in range(1, 5)},
+    }
+    assert {name: weight_quantizer(Config(), name) for name in WEIGHTS} == expected
+    assert weight_quantizer(Config(weight_scale="one"), "binary") == ab.Binary(fixed_scale=1.0)
+    groups = Config(weight_granularity="group", weight_group_size=32, weight_zero_point=True)
+    assert weight_quantizer(groups, "int3") == ab.Uniform(bits=3, symmetric=False, group_size=32)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"weights": "int9"}, "--weights=int9 is not known. Choose one of binary"),
+        ({"weights": "binary", "weight_scale": "absmax"}, "takes least_squares or one"),
+        ({"weights": "ternary", "weight_scale": "one"}, "takes least_squares"),
+        ({"weights": "int4", "weight_scale": "one"}, "takes absmax or least_squares"),
+        ({"weight_granularity": "group"}, "give group and a size, or neither"),
+        ({"weight_group_size": 4}, "give group and a size, or neither"),
+        ({"weights": "ternary", "weight_zero_point": True}, "--weight_zero_point is for"),
+        ({"act_bits": 4, "activation": "sign"}, "--act_bits=4 is for --activation=relu"),
+        ({"act_stop": 0.5}, "--act_start and --act_stop are for --act_bits"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(FlagError, match=message):
+        settled(Config(**flags))
 
 
 class Middle(nn.Module):
@@ -62,24 +99,16 @@ class Upwards(nn.Module):
         return nn.Dense(3, name="a")(x.reshape(x.shape[0], -1))
 
 
-@pytest.mark.parametrize("order", typing.get_args(LayerOrder))
+@pytest.mark.parametrize("order", ["forward", "backward"])
 @pytest.mark.parametrize(
     ("model", "layers"),
     [(BinaryNet(num_classes=3, width=1 / 32), BINARYNET), (Upwards(), ["z", "m/inner", "a"])],
     ids=["BinaryNet", "Upwards"],
 )
-def test_layers_follow_the_calls(model: Any, layers: list[str], order: LayerOrder) -> None:
+def test_layers_follow_the_calls(model: Any, layers: list[str], order: Any) -> None:
     n = len(layers)
-    schedule = layerwise_schedule(
-        model,
-        (8, 8, 1),
-        RULES,
-        order=order,
-        ramp="linear",
-        start=0.1,
-        stop=1.0,
-        steps=100 * n,
-    )
+    config = Config(layer_order=order, ramp="linear", ramp_start=0.1, ramp_stop=1.0)
+    schedule = layerwise_schedule(config, model, (8, 8, 1), RULES, steps=100 * n)
     in_order = layers if order == "forward" else layers[::-1]
     for i, layer in enumerate(in_order):
         # Each has a window of 90 steps, from 10 n on.
@@ -90,12 +119,13 @@ def test_layers_follow_the_calls(model: Any, layers: list[str], order: LayerOrde
 
 
 @pytest.mark.parametrize(
-    ("name", "axes"), [("int4_absmax", (0, 1, 2)), ("int4_tensor_absmax", (0, 1, 2, 3))]
+    ("granularity", "axes"), [("channel", (0, 1, 2)), ("tensor", (0, 1, 2, 3))]
 )
 def test_scales_at_the_largest_magnitude_of_a_channel_or_the_tensor(
-    name: str, axes: tuple[int, ...], rng: np.random.Generator
+    granularity: Any, axes: tuple[int, ...], rng: np.random.Generator
 ) -> None:
     w = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
-    quantized = QUANTIZERS[name].quantize(jnp.asarray(w))
+    config = Config(weight_scale="absmax", weight_granularity=granularity)
+    quantized = weight_quantizer(config, "int4").quantize(jnp.asarray(w))
     largest = np.abs(w).max(axes, keepdims=True)
     np.testing.assert_allclose(quantized.scale, largest / 7, rtol=1e-6)

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.binarynet_cifar10 import Config
-from experiments.recipes.processes import recorded
+from experiments.config import Config, recorded
 from tests.two_processes import SECONDS, command
 
 Start = Callable[..., list[subprocess.Popen[bytes]]]

@@ -79,6 +79,6 @@ def test_float_alone_has_no_row() -> None:
 
 def test_tables_of_their_own_exclude_each_other() -> None:
     with pytest.raises(ReportError, match="--columns and --epochs are tables of their own"):
-        TableOptions(columns="quantizer", epochs=("1",))
+        TableOptions(columns="weights", epochs=("1",))
     with pytest.raises(ReportError, match="--ablation and --epochs are tables of their own"):
         TableOptions(ablation="final/", epochs=("1",))

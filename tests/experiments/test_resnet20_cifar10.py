@@ -1,5 +1,6 @@
 """ResNet-20: all its layers are quantized, and what a run leaves behind is exported."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import ab_jax as ab
 from ab_jax.data import load
 from ab_jax.quantized_inputs import RANGES
 from experiments import export, resnet20_cifar10
+from experiments.build import make_model
 from experiments.classifying.networks import read_classifier
+from experiments.config import Config
 from experiments.exporting.networks import load_packed
-from experiments.recipes.cifar import Config, weight_rules
 from experiments.reporting.readings import read_records
-from experiments.sweep import experiment_names
+from experiments.rules import weight_rules
+from experiments.sweep import EXPERIMENTS
 from tests.fast_compilation import FAST_COMPILATION, compiled
 
 ROOT = Path(__file__).parents[2]
@@ -27,13 +30,13 @@ NAME = "resnet20_cifar10"
 
 def shapes(config: Config) -> Any:
     """The collections of the network for ten classes."""
-    model = resnet20_cifar10.make_model(config, num_classes=10, image_size=32)
+    model = make_model(config, num_classes=10, image_size=32)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), np.float32)
     return jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
 
 
 def test_every_layer_is_quantized_and_nothing_else() -> None:
-    config = resnet20_cifar10.Config()
+    config = resnet20_cifar10.DEFAULTS
     rules = weight_rules(config)
     params = jax.eval_shape(lambda tree: ab.quantize(tree, rules), shapes(config)["params"])
     leaves = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, ab.Quantized))
@@ -48,7 +51,7 @@ def test_every_layer_is_quantized_and_nothing_else() -> None:
 
 
 def test_act_bits_quantizes_the_input_of_every_layer() -> None:
-    config = resnet20_cifar10.Config(act_bits=4)
+    config = dataclasses.replace(resnet20_cifar10.DEFAULTS, act_bits=4)
     assert len(jax.tree.leaves(shapes(config)[RANGES])) == 20
 
 
@@ -57,7 +60,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps from the command line: the directory that it leaves."""
     directory = tmp_path_factory.mktemp("runs")
     flags = {"dataset": "digits", "validation": 1397 - 48, "batch_size": 16, "epochs": 1}
-    flags |= {"width": 0.25, "warmup": 0, "quantizer": "ternary", "ramp_stop": 0.67}
+    flags |= {"width": 0.25, "warmup": 0, "weights": "ternary", "ramp_stop": 0.67}
     flags |= {"runs_dir": directory, "compilation_cache": directory / "cache", "name": "tiny"}
     words = [f"--{flag}={value}" for flag, value in flags.items()]
     done = subprocess.run(
@@ -72,7 +75,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_run_ends_quantized_and_is_reported(finished: Path) -> None:
-    assert NAME in experiment_names(), "a sweep runs it"
+    assert NAME in EXPERIMENTS, "a sweep runs it"
     (record,) = read_records([finished / "record.json"])
     assert record.experiment == f"experiments.{NAME}"
     assert record.config["weight_decay"] == 1e-4

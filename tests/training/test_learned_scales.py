@@ -127,8 +127,9 @@ def test_a_step_moves_weights_and_scales_as_by_hand(
         axes = tuple(i for i, size in enumerate(s.shape) if size == 1)
         to_s = np.sum(grad * slope, axes, keepdims=True)
         to_s /= math.sqrt(x.size // s.size * highest)
-        assert np.all(RATE * to_s < s / 2), "no scale is held back"
-        np.testing.assert_allclose(after.scales[path], s - RATE * to_s, rtol=1e-5, atol=1e-6)
+        # Whatever the draw: a scale falls to half of what it was at most.
+        wanted = np.maximum(s - RATE * to_s, s / 2)
+        np.testing.assert_allclose(after.scales[path], wanted, rtol=1e-5, atol=1e-6)
         assert np.any(np.abs(RATE * to_s) > 1e-4 * s)
         weights = params[layer]["kernel"] - RATE * np.where(inside, grad, 0)
         np.testing.assert_allclose(after.params[layer]["kernel"], weights, rtol=1e-5, atol=1e-6)

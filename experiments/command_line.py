@@ -1,4 +1,4 @@
-"""How a command ends: with one line for what the user can mend, with 75 when asked to stop."""
+"""How a command ends: with one line for what the user can fix, with 75 when asked to stop."""
 
 import contextlib
 import logging
@@ -13,6 +13,7 @@ from typing import Any
 
 from ab_jax.training.finite import NonFiniteLossError
 from ab_jax.training.stopping import EXIT_CODE, StoppedError
+from experiments.config import FlagError
 
 
 def end_with_a_line(run: Callable[[], Any]) -> None:
@@ -31,7 +32,7 @@ def end_with_a_line(run: Callable[[], Any]) -> None:
     except StoppedError as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(EXIT_CODE)
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (FlagError, ValueError, OSError, NonFiniteLossError) as error:
         # A full disk fails in hundreds of Orbax's tasks. As they go, after the line, asyncio would
         # log that nobody asked for their errors, and Python warn that they were never awaited.
         logging.disable()

@@ -1,1 +1,0 @@
-"""What several training experiments have in common: methods by name, and the ImageNet networks."""
