@@ -538,7 +538,7 @@ def test_no_level_overflows_the_dtype_of_the_weights(rng, quantizer, dtype):
     used = np.abs(shares).max(0) > 0
     assert (off[:, used] <= 1.3 * float(largest) * np.abs(shares[:, used]).max(0)).all()
     if quantizer.bits == 8:
-        assert (off[:, used] <= 0.01 * float(largest)).all()
+        assert (off[:, used] <= 0.016 * float(largest)).all()  # two steps: rounding, and the cut end
 
 
 def test_a_channel_without_a_scale_is_zeros():
