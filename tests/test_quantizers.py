@@ -538,7 +538,8 @@ def test_no_level_overflows_the_dtype_of_the_weights(rng, quantizer, dtype):
     used = np.abs(shares).max(0) > 0
     assert (off[:, used] <= 1.3 * float(largest) * np.abs(shares[:, used]).max(0)).all()
     if quantizer.bits == 8:
-        assert (off[:, used] <= 0.016 * float(largest)).all()  # two steps: rounding, and the cut end
+        # Two steps of 2 / 255: half of one is rounding; up to 1.4 stand at an end that a fit cuts.
+        assert (off[:, used] <= 0.0157 * float(largest)).all()
 
 
 def test_a_channel_without_a_scale_is_zeros():
