@@ -29,6 +29,21 @@ class Description:
 
     rows: tuple[Described, ...]
 
+    @property
+    def parameters(self) -> int:
+        """How many numbers there are in all."""
+        return sum(math.prod(row.shape) for row in self.rows)
+
+    @property
+    def bytes_before(self) -> int:
+        """Of all parameters as they are trained."""
+        return sum(row.bytes_before for row in self.rows)
+
+    @property
+    def bytes_after(self) -> int:
+        """Of all parameters with packed codes and their scales."""
+        return sum(row.bytes_after for row in self.rows)
+
     def __str__(self) -> str:
         table: list[tuple[str, ...]] = [
             ("path", "shape", "rule", "axis", "quantizer", "bits", "bytes", "after")
@@ -37,10 +52,7 @@ class Description:
             shape = "x".join(map(str, row.shape)) or "scalar"
             sizes = f"{row.bytes_before:,}", f"{row.bytes_after:,}"
             table.append((row.path, shape, row.rule, *_cells(row.quantizer), *sizes))
-        totals = (
-            sum(row.bytes_before for row in self.rows),
-            sum(row.bytes_after for row in self.rows),
-        )
+        totals = self.bytes_before, self.bytes_after
         table.append(("total", "", "", "", "", "", *(f"{total:,}" for total in totals)))
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
         return "\n".join(

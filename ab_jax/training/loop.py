@@ -27,7 +27,7 @@ from ab_jax.training.interval import Interval
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.ramps import Alphas, check_never_falls
 from ab_jax.training.readings import Readings
-from ab_jax.training.records import RunDirectory
+from ab_jax.training.records import RunDirectory, accuracies_of
 from ab_jax.training.standing import Standing
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step import Preprocessing, make_train_step
@@ -219,6 +219,11 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     summary = readings.summary(
         state, alphas.weights, alphas.activations, lines, read_test=t.read_test
     )
+    summary |= {
+        "parameters": table.parameters,
+        "bytes": {"trained": table.bytes_before, "packed": table.bytes_after},
+        "start": accuracies_of(t.init_from),
+    }
     seconds = time.monotonic() - started
     with first_succeeds(f"Writing the record of {run.path}"):
         return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})

@@ -1,4 +1,4 @@
-"""Optimizers by name, with what recipes wrap around them."""
+"""Optimizers by name, and what is wrapped around them."""
 
 from collections.abc import Callable, Mapping
 

@@ -1,5 +1,6 @@
-"""Where a run comes from: the commit of the code and the hardware it runs on."""
+"""Where a run comes from: the code, the hardware it runs on, and settings of JAX around it."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -8,13 +9,17 @@ from pathlib import Path
 import jax
 
 
-def git_revision() -> str | None:
-    """The commit of the code that runs, marked when files differ from it; None outside git."""
-    here = Path(__file__).parent
+def revision() -> str:
+    """The code that runs: its commit, marked when files differ from it.
+
+    Outside git it is `sources-` and the first 16 digits of a SHA-256 over all Python files of the
+    package, and of `experiments` where that lies beside it.
+    """
+    package = Path(__file__).parents[1]
     try:
         commit, status = (
             subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, check=True
+                ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
             ).stdout.strip()
             for arguments in (
                 ("rev-parse", "HEAD"),
@@ -22,8 +27,27 @@ def git_revision() -> str | None:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return None
+        return f"sources-{digest_of_sources(package, package.parent / 'experiments')}"
     return commit + ("-dirty" if status else "")
+
+
+def digest_of_sources(*directories: Path) -> str:
+    """The first 16 digits of a SHA-256 over the Python files below these, by name and content."""
+    digest = hashlib.sha256()
+    for directory in directories:
+        for path in sorted(directory.rglob("*.py")):
+            name = path.relative_to(directory.parent).as_posix()
+            digest.update(f"{name} {path.stat().st_size}\n".encode())
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def settings_of_jax() -> dict[str, str | None]:
+    """What changes a result or its speed from outside the flags; None: not set."""
+    return {
+        "XLA_FLAGS": os.environ.get("XLA_FLAGS"),
+        "jax_default_matmul_precision": getattr(jax.config, "jax_default_matmul_precision", None),
+    }
 
 
 def hardware() -> str:

@@ -1,6 +1,6 @@
 """What a run leaves behind: its configuration, its metrics and, once complete, its record.
 
-    runs/NAME/config.json     every flag, the git revision, package versions, hardware; sealed
+    runs/NAME/config.json     every flag, the code's revision, versions, hardware; sealed
     runs/NAME/metrics.jsonl   a line for each evaluation (TensorBoard events lie beside it); sealed
                               by every checkpoint
     runs/NAME/record.json     all of it and the final readings, when the run is complete
@@ -28,7 +28,7 @@ from ab_jax.files import write_whole, writing
 from ab_jax.training.begun import changes_between, has_checkpoints, told
 from ab_jax.training.lock import take_lock
 from ab_jax.training.metrics_file import MetricsFile, Seal
-from ab_jax.training.provenance import git_revision, hardware
+from ab_jax.training.provenance import hardware, revision, settings_of_jax
 from ab_jax.training.sealed import read_sealed, seal, write_sealed
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -215,12 +215,23 @@ def describe_run(
         "experiment": experiment,
         "config": json.loads(json.dumps(dict(config))),
         **({} if data is None else {"data": json.loads(json.dumps(dict(data)))}),
-        "revision": git_revision(),
+        "revision": revision(),
         "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "hardware": hardware(),
+        "settings_of_jax": settings_of_jax(),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def accuracies_of(run: Path | None) -> dict[str, float] | None:
+    """The final accuracies on validation images of another run; None where it has no record."""
+    try:
+        if run is not None:
+            return json.loads((run / "record.json").read_bytes())["summary"]["validation"]
+    except (OSError, ValueError, KeyError, TypeError):  # a file of weights, or a run cut off
+        pass
+    return None
 
 
 def write_json(path: Path, value: Any) -> None:

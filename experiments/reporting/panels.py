@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from experiments.reporting.ablation import ablation_settings, change_text, factor
 from experiments.reporting.across_levels import of_these_levels
 from experiments.reporting.figures import CURVES, SIZES
-from experiments.reporting.packed_size import packed_size
 from experiments.reporting.readings import (
     Record,
     group_records,
@@ -90,4 +89,4 @@ def _of_changes(records: Sequence[Record], options: TableOptions) -> list[Panel]
 
 
 def _series(label: str, members: Sequence[Record]) -> Series:
-    return Series(label, members[0].method, members, packed_size(members[0]))
+    return Series(label, members[0].method, members, members[0].size)

@@ -24,7 +24,8 @@ class Record:
 
     `metrics` has one mapping an evaluation; `summary` has the final readings, as fractions, under
     "validation" and "test", the latter None or absent when the test set was not read; `data` is
-    what is known of the images, such as `classes` and `image_shape`.
+    what is known of the images, such as `classes` and `image_shape`. `added_later` is what today's
+    summaries hold and those of the run's code did not.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Record:
     hardware: str = "unknown"
     packages: Mapping[str, str] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
+    added_later: Mapping[str, Any] = field(default_factory=dict)
     path: Path | None = None
 
     @property
@@ -78,6 +80,24 @@ class Record:
         if flag == "method":
             return self.method
         return self.template(flag) if self.reads(flag) else NO_VALUE
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Bytes of the parameters, as trained and with packed codes and their scales, if known.
+
+        The means and variances of batch norm are not counted: they fold into its scale and shift,
+        which are.
+        """
+        held = self._summed_up("bytes")
+        return None if held is None else (int(held["trained"]), int(held["packed"]))
+
+    @property
+    def start(self) -> Mapping[str, float] | None:
+        """The validation accuracies, as fractions, of the run that it went on from, if known."""
+        return self._summed_up("start")
+
+    def _summed_up(self, key: str) -> Any:
+        return self.summary.get(key, self.added_later.get(key))
 
     def accuracy(self, part: str, key: str) -> float | None:
         """A final reading in percent, None where there is none; `part` is validation or test."""
@@ -129,7 +149,7 @@ def _read_record(file: Path) -> Record | None:
             "methods over seeds, so leave this record out"
         )
     known = {"experiment", "config", "data", "summary", "metrics"}
-    known |= {"revision", "hardware", "packages"}
+    known |= {"revision", "hardware", "packages", "added_later"}
     fields = {key: held[key] for key in known & held.keys() if held[key] is not None}
     name = held.get("name") or held["config"].get("name") or file.stem
     fields["config"] = todays(held.get("experiment"), held["config"])

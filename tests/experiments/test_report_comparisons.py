@@ -9,7 +9,6 @@ import pytest
 
 from experiments import report
 from experiments.reporting import figures, readme_blocks, size_plot
-from experiments.reporting.packed_size import packed_size
 from experiments.reporting.panels import panels
 from experiments.reporting.readings import (
     Record,
@@ -238,8 +237,8 @@ def test_bytes_are_those_of_the_network_counted_by_hand() -> None:
     channels = sum(b for _, b in ends)
     rest = 4 * 2 * channels  # scale and bias of the norm after each
     packed = sum(math.ceil(a * b / 8) for a, b in ends) + 4 * channels + rest
-    assert packed_size(record) == (4 * kernels + rest, packed)
-    assert packed_size(run("ab", 0, 50)) is None
+    assert record.size == (4 * kernels + rest, packed)
+    assert run("ab", 0, 50).size is None
 
 
 def test_points_of_accuracy_against_bytes() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import re
 import shutil
@@ -187,6 +188,13 @@ def test_the_record_holds_lines_and_final_readings(finished: Finished) -> None:
     summary = record["summary"]
     assert summary["steps"] == STEPS
     assert summary["seconds"] > 0
+    # A 3x3 kernel, two vectors of the norm, a dense layer; a bit a weight and a scale a channel.
+    conv, norm, head, bias = 9 * 3, 2 * 3, 4 * 4 * 3 * 5, 5
+    assert summary["parameters"] == conv + norm + head + bias
+    codes = math.ceil(conv / 8) + math.ceil(head / 8)
+    packed = codes + 4 * (3 + 5) + 4 * (norm + bias)
+    assert summary["bytes"] == {"trained": 4 * summary["parameters"], "packed": packed}
+    assert summary["start"] is None
     names = {"blended", "blended_recalibrated", "quantized", "quantized_recalibrated"}
     assert set(summary["validation"]) == set(summary["test"]) == names
     # The last line and the summary read the same networks.
@@ -379,7 +387,8 @@ def test_a_run_starts_from_the_weights_and_statistics_of_another(
         init_from=finished.path,
         read_test=False,
     )
-    run(frozen, tmp_path / "next")
+    summary = run(frozen, tmp_path / "next")["summary"]
+    assert summary["start"] == finished.record["summary"]["validation"]
     state = last_state(frozen, tmp_path / "next")
     assert_same_bits(state.params, finished.state.params)
     assert_same_bits(state.model_state, finished.state.model_state)

@@ -10,10 +10,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from ab_jax.training.provenance import digest_of_sources, revision
 from ab_jax.training.records import RunDirectory, describe_run, write_json
 
 ROOT = Path(__file__).parents[2]
@@ -63,6 +65,41 @@ def test_the_revision_is_the_commit_and_says_whether_files_differ() -> None:
     changed = subprocess.run([*git, "diff", "--quiet", "HEAD"]).returncode
     revision = describe_run("experiments.mine", {})["revision"]
     assert revision == head.stdout.strip() + ("-dirty" if changed else "")
+
+
+def test_without_git_the_revision_is_a_digest_of_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = revision()
+    assert re.fullmatch(r"sources-[0-9a-f]{16}", found)
+    assert found == revision()
+
+    package = tmp_path / "package"
+    (package / "room").mkdir(parents=True)
+    (package / "a.py").write_text("x = 1\n")
+    digests = [digest_of_sources(package)]
+    (package / "notes.txt").write_text("no source")
+    assert digest_of_sources(package) == digests[0]
+    for path, text in (("a.py", "x = 2\n"), ("room/b.py", ""), ("room/c.py", "")):
+        (package / path).write_text(text)
+        digests.append(digest_of_sources(package))
+    (package / "room/c.py").rename(package / "room/d.py")
+    digests.append(digest_of_sources(package))
+    assert len({*digests}) == len(digests)
+
+
+def test_what_changes_jax_from_outside_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=false")
+    with jax.default_matmul_precision("highest"):
+        told = describe_run("experiments.mine", {})["settings_of_jax"]
+    assert told == {
+        "XLA_FLAGS": "--xla_cpu_enable_fast_math=false",
+        "jax_default_matmul_precision": "highest",
+    }
+    monkeypatch.delenv("XLA_FLAGS")
+    told = describe_run("experiments.mine", {})["settings_of_jax"]
+    assert told == {"XLA_FLAGS": None, "jax_default_matmul_precision": None}
 
 
 def test_metrics_are_lines_and_events(tmp_path: Path) -> None:
