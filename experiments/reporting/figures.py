@@ -12,12 +12,12 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.reporting.readings import Record
 from experiments.reporting.size_plot import draw_sizes
-from experiments.reporting.themes import DARK, LIGHT, WIDTH, Series, Theme, colors, legend
+from experiments.reporting.themes import DARK, LIGHT, WIDTH, Series, Theme, colors
+from experiments.reporting.training_curves import draw_accuracy, draw_changed_codes
 
 DPI = 160
 COLUMNS = 4  # of histograms beside each other
@@ -52,7 +52,8 @@ def render_plots(
             "accuracy",
             "Accuracy and alpha over training",
             "Mean over the seeds; the band spans all of them. The codes are read with re-estimated "
-            "batch-norm statistics, dotted with those that ran along in training.",
+            "batch-norm statistics, dotted with those that ran along in training. The network as "
+            "trained begins as the float network that the runs start from.",
             draw_accuracy,
         ),
         (
@@ -75,7 +76,7 @@ def render_plots(
             "Test accuracy, re-estimated batch-norm statistics: mean and sample standard deviation "
             "over the seeds. Bytes are those of the parameters, codes at their true width and "
             "their scales included; filled circles of float are the network as trained, hollow "
-            "ones the same rounded. Points of equal size stand beside each other.",
+            "ones the same rounded.",
             draw_sizes,
         ),
     ]
@@ -99,64 +100,6 @@ def _render(draw: Any, series: Sequence[Series], theme: Theme) -> bytes | None:
         file = io.BytesIO()
         figure.savefig(file, format="png", dpi=DPI)
         return file.getvalue()
-
-
-def curve(records: Sequence[Record], key: str) -> np.ndarray:
-    """Mean, least and greatest value of a metric over the runs at each step.
-
-    Returns rows (step, mean, min, max), float64, shape (evaluations, 4); steps that no run has a
-    value for are left out.
-    """
-    values: dict[int, list[float]] = {}
-    for record in records:
-        for line in record.metrics:
-            if line.get(key) is not None:
-                values.setdefault(int(line["step"]), []).append(float(line[key]))
-    rows = [(step, np.mean(v), min(v), max(v)) for step, v in sorted(values.items())]
-    return np.array(rows, dtype=np.float64).reshape(-1, 4)
-
-
-def draw_accuracy(series: Sequence[Series], theme: Theme) -> Figure | None:
-    """Validation accuracy of the blended network and of its codes, and alpha below them."""
-    keys = ("blended_accuracy", "quantized_accuracy", "recalibrated_accuracy")
-    if not any(len(curve(line.records, key)) for line in series for key in keys):
-        return None
-    figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
-    top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.3))
-    for i, (line, color) in enumerate(zip(series, colors(series, theme), strict=True)):
-        _band(top, curve(line.records, "blended_accuracy"), color, percent=True)
-        _band(middle, curve(line.records, "recalibrated_accuracy"), color, percent=True)
-        running = curve(line.records, "quantized_accuracy")
-        middle.plot(running[:, 0], 100 * running[:, 1], color=color, linestyle=":", linewidth=1.3)
-        alpha = curve(line.records, "alpha")
-        # Methods share a ramp: a line is wider for each one that will be drawn upon it.
-        width = 1.5 + min(2.2, 9 / len(series)) * sum(
-            np.array_equal(alpha, curve(later.records, "alpha")) for later in series[i + 1 :]
-        )
-        bottom.plot(alpha[:, 0], alpha[:, 1], color=color, linewidth=width)
-    top.set(title="network as trained (blended weights)", ylabel="validation accuracy (%)")
-    middle.set(title="integer codes (dotted: running statistics)", ylabel="validation accuracy (%)")
-    bottom.set(title="alpha", xlabel="step", ylim=(-0.05, 1.05), yticks=(0, 0.5, 1))
-    legend(figure, series, theme)
-    return figure
-
-
-def draw_changed_codes(series: Sequence[Series], theme: Theme) -> Figure | None:
-    """The share of codes that changed since the evaluation before, in percent."""
-    if not any(len(curve(line.records, "changed_codes")) for line in series):
-        return None
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for line, color in zip(series, colors(series, theme), strict=True):
-        _band(axes, curve(line.records, "changed_codes"), color, percent=True)
-    # Logarithmic, but 0 must be on it: past alpha = 1 no code changes at all.
-    axes.set_yscale("symlog", linthresh=0.01)
-    axes.set(xlabel="step", ylabel="codes changed (%)")
-    axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
-    legend(figure, series, theme)
-    return figure
 
 
 def draw_weights(series: Sequence[Series], theme: Theme) -> Figure | None:
@@ -216,10 +159,3 @@ def draw_weights(series: Sequence[Series], theme: Theme) -> Figure | None:
 
 def _frames(record: Record) -> Sequence[Mapping[str, Any]]:
     return (record.summary.get("histograms") or {}).get("frames") or []
-
-
-def _band(axes: Axes, points: np.ndarray, color: str, percent: bool = False) -> None:
-    steps, (mean, least, most) = points[:, 0], (100 if percent else 1) * points[:, 1:].T
-    # Few evaluations are shown for what they are: points, joined.
-    axes.plot(steps, mean, color=color, marker="o" if len(steps) <= 10 else "", markersize=3.5)
-    axes.fill_between(steps, least, most, color=color, alpha=0.18, linewidth=0)

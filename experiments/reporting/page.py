@@ -22,7 +22,9 @@ body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 62rem; background: 
        color: var(--ink); font: 1rem/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem; }
 h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem; }
-.wide { overflow-x: auto; }
+/* As wide as the window, where a table wants it; narrower windows scroll. */
+.wide { overflow-x: auto; width: max-content; min-width: 100%; max-width: calc(100vw - 2rem);
+        position: relative; left: 50%; transform: translateX(-50%); }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .92rem; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--line);
          white-space: nowrap; }

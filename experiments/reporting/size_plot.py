@@ -1,10 +1,8 @@
 """Accuracy of a study's networks against the bytes that they take."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -13,7 +11,7 @@ from experiments.reporting.readings import method_label
 from experiments.reporting.table import AS_TRAINED, FROM_CODES, by_seed
 from experiments.reporting.themes import WIDTH, Series, Theme, colors, legend
 
-_ASIDE = 1.03  # of points of equal size, the factor between neighbours
+_ASIDE = 0.6  # of the room of a size, what its points take beside each other
 
 
 @dataclass(frozen=True)
@@ -69,7 +67,7 @@ def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
     for axes, drawn in zip(figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True):
         _draw_points(axes, drawn, theme)
         axes.set_ylabel("test accuracy (%)")
-    axes.set_xlabel("bytes of the parameters")
+    axes.set_xlabel("bytes of the parameters, by size")
     if len(shown) > 1:
         axes.set_title("without float")
     legend(figure, _methods(series), theme)
@@ -77,40 +75,33 @@ def draw_sizes(series: Sequence[Series], theme: Theme) -> Figure | None:
 
 
 def _draw_points(axes: Axes, points: Sequence[Point], theme: Theme) -> None:
-    count = Counter(point.size for point in points)
-    met: Counter[int] = Counter()
+    """Each size has a room of its own on the axis, in which its points stand beside each other."""
+    sizes = sorted({point.size for point in points})
     joined: dict[tuple[str, bool], list[tuple[float, Point]]] = {}
-    for point in points:
-        x = point.size * _ASIDE ** (met[point.size] - (count[point.size] - 1) / 2)
-        met[point.size] += 1
-        rounded = point.method == "float" and not point.as_trained
-        axes.errorbar(
-            x,
-            point.accuracy,
-            yerr=point.deviation,
-            color=point.color,
-            marker="o",
-            markersize=5,
-            markerfacecolor=theme.background if rounded else point.color,
-            linewidth=1,
-        )
-        joined.setdefault((point.method, point.as_trained), []).append((x, point))
+    for room, size in enumerate(sizes):
+        members = [point for point in points if point.size == size]
+        for place, point in enumerate(members):
+            x = room + _ASIDE * ((place + 0.5) / len(members) - 0.5)
+            rounded = point.method == "float" and not point.as_trained
+            axes.errorbar(
+                x,
+                point.accuracy,
+                yerr=point.deviation,
+                color=point.color,
+                marker="o",
+                markersize=5,
+                markerfacecolor=theme.background if rounded else point.color,
+                linewidth=1,
+            )
+            joined.setdefault((point.method, point.as_trained), []).append((x, point))
     for placed in joined.values():
-        placed.sort(key=lambda found: found[0])
         # Of equal sizes, as different ramps have, a line would show no order.
         if len({point.size for _, point in placed}) == len(placed):
             xs, ys = [x for x, _ in placed], [point.accuracy for _, point in placed]
             axes.plot(xs, ys, color=placed[0][1].color, linewidth=0.8, zorder=1)
-    axes.set_xscale("log")
-    sizes = [point.size for point in points]
-    if max(sizes) < 100 * min(sizes):  # of two decades the powers of ten alone would be few
-        axes.xaxis.set_major_locator(
-            mpl.ticker.LogLocator(
-                subs=(1, 2, 5) if max(sizes) > 4 * min(sizes) else (1, 1.5, 2, 3, 4, 5, 7)
-            )
-        )
-    axes.xaxis.set_major_formatter(lambda value, _: bytes_text(value))
-    axes.xaxis.set_minor_formatter(mpl.ticker.NullFormatter())
+    axes.set_xticks(range(len(sizes)), [bytes_text(size) for size in sizes])
+    axes.set_xlim(-0.5, len(sizes) - 0.5)
+    axes.grid(axis="x", visible=False)
 
 
 def _methods(series: Sequence[Series]) -> list[Series]:
@@ -126,5 +117,5 @@ def bytes_text(value: float) -> str:
     """`300 B`, `20 kB`, `1.5 MB`, of 1000 each."""
     for unit, factor in (("MB", 1e6), ("kB", 1e3)):
         if value >= factor:
-            return f"{value / factor:g} {unit}"
+            return f"{value / factor:.3g} {unit}"
     return f"{value:g} B"

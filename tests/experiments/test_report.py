@@ -17,7 +17,8 @@ import scipy.stats
 from PIL import Image
 
 from experiments import report
-from experiments.reporting import figures, readings, readme_blocks
+from experiments.methods import METHODS
+from experiments.reporting import figures, readings, readme_blocks, training_curves
 from experiments.reporting.paired_statistics import (
     difference_cell,
     mean_and_deviation,
@@ -46,7 +47,9 @@ def run(
 ) -> Record:
     """A record; `test` and `validation` hold one accuracy in percent for all KEYS, or one each."""
     record = {
-        key: changes.pop(key) for key in ("revision", "hardware", "metrics") if key in changes
+        key: changes.pop(key)
+        for key in ("revision", "hardware", "metrics", "added_later")
+        if key in changes
     }
     summary = {
         "validation": accuracies(*np.atleast_1d(validation)),
@@ -454,24 +457,55 @@ def test_a_curve_is_the_mean_and_range_over_runs(rng: np.random.Generator) -> No
         for i, row in enumerate(values)
     ]
     expected = np.stack([steps, values.mean(0), values.min(0), values.max(0)], axis=1)
-    np.testing.assert_allclose(figures.curve(records, "x"), expected, rtol=1e-12)
+    np.testing.assert_allclose(training_curves.curve(records, "x"), expected, rtol=1e-12)
 
     del records[0].metrics[1]["x"]
     expected[1, 1:] = values[1:, 1].mean(), values[1:, 1].min(), values[1:, 1].max()
-    np.testing.assert_allclose(figures.curve(records, "x"), expected, rtol=1e-12)
-    assert figures.curve(records, "y").shape == (0, 4)
+    np.testing.assert_allclose(training_curves.curve(records, "x"), expected, rtol=1e-12)
+    assert training_curves.curve(records, "y").shape == (0, 4)
 
 
 def test_lines_hold_the_values_in_percent() -> None:
     series = [figures.Series("AB", "ab", [run("ab", s, metrics=curves(s)) for s in (0, 1)])]
-    figure = figures.draw_accuracy(series, figures.LIGHT)
+    figure = training_curves.draw_accuracy(series, figures.LIGHT)
     assert figure is not None
     blended, codes, alpha = figure.axes
     np.testing.assert_allclose(blended.lines[0].get_ydata(), [50.5] * 4)
     assert [line.get_ydata()[0] for line in codes.lines] == [40.0, 30.0]
     np.testing.assert_allclose(alpha.lines[0].get_ydata(), [0, 1 / 3, 2 / 3, 1])
-    (codes_axes,) = figures.draw_changed_codes(series, figures.LIGHT).axes
+    (codes_axes,) = training_curves.draw_changed_codes(series, figures.LIGHT).axes
     np.testing.assert_allclose(codes_axes.lines[0].get_xydata(), [[s, 1] for s in (100, 200, 300)])
+
+
+def test_curves_begin_at_the_network_that_runs_start_from() -> None:
+    start = {"blended": 0.7, "blended_recalibrated": 0.6, "quantized": 0.1}
+    records = [
+        run("ab", seed, metrics=curves(seed)[1:], summary={"start": start}) for seed in (0, 1)
+    ]
+    figure = training_curves.draw_accuracy([figures.Series("AB", "ab", records)], figures.LIGHT)
+    assert figure is not None
+    trained, codes, _ = figure.axes
+    np.testing.assert_allclose(trained.lines[0].get_xydata()[0], [0, 70])
+    assert len(trained.lines[0].get_xdata()) == len(codes.lines[0].get_xdata()) + 1
+    older = [run("ab", 0, metrics=curves(0)[1:], added_later={"start": {"blended": 0.5}})]
+    np.testing.assert_allclose(
+        training_curves.curve(older, "blended_accuracy", start="blended")[0], [0, 0.5, 0.5, 0.5]
+    )
+
+
+def test_of_many_methods_each_has_a_plot_of_its_own() -> None:
+    methods = list(METHODS)[:8]
+    series = [figures.Series(m, m, [run(m, 0, metrics=curves(0))]) for m in methods]
+    figure = training_curves.draw_accuracy(series, figures.LIGHT)
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == methods
+    inks = figures.colors(series, figures.LIGHT)
+    for axes, ink in zip(panels, inks, strict=True):
+        drawn = [line.get_color() for line in axes.lines]
+        assert drawn.count(ink) == 2  # as trained, and codes
+        assert drawn.count(figures.LIGHT.grid) == len(methods)
+        assert not {*inks} - {ink} & {*drawn}
 
 
 def test_a_method_keeps_its_color_whichever_others_are_drawn() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from experiments import report
 from experiments.reporting import figures, readme_blocks, size_plot
@@ -253,25 +254,28 @@ def test_points_of_accuracy_against_bytes() -> None:
         size_plot.Point("float", 1000, 73.0, 1.0, True, grey),
         size_plot.Point("ab", 100, 67.0, None, False, blue),
     ]
+
+    def drawn(series: list[Series]) -> Figure:
+        figure = size_plot.draw_sizes(series, LIGHT)
+        assert figure is not None
+        return figure
+
     rounded_twice = [*series, Series("float y", "float", records["float"], (1000, 200))]
     sizes = [(p.size, p.as_trained) for p in size_plot.points_of(rounded_twice, LIGHT)]
     assert sizes == [(100, False), (1000, True), (100, False), (200, False)]
-    figure = size_plot.draw_sizes(series, LIGHT)
-    assert figure is not None
-    drawn = [
-        sorted(x for line in axes.lines for x in line.get_xdata() if line.get_marker() == "o")
-        for axes in figure.axes
-    ]
-    # Beside each other where sizes are equal.
-    np.testing.assert_allclose(drawn[0], [100 / 1.03**0.5, 100 * 1.03**0.5, 1000])
-    assert len(drawn) == 1
+    (axes,) = drawn(series).axes
+    marked = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+    # Equal sizes have a room of their own, 100 bytes the first and 1000 the second.
+    np.testing.assert_allclose(marked, [-0.15, 0.15, 1])
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["100 B", "1 kB"]
     wider = Series("AB wide", "ab", records["ab"], (2000, 200))
-    figure = size_plot.draw_sizes([*series, wider], LIGHT)
-    assert figure is not None
-    below = [line for line in figure.axes[1].lines if line.get_marker() == "o"]
-    np.testing.assert_allclose([line.get_xdata()[0] for line in below], [100, 200])
+    _, below = drawn([*series, wider]).axes
+    marked = [line.get_xdata()[0] for line in below.lines if line.get_marker() == "o"]
+    np.testing.assert_allclose(marked, [0, 1])
+    assert [tick.get_text() for tick in below.get_xticklabels()] == ["100 B", "200 B"]
     assert size_plot.draw_sizes([Series("AB", "ab", records["ab"])], LIGHT) is None
     assert [size_plot.bytes_text(x) for x in (300, 20e3, 1.5e6)] == ["300 B", "20 kB", "1.5 MB"]
+    assert size_plot.bytes_text(493_072) == "493 kB"
 
 
 def test_a_plot_holds_the_methods_of_a_level_or_the_values_of_a_flag(
