@@ -9,8 +9,15 @@ them, so that the table can be checked against the records. Without directories,
 
     python -m experiments.report --readme=README.md
 
-renews every block of that file from results/, with the options that the markers hold. There a name
-may be several directories by comma: `<!-- table: study/final,study/ramps ablation=final/ -->`.
+renews whatever a marker in that file says how to make from results/: tables of runs, with the
+options that the marker holds (a name may be several directories by comma), and numbers in
+sentences. Tables of benchmarks stand there as their commands print them.
+
+    <!-- table: study/final,study/ramps ablation=final/ -->
+    <!-- number: mean study/final/ab_* digits=1 -->
+
+`readme_blocks.py` and `numbers_in_prose.py` in `reporting` have the words of each. Tables of runs
+have these options:
 
     --tuned=learning_rate,ramp_stop     what trials chose for each method: their table, and columns
     --columns=quantizer:binary,int3     methods over levels, "not run" where there is no record
@@ -55,8 +62,9 @@ class Config:
     # a table of single changes to the runs whose names begin so, as final/ste_,final/ab_
     ablation: str = DEFAULTS.ablation
     epochs: str = ",".join(DEFAULTS.epochs)  # a table of the runs at these epochs, by comma
-    readme: Path | None = None  # file whose block `<!-- table: DIRECTORY -->` is renewed
-    results: Path = Path("results")  # what the names of blocks are directories of, to renew all
+    # file whose block `<!-- table: DIRECTORY -->` is renewed; without directories: all of it
+    readme: Path | None = None
+    results: Path = Path("results")  # where the records of a file's blocks and numbers are
 
 
 def write_report(

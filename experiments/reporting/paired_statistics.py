@@ -45,31 +45,35 @@ def paired_difference(
     return Difference(mean, quantile * deviation / math.sqrt(n), n)
 
 
-def mean_cell(values: Sequence[float], expected: int) -> str:
+def mean_cell(values: Sequence[float], expected: int, digits: int = 2) -> str:
     """`66.53 ± 0.41`; with `(n = 3)` where fewer values than expected are there."""
     if not values:
         return NOT_RUN
     mean, deviation = mean_and_deviation(values)
-    text = f"{mean:.2f}" if deviation is None else f"{mean:.2f} ± {deviation:.2f}"
+    text = f"{mean:.{digits}f}"
+    if deviation is not None:
+        text += f" ± {deviation:.{digits}f}"
     return text if len(values) == expected else f"{text} (n = {len(values)})"
 
 
-def difference_cell(values: Mapping[int, float], baseline: Mapping[int, float]) -> str:
+def difference_cell(
+    values: Mapping[int, float], baseline: Mapping[int, float], digits: int = 2
+) -> str:
     """`+0.52 [-0.10, +1.14]`; with `(n = 3)` where not every seed of `values` has its partner."""
     difference = paired_difference(values, baseline)
     if difference is None:
         return NOT_RUN
     mean, half = difference.mean, difference.half_width
-    text = _signed(mean)
+    text = signed(mean, digits)
     if half is not None:
-        text += f" [{_signed(mean - half)}, {_signed(mean + half)}]"
+        text += f" [{signed(mean - half, digits)}, {signed(mean + half, digits)}]"
     every_seed = half is not None and difference.n == len(values)
     return text if every_seed else f"{text} (n = {difference.n})"
 
 
-def _signed(value: float) -> str:
-    text = f"{value:+.2f}"
-    return "+0.00" if text == "-0.00" else text
+def signed(value: float, digits: int = 2) -> str:
+    """`+0.52`, with the sign in front; a zero has a plus."""
+    return f"{value:+z.{digits}f}"
 
 
 def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
