@@ -15,7 +15,7 @@ early layer sees so differently is many steps in the logits of that image.
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +138,17 @@ FORMS: dict[str, Callable[[TrainedNetwork, Path], Logits]] = {
 }
 
 
+#: What a table calls the runs of the records in results/, which are named for their settings alone.
+TITLES = {
+    "runs/final/w8a8_channel_least_squares_ab_seed0": "MobileNet v1, W8A8",
+    "runs/final/w4a8_channel_least_squares_ab_seed0": "MobileNet v1, W4A8",
+    "runs/final/resnet50_v1_channel_least_squares_ab_seed0": "ResNet-50 v1, W4A4",
+    "runs/final/resnet50_v2_channel_least_squares_ab_seed0": "ResNet-50 v2, W4A4",
+    "runs/deploy/w1a8": "BinaryNet, W1A8",
+    "runs/deploy/w1a1": "BinaryNet, W1A1",
+}
+
+
 def graph_of(network: TrainedNetwork) -> Graph:
     """The network as a graph."""
     return describe(network.model, network.variables, network.image_shape)
@@ -152,9 +163,9 @@ def run(config: Config) -> dict[str, Any]:
     for path in config.runs:
         network = read_run(path)
         counts[str(path)] = compare(network, *images_of(network), forms)
-    print(table(counts))
     flags = {"runs": [str(path) for path in config.runs], "forms": list(forms)}
     record = {**describe_run("experiments.compare_exports", flags), "counts": counts}
+    print(table([record]))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.out, record)
@@ -228,11 +239,12 @@ def last_step(graph: Graph) -> float | None:
     return float(steps[-1][0] * steps[-1][1]) if steps else None
 
 
-def table(counts: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of the counts of `compare`, a column for each network by its title."""
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of the counts of some records, a column for each run."""
+    counts = {run: found for record in records for run, found in record["counts"].items()}
     columns = list(counts.values())
     lines = [
-        f"| form | {' | '.join(counts)} |",
+        f"| form | {' | '.join(TITLES.get(run, run) for run in counts)} |",
         f"| --- |{' ---: |' * len(columns)}",
         f"| the run | {' | '.join(_percent(c['correct'], c['images']) for c in columns)} |",
     ]

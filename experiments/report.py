@@ -10,14 +10,15 @@ them, so that the table can be checked against the records. Without directories,
     python -m experiments.report --readme=README.md
 
 renews whatever a marker in that file says how to make from results/: tables of runs, with the
-options that the marker holds (a name may be several directories by comma), and numbers in
-sentences. Tables of benchmarks stand there as their commands print them.
+options that the marker holds (a name may be several directories by comma), tables of benchmarks,
+and numbers in sentences.
 
     <!-- table: study/final,study/ramps ablation=final/ -->
+    <!-- benchmark: bench_step.table bench_step/batch32 bench_step/batch128 -->
     <!-- number: mean study/final/ab_* digits=1 -->
 
-`readme_blocks.py` and `numbers_in_prose.py` in `reporting` have the words of each. Tables of runs
-have these options:
+`readme_blocks.py`, `benchmark_blocks.py` and `numbers_in_prose.py` in `reporting` have the words of
+each. Tables of runs have these options:
 
     --tuned=learning_rate,ramp_stop     what trials chose for each method: their table, and columns
     --columns=quantizer:binary,int3     methods over levels, "not run" where there is no record

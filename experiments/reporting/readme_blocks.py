@@ -14,6 +14,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from experiments.reporting.benchmark_blocks import has_benchmarks, renew_benchmarks
 from experiments.reporting.numbers_in_prose import has_numbers, renew_numbers
 from experiments.reporting.readings import ReportError, read_records
 from experiments.reporting.table import StudyTables, TableOptions
@@ -80,13 +81,13 @@ def renew_readme(text: str, study: str, table: str, options: TableOptions = DEFA
 
 
 def renew_all(text: str, results: Path) -> str:
-    """`text` with its tables and its numbers made anew.
+    """`text` with its tables, of studies and of benchmarks, and its numbers made anew.
 
     All is made from the records in `results`. Raises ReportError: a block or a number that cannot
     be made, by its marker; none at all.
     """
     placed = _placed_blocks(text)
-    if not (placed or has_numbers(text)):
+    if not (placed or has_benchmarks(text) or has_numbers(text)):
         raise ReportError("there is no block: add a line <!-- table: STUDY --> and its end")
     for block, start, stop in reversed(placed):
         try:
@@ -94,7 +95,7 @@ def renew_all(text: str, results: Path) -> str:
         except ReportError as error:
             raise ReportError(f"the block of {block.study}: {error}") from error
         text = _replaced(text, [(start, stop, table, block.options)], block.study)
-    return renew_numbers(text, results)
+    return renew_numbers(renew_benchmarks(text, results), results)
 
 
 def _placed_blocks(text: str) -> list[tuple[ReadmeBlock, int, int]]:

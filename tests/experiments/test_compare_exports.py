@@ -70,7 +70,9 @@ def test_images_are_counted_whose_class_or_logits_differ(
         "above_one_step": 0,
         "largest": 0.0,
     }
-    _, _, run, other, *_ = table({"a": counts, "b": counts}).splitlines()
+    _, _, run, other, *_ = table(
+        [{"counts": {"a": counts}}, {"counts": {"b": counts}}]
+    ).splitlines()
     assert run == "| the run | 66.67 % | 66.67 % |"
     cell = f"{100 * right / 300:.2f} %, 7 of 300 differ"
     assert other == f"| other | {cell} | {cell} |"

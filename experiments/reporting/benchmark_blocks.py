@@ -1,0 +1,72 @@
+"""The blocks of a page in which tables of benchmarks stand.
+
+    <!-- benchmark: bench_step.table bench_step/batch32 bench_step/batch128 -->
+    ...
+    <!-- /benchmark -->
+
+The words are a function of a module of `experiments`, which makes the text from a list of records,
+and these records, as files in results/ without `.json`.
+"""
+
+import importlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.reporting.readings import ReportError
+
+_START = re.compile(r"<!-- benchmark: ([^\n]*) -->\n")
+_END = "<!-- /benchmark -->"
+
+
+def has_benchmarks(text: str) -> bool:
+    """Whether a page has such a block."""
+    return _START.search(text) is not None
+
+
+def renew_benchmarks(text: str, results: Path) -> str:
+    """`text` with every block made anew from its records in `results`.
+
+    Raises ReportError, which names the block: one that is not closed, or cannot be made.
+    """
+    before, *blocks = _START.split(text)  # what is before; words, what follows; words, ...
+    renewed = before
+    for words, following in zip(blocks[::2], blocks[1::2], strict=True):
+        start = f"<!-- benchmark: {words} -->\n"
+        _, end, after = following.partition(_END)
+        try:
+            if not end:
+                raise ReportError(f"it is not closed: add a line {_END}")
+            function, *records = words.split() or [""]
+            made = benchmark_table(function, records, results)
+        except ReportError as error:
+            raise ReportError(f"{start.rstrip()}: {error}") from error
+        renewed += f"{start}{made}\n{_END}{after}"
+    return renewed
+
+
+def benchmark_table(function: str, names: Sequence[str], results: Path) -> str:
+    """What a function such as `bench_step.table` makes of the records so named.
+
+    Raises ReportError: no such function, no such record, records of something else.
+    """
+    module, _, name = function.rpartition(".")
+    try:
+        make = getattr(importlib.import_module(f"experiments.{module}"), name)
+    except (ImportError, AttributeError) as error:
+        raise ReportError(f"experiments.{function} cannot be had: {error}") from error
+    records: list[dict[str, Any]] = []
+    for path in (results / f"{one}.json" for one in names):
+        if not path.is_file():
+            raise ReportError(f"there is no record {path}")
+        try:
+            records.append(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ReportError(f"{path} is not JSON: {error}") from error
+    try:
+        return str(make(records))
+    except (KeyError, IndexError, TypeError) as error:
+        told = ", ".join(names) or "no record"
+        raise ReportError(f"{function} makes no table of {told}: {error!r}") from error
