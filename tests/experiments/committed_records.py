@@ -1,4 +1,4 @@
-"""What the committed records say, by seed and in percent, for tests of what the documents say."""
+"""What the committed records say, in percent, for tests of what the documents say."""
 
 import json
 import statistics
@@ -19,11 +19,6 @@ FIXED_LEVELS = "binarynet_fixed_levels/final/{}_*.json".format
 LEVELS = ("binary", "ternary", "least_squares_binary2", "int3", "int4")
 
 
-def words(file: str) -> str:
-    """A document with its line breaks as spaces."""
-    return " ".join((ROOT / file).read_text(encoding="utf-8").split())
-
-
 def records(pattern: str) -> list[dict[str, Any]]:
     paths = sorted((ROOT / "results").glob(pattern))
     assert paths, pattern
@@ -35,14 +30,18 @@ def accuracies(pattern: str, key: str = FRESH) -> dict[int, float]:
     return {r["config"]["seed"]: 100 * r["summary"]["test"][key] for r in records(pattern)}
 
 
-def at_epoch(pattern: str, epoch: float, key: str) -> dict[int, float]:
-    """A reading of one evaluation by seed, in percent."""
-    return {
-        r["config"]["seed"]: 100 * m[key]
-        for r in records(pattern)
-        for m in r["metrics"]
-        if m["epoch"] == epoch
-    }
+def validation_accuracies(pattern: str, key: str = FRESH) -> dict[float, float]:
+    """Validation accuracy of trials by learning rate, in percent."""
+    found = records(pattern)
+    by_rate = {r["config"]["learning_rate"]: 100 * r["summary"]["validation"][key] for r in found}
+    assert len(by_rate) == len(found), f"two trials at one rate: {pattern}"
+    return by_rate
+
+
+def rate(runs: str) -> float:
+    """The learning rate of these runs, named without `.json`."""
+    (found,) = {r["config"]["learning_rate"] for r in records(f"{runs}.json")}
+    return found
 
 
 def interval(values: Mapping[int, float], baseline: Mapping[int, float]) -> tuple[float, float]:
@@ -50,6 +49,12 @@ def interval(values: Mapping[int, float], baseline: Mapping[int, float]) -> tupl
     assert found is not None
     assert found.half_width is not None
     return found.mean - found.half_width, found.mean + found.half_width
+
+
+def is_tie(values: Mapping[int, float], baseline: Mapping[int, float]) -> bool:
+    """Whether the interval of the difference holds 0."""
+    low, high = interval(values, baseline)
+    return low < 0 < high
 
 
 def mean(values: Mapping[int, float]) -> float:
@@ -68,10 +73,6 @@ def ste_at_half_the_rate(quantizer: str) -> dict[int, float]:
 def late_ramp(quantizer: str) -> dict[int, float]:
     """AB in ResNet-20 with its ramp from 0.5 to 0.9 of the run."""
     return accuracies(f"resnet20_late_ramp/final/ab_{quantizer}_*.json")
-
-
-def float_resnet() -> dict[int, float]:
-    return accuracies("resnet20_methods/final/float_binary_*.json", "blended_recalibrated")
 
 
 def ablation(name: str, key: str = FRESH) -> dict[int, float]:
