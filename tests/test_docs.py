@@ -185,3 +185,18 @@ def test_the_reference_holds_every_public_name(reference: Path) -> None:
 def test_the_reference_has_a_page_for_every_room(reference: Path) -> None:
     rooms = {path.stem for path in ROOT.glob("ab_jax/[a-z]*") if path.name != "py.typed"}
     assert rooms == {path.stem for path in reference.glob("ab_jax/*.html")}
+
+
+# What is committed of results
+
+
+def test_results_hold_records_and_the_pictures_that_pages_show() -> None:
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "results"], capture_output=True, text=True
+    )
+    if listed.returncode:
+        pytest.skip("not in a git checkout")
+    pages = [ROOT / "README.md", ROOT / "results/README.md", *DOCS.glob("*.md")]
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    others = [file for file in listed.stdout.split() if not file.endswith(".json")]
+    assert [file for file in others if file != "results/README.md" and file not in text] == []

@@ -52,8 +52,8 @@ def render_plots(
             "accuracy",
             "Accuracy and alpha over training",
             "Mean over the seeds; the band spans all of them. The codes are read with re-estimated "
-            "batch-norm statistics, dotted with those that ran along in training. The network as "
-            "trained begins as the float network that the runs start from.",
+            "batch-norm statistics (dotted, where shown: with those that ran along in training). "
+            "The network as trained begins as the float network that the runs start from.",
             draw_accuracy,
         ),
         (

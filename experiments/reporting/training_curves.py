@@ -44,7 +44,7 @@ def draw_accuracy(series: Sequence[Series], theme: Theme) -> Figure | None:
     if not any(len(curve(line.records, key)) for line in series for key in _KEYS):
         return None
     if len(series) > MOST_TOGETHER:
-        return _small_multiples(series, theme)
+        return _accuracy_of_each(series, theme)
     figure = Figure(figsize=(WIDTH, 7.2), layout="constrained")
     top, middle, bottom = figure.subplots(3, 1, sharex=True, height_ratios=(3, 3, 1.3))
     for line, color in zip(series, colors(series, theme), strict=True):
@@ -59,29 +59,45 @@ def draw_accuracy(series: Sequence[Series], theme: Theme) -> Figure | None:
     return figure
 
 
-def _small_multiples(series: Sequence[Series], theme: Theme) -> Figure:
-    """A plot a line, with the codes of all others in the background."""
-    rows = -(-len(series) // _ACROSS)
-    figure = Figure(figsize=(WIDTH, 0.5 + 1.75 * rows), layout="constrained")
-    grid = figure.subplots(rows, _ACROSS, sharex=True, sharey=True, squeeze=False).flatten()
+def _accuracy_of_each(series: Sequence[Series], theme: Theme) -> Figure:
+    """As trained and from the codes, a plot a line, and alpha of all below them."""
+    figure, grid, below = _grid(series, below=True)
+    assert below is not None
     codes = [curve(line.records, "recalibrated_accuracy") for line in series]
-    for axes in grid[len(series) :]:
-        axes.set_axis_off()
-    for i, (line, color) in enumerate(zip(series, colors(series, theme), strict=True)):
-        axes = grid[i]
-        for other in codes:
-            axes.plot(other[:, 0], 100 * other[:, 1], color=theme.grid, linewidth=1)
+    _draw_each(grid, series, codes, theme)
+    for axes, line, color in zip(grid, series, colors(series, theme), strict=True):
         trained = _as_trained(line)
         axes.plot(trained[:, 0], 100 * trained[:, 1], color=color, linestyle="--", linewidth=1.1)
-        _band(axes, codes[i], color, percent=True)
-        axes.set_title(textwrap.fill(line.label, 22), fontsize=9)
-    for axes in grid[: len(series)]:
-        # Where nothing stands below.
-        axes.tick_params(labelbottom=True)
-        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3))
-    figure.supylabel("validation accuracy (%)", fontsize=10)
-    figure.supxlabel("step; solid: integer codes, dashed: as trained", fontsize=10)
+    _draw_alphas(below, series, theme)
+    figure.supylabel("validation accuracy (%); solid: integer codes, dashed: as trained")
     return figure
+
+
+def _grid(series: Sequence[Series], *, below: bool) -> tuple[Figure, list[Axes], Axes | None]:
+    """A figure with axes for each line that share both scales, and perhaps wide ones below."""
+    rows = -(-len(series) // _ACROSS)
+    figure = Figure(figsize=(WIDTH, 0.3 + 1.75 * (rows + below)), layout="constrained")
+    places = figure.add_gridspec(rows + below, _ACROSS)
+    grid: list[Axes] = []
+    for i in range(len(series)):
+        first = grid[0] if grid else None
+        axes = figure.add_subplot(places[divmod(i, _ACROSS)], sharex=first, sharey=first)
+        axes.tick_params(labelleft=i % _ACROSS == 0)
+        grid.append(axes)
+    return figure, grid, figure.add_subplot(places[rows, :]) if below else None
+
+
+def _draw_each(
+    grid: Sequence[Axes], series: Sequence[Series], curves: Sequence[np.ndarray], theme: Theme
+) -> None:
+    """Each line's curve in percent, with those of all others in the background."""
+    inks = colors(series, theme)
+    for axes, line, own, color in zip(grid, series, curves, inks, strict=True):
+        for other in curves:
+            axes.plot(other[:, 0], 100 * other[:, 1], color=theme.grid, linewidth=1)
+        _band(axes, own, color, percent=True)
+        axes.set_title(textwrap.fill(line.label, 22), fontsize=9)
+        axes.xaxis.set_major_locator(mpl.ticker.MaxNLocator(3))
 
 
 def _as_trained(line: Series) -> np.ndarray:
@@ -105,17 +121,24 @@ def draw_changed_codes(series: Sequence[Series], theme: Theme) -> Figure | None:
     """The share of codes that changed since the evaluation before, in percent."""
     if not any(len(curve(line.records, "changed_codes")) for line in series):
         return None
-    figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
-    axes = figure.subplots()
-    for line, color in zip(series, colors(series, theme), strict=True):
-        _band(axes, curve(line.records, "changed_codes"), color, percent=True)
+    changed = [curve(line.records, "changed_codes") for line in series]
+    if len(series) > MOST_TOGETHER:
+        figure, (axes, *others), _ = _grid(series, below=False)
+        _draw_each([axes, *others], series, changed, theme)
+        figure.supylabel("codes changed (%)", fontsize=10)
+        figure.supxlabel("step", fontsize=10)
+    else:
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
+        axes = figure.subplots()
+        for points, color in zip(changed, colors(series, theme), strict=True):
+            _band(axes, points, color, percent=True)
+        axes.set(xlabel="step", ylabel="codes changed (%)")
+        legend(figure, series, theme)
     # Logarithmic, but 0 must be on it: past alpha = 1 no code changes at all.
     axes.set_yscale("symlog", linthresh=0.01)
-    axes.set(xlabel="step", ylabel="codes changed (%)")
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_locator(mpl.ticker.NullLocator())
-    legend(figure, series, theme)
     return figure
 
 

@@ -498,8 +498,13 @@ def test_of_many_methods_each_has_a_plot_of_its_own() -> None:
     series = [figures.Series(m, m, [run(m, 0, metrics=curves(0))]) for m in methods]
     figure = training_curves.draw_accuracy(series, figures.LIGHT)
     assert figure is not None
-    panels = [axes for axes in figure.axes if axes.get_title()]
+    *panels, alpha = figure.axes
     assert [axes.get_title() for axes in panels] == methods
+    assert len(alpha.lines) == len(methods)
+    changed = training_curves.draw_changed_codes(series, figures.LIGHT)
+    assert changed is not None
+    assert [axes.get_title() for axes in changed.axes] == methods
+    assert {axes.get_yscale() for axes in changed.axes} == {"symlog"}
     inks = figures.colors(series, figures.LIGHT)
     for axes, ink in zip(panels, inks, strict=True):
         drawn = [line.get_color() for line in axes.lines]
