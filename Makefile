@@ -37,8 +37,8 @@ test: lint ## check the style and the types, then run all tests
 test-fast: $(TEST) ## the core alone: rules, quantizers, estimators, ramps (under a minute)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
 
-test-full: lint ## what test runs, and whole studies cut off and resumed (half an hour)
-	$(PY) -m pytest -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py
+test-full: lint ## what test runs, long trainings, and whole studies cut off and resumed (an hour)
+	$(PY) -m pytest -m "" -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py
 
 test-torch: $(TORCH) ## compare PARQ with its authors' code, in an environment with PyTorch
 	JAX_PLATFORMS=cpu $(TORCH_VENV)/bin/python -m pytest tests/against_torch/live.py

@@ -27,6 +27,10 @@ from experiments.config import FREE_FLAGS, PLACES, Config, recorded
 from experiments.exporting.networks import load_packed
 from experiments.methods import alpha_schedule, method_of
 from experiments.rules import activation_rules
+from tests.fast_compilation import fast_compilation
+
+__all__ = ["fast_compilation"]
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,7 +82,9 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 # Small runs
 
 
-@pytest.mark.parametrize("method", ["float", "ste", "ab", "lsq"])
+@pytest.mark.parametrize(
+    "method", ["ste", "ab", *(pytest.param(m, marks=pytest.mark.long) for m in ("float", "lsq"))]
+)
 def test_each_method_runs_to_its_record(
     tiny: Config, first_losses: dict[str, float], method: Any
 ) -> None:

@@ -95,21 +95,31 @@ def check_two_phases(flags: list[str], name: str) -> None:
     assert record["config"]["init_from"].endswith(f"{name}/float")
 
 
-def test_mobilenet_trains_from_scratch_and_from_another_run(flags: list[str]) -> None:
-    for name, weight_bits, act_bits in (("m88", 8, 8), ("m44", 4, 4)):
-        (runs,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--runs_dir="))
-        start = [] if name == "m88" else [f"--init_from={runs}/m88/float"]
-        bits = [f"--weights=int{weight_bits}", f"--act_bits={act_bits}"]
-        done = run("mobilenet_v1_imagenet", *flags, *bits, *start, f"--name={name}")
-        assert done.returncode == 0, done.stderr
-        # Before it starts the run says what becomes of each layer's input and of each parameter.
-        assert re.search(rf"block3/pointwise +\.\* +{act_bits} bits, unsigned", done.stdout)
-        assert re.search(r"stem/kernel .*Uniform +8 ", done.stdout)
-        assert re.search(rf"block3/pointwise/kernel .*Uniform +{weight_bits} ", done.stdout)
-        check_quantized(record_of(flags, name), weight_bits, act_bits)
+def train_mobilenet(flags: list[str], name: str, bits: int, *start: str) -> None:
+    chosen = [f"--weights=int{bits}", f"--act_bits={bits}", f"--name={name}"]
+    done = run("mobilenet_v1_imagenet", *flags, *chosen, *start)
+    assert done.returncode == 0, done.stderr
+    # Before it starts the run says what becomes of each layer's input and of each parameter.
+    assert re.search(rf"block3/pointwise +\.\* +{bits} bits, unsigned", done.stdout)
+    assert re.search(r"stem/kernel .*Uniform +8 ", done.stdout)
+    assert re.search(rf"block3/pointwise/kernel .*Uniform +{bits} ", done.stdout)
+    check_quantized(record_of(flags, name), bits, bits)
+
+
+def test_mobilenet_trains_from_scratch(flags: list[str]) -> None:
+    train_mobilenet(flags, "m88", 8)
     check_two_phases(flags, "m88")
 
 
+@pytest.mark.long
+def test_mobilenet_trains_from_another_run(flags: list[str]) -> None:
+    train_mobilenet(flags, "first", 8)
+    (runs,) = (flag.partition("=")[2] for flag in flags if flag.startswith("--runs_dir="))
+    train_mobilenet(flags, "m44", 4, f"--init_from={runs}/first/float")
+    assert record_of(flags, "m44")["config"]["init_from"] == f"{runs}/first/float"
+
+
+@pytest.mark.long
 def test_both_resnets_are_made_and_the_second_trains(flags: list[str]) -> None:
     for version, variant in ((1, TORCHVISION), (2, TIMM_V2)):
         config = dataclasses.replace(
@@ -126,6 +136,7 @@ def test_both_resnets_are_made_and_the_second_trains(flags: list[str]) -> None:
     check_two_phases(flags, "r2")
 
 
+@pytest.mark.long
 def test_imagenet_itself_needs_its_directory_and_nothing_else(tmp_path: Path) -> None:
     prepare_generated_imagenet(tmp_path / "data", train=24, validation=5, seed=0)
     flags = [

@@ -73,6 +73,7 @@ def test_published_networks_have_their_published_size(
     assert cost.multiply_adds == pytest.approx(multiply_adds, rel=1e-3)
 
 
+@pytest.mark.long
 def test_a_compiled_step_reduces_the_bytes_of_the_plan(devices: list[jax.Device]) -> None:
     model = BinaryNet(width=1 / 32, axis_name=AXIS)
     cost = network_cost(model, (8, 8, 3))

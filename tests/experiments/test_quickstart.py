@@ -18,6 +18,10 @@ from sklearn.datasets import load_digits
 from experiments import export, quickstart
 from experiments.quickstart import Config, accuracy_table
 from experiments.reporting.readings import Record
+from tests.fast_compilation import fast_compilation
+
+__all__ = ["fast_compilation"]
+pytestmark = pytest.mark.usefixtures("fast_compilation")
 
 
 def text_of(table: Any) -> list[list[str]]:

@@ -74,6 +74,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory / "tiny"
 
 
+@pytest.mark.long
 def test_a_run_ends_quantized_and_is_reported(finished: Path) -> None:
     assert NAME in EXPERIMENTS, "a sweep runs it"
     (record,) = read_records([finished / "record.json"])
@@ -86,6 +87,7 @@ def test_a_run_ends_quantized_and_is_reported(finished: Path) -> None:
         assert record.summary[part]["blended"] == record.summary[part]["quantized"]
 
 
+@pytest.mark.long
 def test_every_file_of_a_run_gives_the_same_logits(
     finished: Path, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 import safetensors
 
 from tests.export.forging import forged, forged_text, opened
@@ -237,6 +238,7 @@ def read_all(directory: Path, seed: int) -> dict[str, Any]:
     return {"outcomes": outcomes, "largest": largest, "slowest": slowest, "peak": peak}
 
 
+@pytest.mark.long
 def test_ten_thousand_mutants_are_refused_or_small(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -121,6 +121,7 @@ def test_another_process_gets_the_same_logits_of_any_number_of_images(
         assert np.median(apart) < 1e-5
 
 
+@pytest.mark.long
 def test_activations_of_one_bit_take_any_number_of_images(rng: np.random.Generator) -> None:
     model, variables, shape = make("binarynet, sign", rng)
     apply = functools.partial(plain_convolutions(model).apply, train=False)

@@ -134,6 +134,7 @@ def test_two_processes_compute_what_one_does(
         np.testing.assert_array_equal(found[0][name], expected[name])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_signs_take_the_same_first_step_on_any_number_of_devices(
     devices: list[jax.Device], mode: Mode

@@ -145,8 +145,15 @@ def reference(forward: Callable[..., Any], binarize: Callable[..., Any]) -> Call
     return run
 
 
-@pytest.mark.parametrize("method", ["ab", "ste"])
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize(
+    ("mode", "method"),
+    [
+        ("pmap", "ste"),
+        ("shard_map", "ab"),
+        pytest.param("pmap", "ab", marks=pytest.mark.long),
+        pytest.param("shard_map", "ste", marks=pytest.mark.long),
+    ],
+)
 def test_any_number_of_devices_trains_as_one_without_an_axis(
     rng: np.random.Generator,
     devices: list[jax.Device],
@@ -190,7 +197,7 @@ def test_any_number_of_devices_trains_as_one_without_an_axis(
     assert min(jax.tree.leaves(moved)) > 1e-3  # all of it was trained
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.long)])
 def test_a_vmapped_seed_trains_as_its_single_run(
     rng: np.random.Generator,
     devices: list[jax.Device],
