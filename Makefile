@@ -16,7 +16,7 @@ TORCH := $(TORCH_VENV)/.installed-torch
 
 # No training, and nothing but JAX and the core to compile.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture blend estimators layerwise \
-	learned_scales least_squares_binary parq quantizers schedules structures))
+	quantizers schedules))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
