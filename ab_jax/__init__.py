@@ -24,12 +24,18 @@ from ab_jax.estimators import (
     soft_straight_through,
     straight_through,
 )
-from ab_jax.layerwise import layerwise_ramp
 from ab_jax.learned_scales import keep_scales_positive, learned_step_size
 from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.quantizers import Binary, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from ab_jax.rules import Rules
-from ab_jax.schedules import cosine_ramp, cubic_ramp, jump, linear_ramp, sigmoid_ramp
+from ab_jax.schedules import (
+    cosine_ramp,
+    cubic_ramp,
+    jump,
+    layerwise_ramp,
+    linear_ramp,
+    sigmoid_ramp,
+)
 
 __version__ = "0.1.0"
 

@@ -28,13 +28,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.assigned import assigned, check_fits
 from ab_jax.description import quantized_paths
 from ab_jax.estimators import Estimator, ScaledEstimator, alpha_blend, check_takes_scale
 from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
 from ab_jax.quantized import with_nan_shown
 from ab_jax.quantizers import Quantized, Quantizer
-from ab_jax.rules import Rules
+from ab_jax.rules import Rules, assigned, check_fits
 
 Tree = TypeVar("Tree")
 Alpha = ArrayLike | Callable[[str], ArrayLike]

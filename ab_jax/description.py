@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 
-from ab_jax.assigned import assigned, check_fits
 from ab_jax.quantizers import Quantizer
-from ab_jax.rules import Rules
+from ab_jax.rules import Rules, assigned, check_fits
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from typing import Any, TypeVar
 from flax import nnx
 
 import ab_jax as ab
-from ab_jax.assigned import leaves_by_path
 from ab_jax.blend import Alpha
 from ab_jax.learned_scales import Scales
+from ab_jax.rules import leaves_by_path
 
 Module = TypeVar("Module", bound=nnx.Module)
 

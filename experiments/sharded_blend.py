@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 import ab_jax as ab
-from experiments.planning.collectives import collective_bytes
+from experiments.planning.network_cost import collective_bytes
 
 Layout = Literal["output channels", "input channels"]
 LAYOUTS: tuple[Layout, ...] = ("output channels", "input channels")

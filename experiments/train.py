@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from ab_jax.data.facts import facts
+from ab_jax.data.load import facts
 from ab_jax.quantized_inputs import describe_inputs, layer_paths
 from ab_jax.training.distributed import (
     all_devices,

@@ -22,11 +22,9 @@ ROOMS: dict[str, set[str]] = {
     "quantized": {"jax", "numpy"},
     "quantizers": {"jax", "numpy"},
     "schedules": {"jax", "numpy", "optax"},
-    "layerwise": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},
     "learned_scales": {"jax", "numpy"},
-    "rules": set(),
-    "assigned": {"jax"},
+    "rules": {"jax"},
     "description": {"jax"},
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered

@@ -1,14 +1,11 @@
 """Ramps layer by layer: windows by hand and for any numbers, the paths, the mean."""
 
-import doctest
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ab_jax as ab
-from ab_jax import layerwise
 from ab_jax.blend import mean_alpha
 from ab_jax.description import quantized_paths
 
@@ -126,9 +123,3 @@ def test_what_makes_no_sense_is_refused(arguments, message):
 def test_a_path_that_belongs_to_no_layer_is_named():
     with pytest.raises(ValueError, match=r"head/kernel is quantized.* layers stem/.*, a/.*, b/"):
         ab.blend(PARAMS, RULES, ab.layerwise_ramp(["stem/.*", "a/.*", "b/.*"], 0, 30)(5))
-
-
-def test_the_example_runs():
-    result = doctest.testmod(layerwise)
-    assert result.attempted == 3
-    assert result.failed == 0

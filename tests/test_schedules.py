@@ -282,7 +282,8 @@ def test_every_schedule_shows_an_example_that_runs():
         for test in doctest.DocTestFinder(exclude_empty=True).find(schedules)
         if test.examples
     }
-    assert examples.keys() == {"cubic_ramp", "linear_ramp", "cosine_ramp", "sigmoid_ramp", "jump"}
+    ramps = {"cubic_ramp", "linear_ramp", "cosine_ramp", "sigmoid_ramp", "layerwise_ramp"}
+    assert examples.keys() == {*ramps, "jump"}
     assert all(name in ab_jax.__all__ for name in examples)
     result = doctest.testmod(schedules)
     assert result.attempted == sum(examples.values()) >= 4

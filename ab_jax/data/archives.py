@@ -20,9 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ab_jax.data.layout import LeftOut
+from ab_jax.data.layout import LeftOut, shown
 from ab_jax.data.limits import check_bytes
-from ab_jax.data.names import shown
 from ab_jax.data.tree import Link, Nodes, Read, contents, walk
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2")

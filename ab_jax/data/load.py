@@ -1,10 +1,11 @@
-"""`load`: any of our data sets by name, cut into training, validation and test parts."""
+"""`load`: any of our data sets by name, cut into three parts; `facts`: what records tell of it."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import os
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from ab_jax.data.dataset import Dataset, Images, channel_statistics
 from ab_jax.data.parts import cut
 from ab_jax.data.pixels import box_downsample
 from ab_jax.data.prepared import Prepared, read_prepared, resolve_data_dir
+from ab_jax.data.stream import StreamedDataset
 
 NAMES = ("digits", "cifar10", "cifar10_jpeg", "tiny_imagenet", "image_folder:NAME")
 DIGITS_TEST = 400  # images of the 1,797
@@ -123,3 +125,24 @@ def _first_classes(name: str, prepared: Prepared, classes: int) -> Prepared:
         class_names=prepared.class_names[:classes],
         splits={split: part[part.labels < classes] for split, part in prepared.splits.items()},
     )
+
+
+def facts(dataset: Dataset | StreamedDataset) -> dict[str, Any]:
+    """Name, version, number of images, classes and their names, shape, channels' mean and std.
+
+    As JSON values. What is exported of a run carries them: by mean and std (pixels in 0..1) images
+    are normalized, and logits come in the order of the names. Mean and std of images in memory are
+    those of the very training images, so that they tell other images under the same version; of a
+    stream they are constants. They are rounded, since their last digits are the processor's.
+    """
+    parts = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
+    return {
+        "name": dataset.name,
+        "version": dataset.version,
+        "images": {name: len(part) for name, part in parts.items()},
+        "classes": dataset.num_classes,
+        "image_shape": list(dataset.image_shape),
+        "class_names": list(dataset.class_names),
+        "mean": [round(mean, 6) for mean in dataset.mean],
+        "std": [round(std, 6) for std in dataset.std],
+    }

@@ -9,8 +9,15 @@ from pathlib import Path
 
 from ab_jax.data.archives import ARCHIVE_SUFFIXES, Files, archive_files
 from ab_jax.data.bad_images import BadImages
-from ab_jax.data.layout import SUFFIXES, ImageFile, LeftOut, image_file
-from ab_jax.data.names import check_class_names, check_utf8, shown
+from ab_jax.data.layout import (
+    SUFFIXES,
+    ImageFile,
+    LeftOut,
+    check_class_names,
+    check_utf8,
+    image_file,
+    shown,
+)
 from ab_jax.data.pixels import decode
 from ab_jax.data.tree import DiskDirectory, Read, walk
 

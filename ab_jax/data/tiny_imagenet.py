@@ -19,8 +19,7 @@ from typing import Any
 from ab_jax.data.archives import ARCHIVE_SUFFIXES
 from ab_jax.data.bad_images import BadImages
 from ab_jax.data.image_folder import ImageFolder
-from ab_jax.data.layout import LeftOut, is_hidden
-from ab_jax.data.names import check_class_names, check_utf8, shown
+from ab_jax.data.layout import LeftOut, check_class_names, check_utf8, is_hidden, shown
 from ab_jax.data.pixels import decode
 from ab_jax.data.prepared import WORDS
 from ab_jax.data.sources import entries

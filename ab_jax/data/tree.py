@@ -14,9 +14,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 
-from ab_jax.data.layout import LeftOut, place
+from ab_jax.data.layout import LeftOut, place, shown
 from ab_jax.data.limits import check_bytes
-from ab_jax.data.names import shown
 
 File = TypeVar("File")  # whatever reads one
 Read = Callable[[], bytes]

@@ -39,8 +39,8 @@ from ab_jax.export.graph import (
 )
 from ab_jax.input_ranges import checked_range
 from ab_jax.models.binarynet import BinaryNet
+from ab_jax.models.convolution import Padding, lax_padding
 from ab_jax.models.mobilenet import MobileNet
-from ab_jax.models.padding import Padding, lax_padding
 from ab_jax.models.resnet import ResNet
 from ab_jax.quantized_inputs import RANGES, QuantizedInputs, keep_input
 

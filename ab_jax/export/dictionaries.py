@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import jax
 
-from ab_jax.assigned import leaves_by_path
 from ab_jax.quantized import Quantized
+from ab_jax.rules import leaves_by_path
 
 Tree = TypeVar("Tree")
 

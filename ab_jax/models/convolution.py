@@ -5,7 +5,7 @@ and residual networks are made of: depthwise ones, and the kernel gradient of po
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -85,3 +85,23 @@ def cpu_conv_general_dilated(
         precision,
         preferred_element_type,
     )
+
+
+Padding = Literal["same", "symmetric"]
+
+
+def lax_padding(padding: Padding, window: int) -> str | Sequence[tuple[int, int]]:
+    """The `padding` argument of `nn.Conv` and of pooling, for a square window on images.
+
+    Args:
+      padding: "same" as in Keras and TensorFlow, "symmetric" as in PyTorch.
+      window: taps along height and along width.
+
+    Raises:
+      ValueError: another name.
+    """
+    if padding == "same":
+        return "SAME"
+    if padding == "symmetric":
+        return [(window // 2, window // 2)] * 2
+    raise ValueError(f'padding is "same" or "symmetric", not {padding!r}')

@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.activations import Activation
-from ab_jax.models.padding import Padding, lax_padding
+from ab_jax.models.convolution import Padding, lax_padding
 from ab_jax.quantized_inputs import InputQuantizer
 
 

@@ -20,8 +20,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu
-from ab_jax.models.convolution import convolution
-from ab_jax.models.padding import Padding, lax_padding
+from ab_jax.models.convolution import Padding, convolution, lax_padding
 from ab_jax.models.residual import Block
 from ab_jax.quantized_inputs import InputQuantizer, keep_input
 

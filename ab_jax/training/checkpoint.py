@@ -24,6 +24,8 @@ import orbax.checkpoint as ocp
 from ab_jax.quantized_inputs import RANGES
 from ab_jax.training.checkpoint_items import (
     FIELDS,
+    Interval,
+    Standing,
     check_same_shapes,
     host_arrays,
     items_of,
@@ -32,7 +34,6 @@ from ab_jax.training.checkpoint_items import (
     without_ranges,
 )
 from ab_jax.training.distributed import is_first, to_global, to_own, value_of_first
-from ab_jax.training.interval import Interval
 from ab_jax.training.retention import (
     NoWholeCheckpointError,
     newest_whole,
@@ -40,7 +41,6 @@ from ab_jax.training.retention import (
     seal,
     written,
 )
-from ab_jax.training.standing import Standing
 from ab_jax.training.state import TrainState
 
 

@@ -1,13 +1,18 @@
-"""The items of a checkpoint: which parts of a state each holds, and whether a model fits them."""
+"""The items of a checkpoint: parts of the state and of its run, and whether a model fits."""
 
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from ab_jax.files import read_regular, write_whole
 from ab_jax.quantized_inputs import RANGES
 from ab_jax.training.distributed import to_global
+from ab_jax.training.metrics_file import Seal
 from ab_jax.training.state import TrainState
 
 # The network is an item of its own, so that another run can start from it whatever its optimizer.
@@ -71,4 +76,77 @@ def check_same_shapes(directory: Path, stored: Any, wanted: Any) -> None:
             f"The network in {directory} does not fit the model: {path} is "
             f"{have.get(path, 'absent')} there and {want.get(path, 'absent')} in the model "
             f"({len(differing)} leaves differ). Give both runs the same model flags."
+        )
+
+
+_NAME = "run.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """Where a run stood when a checkpoint was written. None of it is known of older ones.
+
+    Attributes:
+      metrics: the seal of the lines up to there; None where another process wrote them.
+      alphas: by the path of each quantized parameter, and of the activations.
+    """
+
+    metrics: Seal | None = None
+    alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    def write(self, checkpoint: Path) -> None:
+        """Into the directory of a checkpoint that has no manifest yet.
+
+        Raises:
+          OSError: it cannot be written; names the path and the fix.
+        """
+        write_whole(checkpoint / _NAME, json.dumps(dataclasses.asdict(self)).encode())
+
+    @classmethod
+    def read(cls, checkpoint: Path) -> "Standing":
+        """From a checkpoint that is whole by its manifest."""
+        data = read_regular(checkpoint / _NAME)
+        return cls() if data is None else cls(**json.loads(data))
+
+
+# Those that a line of metrics has the means of, and the sum, where there are any.
+_METRICS = ("loss", "accuracy", "not_finite_inputs")
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """The steps since the last evaluation, of which the next one makes its line of metrics.
+
+    Attributes:
+      metrics: float32 [steps] by name.
+      codes: of the quantized parameters at the last evaluation, in the order of the tree.
+    """
+
+    metrics: dict[str, np.ndarray]
+    codes: list[np.ndarray]
+
+    @classmethod
+    def of(cls, steps: Sequence[Mapping[str, Any]], codes: list[np.ndarray]) -> "Interval":
+        """From what each step returned, one at least."""
+        names = [name for name in _METRICS if any(name in step for step in steps)]
+        metrics = {n: np.asarray([step.get(n, 0) for step in steps], np.float32) for n in names}
+        return cls(metrics, codes)
+
+    def steps(self) -> list[dict[str, Any]]:
+        """The inverse of `of`, for the metrics that are kept."""
+        columns = zip(*self.metrics.values(), strict=True)
+        return [dict(zip(self.metrics, values, strict=True)) for values in columns]
+
+    def to_tree(self) -> dict[str, Any]:
+        """As dictionaries of arrays, none of them empty, which is what Orbax can write."""
+        codes = {str(i): codes for i, codes in enumerate(self.codes)}
+        return {"metrics": self.metrics, **({"codes": codes} if codes else {})}
+
+    @classmethod
+    def from_tree(cls, tree: dict[str, Any]) -> "Interval":
+        """The inverse of `to_tree`."""
+        codes = tree.get("codes", {})
+        return cls(
+            metrics={name: np.asarray(values) for name, values in tree["metrics"].items()},
+            codes=[np.asarray(codes[str(i)]) for i in range(len(codes))],
         )

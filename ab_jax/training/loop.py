@@ -20,15 +20,14 @@ from ab_jax.estimators import Estimator, ScaledEstimator, full_precision, takes_
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.checkpoint_items import Interval, Standing
 from ab_jax.training.distributed import agreed, first_succeeds, is_first
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
-from ab_jax.training.interval import Interval
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.ramps import Alphas, check_never_falls
 from ab_jax.training.readings import Readings
 from ab_jax.training.records import RunDirectory, accuracies_of
-from ab_jax.training.standing import Standing
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step import Preprocessing, make_train_step
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked

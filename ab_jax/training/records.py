@@ -25,11 +25,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from ab_jax.files import write_whole, writing
-from ab_jax.training.begun import changes_between, has_checkpoints, told
-from ab_jax.training.lock import take_lock
+from ab_jax.training.existing_run import changes_between, has_checkpoints, take_lock, told
 from ab_jax.training.metrics_file import MetricsFile, Seal
 from ab_jax.training.provenance import hardware, revision, settings_of_jax
-from ab_jax.training.sealed import read_sealed, seal, write_sealed
+from ab_jax.training.seals import read_sealed, seal, write_sealed
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ab_jax.files import read_regular, write_whole
-from ab_jax.training.manifest import NAME as MANIFEST
-from ab_jax.training.manifest import find_damage, write_manifest
+from ab_jax.training.seals import NAME as MANIFEST
+from ab_jax.training.seals import find_damage, write_manifest
 
 _ABOUT = "about.json"
 _WRITING = ".writing"
@@ -55,7 +55,7 @@ def newest_whole(directory: Path) -> int | None:
         if any(damage.endswith(f"{MANIFEST} is missing") for damage in damages):
             hint = (
                 " Whole ones that older code wrote without a manifest get theirs by python -m "
-                "ab_jax.training.manifest PATH."
+                "ab_jax.training.seals PATH."
             )
         raise NoWholeCheckpointError(
             f"There are checkpoints in {directory}, but none is whole: {'; '.join(damages)}. Put "

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ab_jax.training.begun import is_in_use
+from ab_jax.training.existing_run import is_in_use
 from ab_jax.training.stopping import EXIT_CODE
 from experiments.sweeping.job import Training
 from experiments.sweeping.plan import PlanError

@@ -1,7 +1,7 @@
 """What a sweep or a study has to do: a task a run, and what is there of it already.
 
 Whether a directory holds the run that is asked for, and whether a process is at work there, is
-found out as the run itself does it (`ab_jax.training.begun`).
+found out as the run itself does it (`ab_jax.training.existing_run`).
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ab_jax.training.begun import differences, is_in_use, stored_run
+from ab_jax.training.existing_run import differences, is_in_use, stored_run
 from experiments.config import FREE_FLAGS, PLACES
 from experiments.old_flags import todays
 from experiments.sweeping.plan import PlanError

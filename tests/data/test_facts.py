@@ -7,8 +7,8 @@ import pytest
 
 from ab_jax.data import Dataset, Images, load
 from ab_jax.data import image_folder as builders
-from ab_jax.data.facts import facts
 from ab_jax.data.image_folder import CIFAR10_CLASSES
+from ab_jax.data.load import facts
 from ab_jax.data.prepare import prepare_cifar10_jpeg, prepare_image_folder
 from ab_jax.data.stream import load_stream
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ab_jax.data.facts import facts
+from ab_jax.data.load import facts
 from ab_jax.data.stream import IMAGENET_MEAN, load_stream
 from experiments.generated_imagenet import (
     SIZES,

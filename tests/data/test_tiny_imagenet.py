@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from ab_jax.data import load, tiny_imagenet
-from ab_jax.data.facts import facts
+from ab_jax.data.load import facts
 from ab_jax.data.pixels import decode
 from ab_jax.data.prepare import prepare_tiny_imagenet
 from ab_jax.data.stream import load_stream

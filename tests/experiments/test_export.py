@@ -20,7 +20,7 @@ from ai_edge_litert.interpreter import Interpreter
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer, relu6
 from ab_jax.data import load
-from ab_jax.data.facts import facts
+from ab_jax.data.load import facts
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.export.qwix import InputCodes, read_qwix, to_qwix
 from ab_jax.export.qwix_serving import serve

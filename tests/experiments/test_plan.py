@@ -19,8 +19,7 @@ from ab_jax.training.step import Preprocessing, make_train_step
 from experiments import plan
 from experiments.plan import Config, Step, make_network, report, step_time
 from experiments.planning.chips import CHIPS, Chip, all_reduce_parts, ring_bytes
-from experiments.planning.collectives import collective_bytes
-from experiments.planning.network_cost import network_cost
+from experiments.planning.network_cost import collective_bytes, network_cost
 
 # A chip with round numbers.
 ROUND = Chip(

@@ -14,7 +14,7 @@ import pytest
 
 from ab_jax.training import checkpoint
 from ab_jax.training.checkpoint import Checkpoints
-from ab_jax.training.interval import Interval
+from ab_jax.training.checkpoint_items import Interval
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.retention import DamagedCheckpointWarning, seal
 from ab_jax.training.state import TrainState, create_state

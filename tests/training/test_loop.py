@@ -24,11 +24,11 @@ from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory
 from ab_jax.training.finite import NonFiniteLossError
 from ab_jax.training.loop import Training, train
-from ab_jax.training.manifest import write_manifest
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.retention import DamagedCheckpointWarning
+from ab_jax.training.seals import write_manifest
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step import Preprocessing
 from ab_jax.training.stopping import StoppedError

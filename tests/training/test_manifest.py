@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ab_jax.training import manifest
-from ab_jax.training.manifest import NAME, find_damage, write_manifest
+from ab_jax.training import seals
+from ab_jax.training.seals import NAME, find_damage, write_manifest
 
 ROOT = Path(__file__).parents[2]
 
@@ -79,7 +79,7 @@ def test_a_cut_a_missing_and_a_foreign_file_are_named(checkpoint: Path) -> None:
 
 
 def test_a_checkpoint_without_a_manifest_gets_one_by_hand_alone(checkpoint: Path) -> None:
-    command = [sys.executable, "-m", "ab_jax.training.manifest", str(checkpoint)]
+    command = [sys.executable, "-m", "ab_jax.training.seals", str(checkpoint)]
     refused = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert refused.returncode == 1
     assert f"{checkpoint} must be a checkpoint's directory, without a {NAME}" in refused.stderr
@@ -104,6 +104,6 @@ def test_what_cannot_be_read_is_not_sealed(checkpoint: Path) -> None:
     (checkpoint / NAME).unlink()
     os.mkfifo(checkpoint / "pipe")
     with pytest.raises(SystemExit) as ended:
-        manifest.main([str(checkpoint)])
+        seals.main([str(checkpoint)])
     assert f"error: {checkpoint}/pipe is unreadable (no regular file)" in str(ended.value)
     assert not (checkpoint / NAME).exists()
