@@ -12,8 +12,9 @@ import jax
 def revision() -> str:
     """The code that runs: its commit, marked when files differ from it.
 
-    Outside git it is `sources-` and the first 16 digits of a SHA-256 over all Python files of the
-    package, and of `experiments` where that lies beside it.
+    Outside git, as on a machine that the files were copied to, $AB_JAX_REVISION tells it. Else it
+    is `sources-` and the first 16 digits of a SHA-256 over all Python files of the package, and of
+    `experiments` where that lies beside it.
     """
     package = Path(__file__).parents[1]
     try:
@@ -27,7 +28,8 @@ def revision() -> str:
             )
         )
     except (OSError, subprocess.CalledProcessError):
-        return f"sources-{digest_of_sources(package, package.parent / 'experiments')}"
+        told = os.environ.get("AB_JAX_REVISION")
+        return told or f"sources-{digest_of_sources(package, package.parent / 'experiments')}"
     return commit + ("-dirty" if status else "")
 
 

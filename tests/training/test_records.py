@@ -71,6 +71,9 @@ def test_without_git_the_revision_is_a_digest_of_the_sources(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("AB_JAX_REVISION", "c0ffee")
+    assert revision() == "c0ffee"
+    monkeypatch.delenv("AB_JAX_REVISION")
     found = revision()
     assert re.fullmatch(r"sources-[0-9a-f]{16}", found)
     assert found == revision()
