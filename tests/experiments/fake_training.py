@@ -6,6 +6,7 @@ flags it has orders in $FAKE, such as "steps=100 sleep=0.1 fail=1":
 
     steps, sleep    how far it counts, and the seconds that a step takes
     fail, stop      the seed that fails, and the one that once asks to be started again
+    method          the only one that fails
     meet            how many runs have to be there before it ends
     mute            leave no record
     deaf            ignore SIGTERM
@@ -70,7 +71,7 @@ if "worker" in orders:
 if orders.get("stop") == seed and not (directory / "count").exists():
     (directory / "count").write_text("0")
     sys.exit(75)
-if orders.get("fail") == seed:
+if orders.get("fail") == seed and orders.get("method", config["method"]) == config["method"]:
     raise RuntimeError("the loss is not finite")
 
 count = directory / "count"
