@@ -34,8 +34,10 @@ quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (
 test: lint ## check the style and the types, then run all tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
+# Its programs run a few times at most: compiling takes nearly all of their time.
 test-fast: $(TEST) ## the core alone: rules, quantizers, estimators, ramps (under a minute)
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
+	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
+		$(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
 
 test-full: lint ## what test runs, long trainings, and whole studies cut off and resumed (an hour)
 	$(PY) -m pytest -m "" -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py
@@ -63,7 +65,7 @@ docs: $(TEST) ## write the API reference into build/api, from the docstrings
 
 clean: ## remove caches and build leftovers; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find ab_jax experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ab_jax experiments benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
 	rm -rf .venv .venv-torch

@@ -14,7 +14,7 @@ options that the marker holds (a name may be several directories by comma), tabl
 and numbers in sentences.
 
     <!-- table: study/final,study/ramps ablation=final/ -->
-    <!-- benchmark: bench_step.table bench_step/batch32 bench_step/batch128 -->
+    <!-- benchmark: benchmarks.step.table bench_step/batch32 bench_step/batch128 -->
     <!-- number: mean study/final/ab_* digits=1 -->
 
 `readme_blocks.py`, `benchmark_blocks.py` and `numbers_in_prose.py` in `reporting` have the words of

@@ -1,8 +1,9 @@
 """The order of the house: who may import whom, and how much a file may hold.
 
 The rooms of `ab_jax` stand in a fixed order, and a file imports only from its own room and the
-rooms above it. The tables below are the whole rule; adding a room or a dependency means adding
-it here. The checker is tried on made-up trees first, so that it is known to be able to fail.
+rooms above it. `experiments` import the library, `benchmarks` both, and never the other way round.
+The tables below are the whole rule; adding a room or a dependency means adding it here. The checker
+is tried on made-up trees first, so that it is known to be able to fail.
 """
 
 import ast
@@ -46,6 +47,12 @@ ROOMS: dict[str, set[str]] = {
     },
 }
 ORDER = list(ROOMS)
+# Each with what it may import of ours, beside itself.
+PACKAGES: dict[str, set[str]] = {
+    "ab_jax": set(),
+    "experiments": {"ab_jax"},
+    "benchmarks": {"ab_jax", "experiments"},
+}
 # One concept a file: this many classes and functions for others, and lines as it needs them.
 MAX_PUBLIC = 22
 MAX_LINES = 450
@@ -87,8 +94,8 @@ def room_of(imported: Import) -> str:
 
 
 def private_names(tree: ast.AST, found: list[Import]) -> Iterator[tuple[int, str]]:
-    """Underscore names of `ab_jax` and `experiments` that a file reaches for."""
-    ours = {"ab_jax", "experiments"}
+    """Underscore names of our packages that a file reaches for."""
+    ours = PACKAGES.keys()
     for module, name, line in found:
         if module.split(".")[0] in ours:
             for part in [*module.split("."), name or ""]:
@@ -113,15 +120,21 @@ def private_names(tree: ast.AST, found: list[Import]) -> Iterator[tuple[int, str
 
 
 def violations(root: Path) -> list[str]:
-    """What is wrong with the imports of `ab_jax/` and `experiments/` under `root`."""
+    """What is wrong with the imports of our packages under `root`."""
     wrong = []
-    for path in sorted([*root.glob("ab_jax/**/*.py"), *root.glob("experiments/**/*.py")]):
+    for path in sources(root):
         where = path.relative_to(root)
         tree = ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
         found = list(imports_of(tree, ".".join(where.parts[:-1])))
 
-        if where.parts[0] == "experiments":
-            wrong += [f"{where}:{i.line}: imports tests" for i in found if top(i) == "tests"]
+        package = where.parts[0]
+        barred = {"tests", *PACKAGES} - {package, *PACKAGES[package]}
+        wrong += [
+            f"{where}:{imported.line}: {package} may not import {top(imported)}"
+            for imported in found
+            if top(imported) in barred
+        ]
+        if package != "ab_jax":
             wrong += [
                 f"{where}:{line}: {name} is private to another module"
                 for line, name in private_names(tree, found)
@@ -138,15 +151,17 @@ def violations(root: Path) -> list[str]:
                 target = room_of(imported)
                 if ORDER.index(target) > ORDER.index(room):
                     wrong.append(f"{line}: {room} imports {target}, which is below it")
-            elif top(imported) in {"experiments", "tests"}:
-                wrong.append(f"{line}: the library imports {top(imported)}")
-            elif top(imported) not in sys.stdlib_module_names | ROOMS[room]:
+            elif top(imported) not in sys.stdlib_module_names | ROOMS[room] | barred:
                 wrong.append(f"{line}: {room} may not load {top(imported)}")
     return wrong
 
 
 def top(imported: Import) -> str:
     return imported.module.split(".")[0]
+
+
+def sources(root: Path) -> list[Path]:
+    return sorted(path for package in PACKAGES for path in root.glob(f"{package}/**/*.py"))
 
 
 # The checker, on made-up trees
@@ -185,15 +200,20 @@ def write_tree(root: Path, path: str, source: str) -> Path:
         ("ab_jax/training/loop.py", "from ab_jax.export import pack", "training imports export"),
         ("ab_jax/training/loop.py", "import matplotlib.pyplot as plt", "may not load matplotlib"),
         ("ab_jax/data/load.py", "import tensorflow as tf", "data may not load tensorflow"),
-        ("ab_jax/data/load.py", "from experiments import sweep", "the library imports experiments"),
-        ("ab_jax/data/load.py", "import tests.conftest", "the library imports tests"),
+        ("ab_jax/data/load.py", "from experiments import a", "ab_jax may not import experiments"),
+        ("ab_jax/data/load.py", "import benchmarks.step", "ab_jax may not import benchmarks"),
+        ("ab_jax/data/load.py", "import tests.conftest", "ab_jax may not import tests"),
         ("ab_jax/extras.py", "", "no such room"),
         ("experiments/a.py", "from experiments.b import _run", "_run is private"),
         ("experiments/a.py", "from experiments import b\nb._run()", "a.py:2: _run is private"),
         ("experiments/a.py", "import experiments.b\nexperiments.b._run()", "_run is private"),
         ("experiments/a.py", "from . import b as c\nc._run()", "_run is private"),
         ("experiments/a.py", "import ab_jax as ab\nab.blend._match()", "_match is private"),
-        ("experiments/a.py", "import tests.conftest", "imports tests"),
+        ("experiments/a.py", "import tests.conftest", "experiments may not import tests"),
+        ("experiments/a.py", "from benchmarks import b", "experiments may not import benchmarks"),
+        ("benchmarks/a.py", "from tests import b", "benchmarks may not import tests"),
+        ("benchmarks/a.py", "from benchmarks.b import _run", "_run is private"),
+        ("benchmarks/a.py", "import experiments.b\nexperiments.b._run()", "_run is private"),
     ],
 )
 def test_checker_finds_a_bad_import(tmp_path: Path, path: str, source: str, message: str) -> None:
@@ -218,6 +238,7 @@ def test_checker_finds_a_bad_import(tmp_path: Path, path: str, source: str, mess
             "experiments/a.py",
             "import pandas\nfrom experiments import b\nb.run()\nself._x = b.__doc__",
         ),
+        ("benchmarks/a.py", "import ab_jax as ab\nfrom experiments import b\nfrom . import c"),
     ],
 )
 def test_checker_lets_a_good_import_pass(tmp_path: Path, path: str, source: str) -> None:
@@ -227,20 +248,16 @@ def test_checker_lets_a_good_import_pass(tmp_path: Path, path: str, source: str)
 # The real tree
 
 
-def sources() -> list[Path]:
-    return sorted([*ROOT.glob("ab_jax/**/*.py"), *ROOT.glob("experiments/**/*.py")])
-
-
 def test_imports_follow_the_order_of_the_house() -> None:
     assert violations(ROOT) == []
 
 
 def test_every_room_that_is_checked_stands() -> None:
     """The check above would pass on an empty folder."""
-    walked = {path.relative_to(ROOT).as_posix() for path in sources()}
+    walked = {path.relative_to(ROOT).as_posix() for path in sources(ROOT)}
     core = {f"ab_jax/{room}.py" for room in ORDER[: ORDER.index("activations")]}
     assert core <= walked
-    assert "experiments/quickstart.py" in walked
+    assert {"experiments/quickstart.py", "benchmarks/ratios.py"} <= walked
 
 
 def overfull(path: Path) -> str | None:
@@ -258,7 +275,7 @@ def overfull(path: Path) -> str | None:
 
 
 def test_a_file_holds_one_concept(tmp_path: Path) -> None:
-    assert [wrong for path in sources() if (wrong := overfull(path))] == []
+    assert [wrong for path in sources(ROOT) if (wrong := overfull(path))] == []
     for name, source in {
         "names.py": "".join(f"def f{i}(): ...\n" for i in range(MAX_PUBLIC + 1)),
         "lines.py": "x = 1\n" * (MAX_LINES + 1),

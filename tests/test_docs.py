@@ -22,21 +22,23 @@ DOCS = ROOT / "docs"
 POD = (DOCS / "pod.md").read_text(encoding="utf-8")
 DEPLOY = (DOCS / "deploy.md").read_text(encoding="utf-8")
 FRAMEWORKS = (DOCS / "frameworks.md").read_text(encoding="utf-8")
+PEERS = (DOCS / "peers.md").read_text(encoding="utf-8")
 JOBSET = (DOCS / "jobset.yaml").read_text(encoding="utf-8")
 SLURM = (DOCS / "slurm.sh").read_text(encoding="utf-8")
 
 
 def commands_in(text: str) -> Iterator[tuple[str, list[str]]]:
-    """Each `python -m experiments.NAME flags ...`: the name and its words, up to the line's end."""
+    """Each `python -m experiments.NAME flags ...`, or of benchmarks: the module, and its words."""
     joined = re.sub(r"\\\n\s*", " ", text)
-    for name, rest in re.findall(r"python3? -m experiments\.(\w+)(?![\w.])([^`\n]*)", joined):
+    ours = r"python3? -m ((?:experiments|benchmarks)\.\w+)(?![\w.])([^`\n]*)"
+    for name, rest in re.findall(ours, joined):
         words = rest.partition("#")[0].partition(" || ")[0].rstrip("'& ")
         yield name, shlex.split(words.partition(" -- ")[0])
 
 
 def parse(name: str, words: list[str]) -> Any:
-    """The command's configuration, as the experiment's own command line makes it."""
-    module = importlib.import_module(f"experiments.{name}")
+    """The command's configuration, as the module's own command line makes it."""
+    module = importlib.import_module(name)
     return tyro.cli(module.Config, args=words, use_underscores=True)
 
 
@@ -49,11 +51,11 @@ def jobset_command() -> tuple[str, list[str]]:
     (container,) = template["spec"]["containers"]
     python, dash_m, module, *words = container["command"]
     assert (python, dash_m) == ("python", "-m")
-    return module.removeprefix("experiments."), words
+    return module, words
 
 
 COMMANDS = [
-    *(command for text in (POD, SLURM, DEPLOY, FRAMEWORKS) for command in commands_in(text)),
+    *(command for text in (POD, SLURM, DEPLOY, FRAMEWORKS, PEERS) for command in commands_in(text)),
     jobset_command(),
 ]
 
@@ -76,7 +78,12 @@ def test_there_are_commands_for_every_place() -> None:
     assert any(word.startswith("--coordinator=") for words in training for word in words)
     for name, words in (*slurm, jobset_command()):
         assert parse(name, words).distributed
-    assert {name for name, _ in pod} >= {"resnet50_imagenet", "binarynet_cifar10", "plan"}
+    told = {"resnet50_imagenet", "binarynet_cifar10", "plan"}
+    assert {name for name, _ in pod} >= {f"experiments.{name}" for name in told}
+    assert {name for name, _ in commands_in(PEERS)} == {
+        "benchmarks.peers",
+        "benchmarks.peers_accuracy",
+    }
 
 
 def test_a_flag_that_does_not_exist_is_found() -> None:
@@ -133,7 +140,7 @@ def test_an_indexed_job_runs_a_share_of_a_study() -> None:
     job = yaml.safe_load(block)["spec"]
     (container,) = job["template"]["spec"]["containers"]
     words = [word.replace("$(JOB_COMPLETION_INDEX)", "3") for word in container["command"][3:]]
-    config = parse("study", words)
+    config = parse("experiments.study", words)
     assert study.parse_shard(config.shard) == (3, job["completions"])
     assert study.read_study(ROOT / config.file).stages
 

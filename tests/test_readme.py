@@ -84,17 +84,17 @@ def test_the_example_ends_in_the_network_of_its_codes(example):
     np.testing.assert_allclose(example["loss_fn"](params, batch, 1_800), loss, rtol=1e-6)
 
 
-def commands(program):
+def commands():
     # Tables bring commands of their own, which the tests of the report read back.
     text = re.sub(r"<!-- table: .*?<!-- /table: ", "", README, flags=re.DOTALL)
-    lines = re.findall(rf"python -m {re.escape(program)}\.(\w+)([^`\n]*)", text)
-    assert lines
+    lines = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^`\n]*)", text)
+    assert {name.partition(".")[0] for name, _ in lines} == {"experiments", "benchmarks"}
     return lines
 
 
-@pytest.mark.parametrize(("name", "arguments"), commands("experiments"))
+@pytest.mark.parametrize(("name", "arguments"), commands())
 def test_the_flags_of_each_command_exist(name, arguments):
-    module = importlib.import_module(f"experiments.{name}")
+    module = importlib.import_module(name)
     own, _, passed_on = arguments.partition(" -- ")
     config = tyro.cli(module.Config, args=shlex.split(own), use_underscores=True)
     if passed_on:

@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 AXIS = "devices"
 
 # On CPUs XLA may run several convolutions at once, each of which would have used every core. That
-# made a quantized step up to 10 % slower and the float one no faster (`experiments.bench_step`).
+# made a quantized step up to 10 % slower and the float one no faster (`benchmarks.step`).
 _CPU_OPTIONS = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 Mode = Literal["pmap", "shard_map"]

@@ -1,11 +1,11 @@
 """The blocks of a page in which tables of benchmarks stand.
 
-    <!-- benchmark: bench_step.table bench_step/batch32 bench_step/batch128 -->
+    <!-- benchmark: benchmarks.step.table bench_step/batch32 bench_step/batch128 -->
     ...
     <!-- /benchmark -->
 
-The words are a function of a module of `experiments`, which makes the text from a list of records,
-and these records, as files in results/ without `.json`.
+The words are a function, with its module, which makes the text from a list of records, and these
+records, as files in results/ without `.json`.
 """
 
 import importlib
@@ -48,15 +48,15 @@ def renew_benchmarks(text: str, results: Path) -> str:
 
 
 def benchmark_table(function: str, names: Sequence[str], results: Path) -> str:
-    """What a function such as `bench_step.table` makes of the records so named.
+    """What a function such as `benchmarks.step.table` makes of the records so named.
 
     Raises ReportError: no such function, no such record, records of something else.
     """
     module, _, name = function.rpartition(".")
     try:
-        make = getattr(importlib.import_module(f"experiments.{module}"), name)
-    except (ImportError, AttributeError) as error:
-        raise ReportError(f"experiments.{function} cannot be had: {error}") from error
+        make = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:  # the last: no module is named
+        raise ReportError(f"{function or 'no function'} cannot be had: {error}") from error
     records: list[dict[str, Any]] = []
     for path in (results / f"{one}.json" for one in names):
         if not path.is_file():

@@ -1,11 +1,10 @@
-"""Mean, deviation and paired difference over seeds, medians of timings; how a table writes them."""
+"""Mean, deviation and paired difference over seeds, and how a table writes them."""
 
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import binom  # type: ignore[import-untyped]
-from scipy.stats import t as student_t
+from scipy.stats import t as student_t  # type: ignore[import-untyped]
 
 NOT_RUN = "not run"
 
@@ -74,14 +73,3 @@ def difference_cell(
 def signed(value: float, digits: int = 2) -> str:
     """`+0.52`, with the sign in front; a zero has a plus."""
     return f"{value:+z.{digits}f}"
-
-
-def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float]:
-    """The interval that covers the median of what `values` were drawn from.
-
-    The k-th smallest and the k-th largest value, with the largest k at which the chance that the
-    median lies outside stays below `1 - confidence`; the whole range where there are too few.
-    """
-    ordered = sorted(values)
-    k = int(binom.ppf((1 - confidence) / 2, len(ordered), 0.5))
-    return ordered[max(k, 1) - 1], ordered[-max(k, 1)]

@@ -11,7 +11,7 @@ from typing import Any
 from experiments.reporting.readings import Record, ReportError
 from experiments.reporting.table import AS_TRAINED, FROM_CODES, STATISTICS, best_keys
 
-Benchmark = Mapping[str, Any]  # a record of `experiments.bench_*` or `experiments.compare_*`
+Benchmark = Mapping[str, Any]  # a record of `benchmarks`
 _PARTS = ("test", "validation")
 _AT_EPOCH = ("quantized_accuracy", "recalibrated_accuracy")  # by STATISTICS
 
@@ -89,7 +89,7 @@ def of_steps(
     bits: str = "",
     batch_size: str = "",
 ) -> list[float]:
-    """Steps of `experiments.bench_peers` beside the float steps of their network and batch size.
+    """Steps of `benchmarks.peers` beside the float steps of their network and batch size.
 
     Args:
       ratio: what is made of a step and its float step.
@@ -120,7 +120,7 @@ def _memory(step: Benchmark, of_float: Benchmark) -> float:
 
 
 def images_off_by_a_step(benchmark: Benchmark, *, form: str) -> list[float]:
-    """Images of `experiments.compare_exports` with a logit off by more than the last layer's step.
+    """Images of `benchmarks.exported_answers` with a logit off by more than the last layer's step.
 
     Args:
       form: what was made of the network, such as `integers`.

@@ -9,7 +9,8 @@ from experiments.reporting.benchmark_blocks import renew_benchmarks
 from experiments.reporting.readings import ReportError
 from experiments.reporting.readme_blocks import renew_all
 
-MARKER = "<!-- benchmark: compare_exports.table exports/a exports/b -->"
+TABLE = "benchmarks.exported_answers.table"
+MARKER = f"<!-- benchmark: {TABLE} exports/a exports/b -->"
 PAGE = f"Before.\n\n{MARKER}\n{{}}<!-- /benchmark -->\n\nAfter.\n"
 
 
@@ -39,15 +40,12 @@ def test_blocks_are_made_anew_and_what_is_between_them_stays(results: Path) -> N
     ("marker", "told"),
     [
         (MARKER.replace("exports/b", "exports/c"), "there is no record "),
-        (MARKER.replace("exports.table", "exports.tables"), "experiments.compare_exports.tables c"),
-        (
-            MARKER.replace("compare_exports.table", "lost.table"),
-            "No module named 'experiments.lost'",
-        ),
-        (MARKER.replace("compare_exports.table", "table"), "experiments.table cannot be had"),
-        ("<!-- benchmark: bench_step.table exports/a -->", "makes no table of exports/a: KeyError"),
-        ("<!-- benchmark: bench_step.table -->", "bench_step.table makes no table of no record"),
-        ("<!-- benchmark:  -->", "experiments. cannot be had"),
+        (MARKER.replace(TABLE, f"{TABLE}s"), f"{TABLE}s cannot be had"),
+        (MARKER.replace(TABLE, "benchmarks.lost.table"), "No module named 'benchmarks.lost'"),
+        (MARKER.replace(TABLE, "table"), "table cannot be had"),
+        ("<!-- benchmark: benchmarks.step.table exports/a -->", "makes no table of exports/a: Key"),
+        ("<!-- benchmark: benchmarks.step.table -->", "step.table makes no table of no record"),
+        ("<!-- benchmark:  -->", "no function cannot be had"),
     ],
 )
 def test_a_block_that_cannot_be_made_is_refused_by_name(

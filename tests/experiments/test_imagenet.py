@@ -16,9 +16,9 @@ from PIL import Image
 import ab_jax as ab
 from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION
+from benchmarks.generated_imagenet import prepare_generated_imagenet
 from experiments import mobilenet_v1_imagenet, resnet50_imagenet
 from experiments.build import make_model
-from experiments.generated_imagenet import prepare_generated_imagenet
 from experiments.networks import stem_for
 from experiments.rules import activation_rules, weight_rules
 from tests.fast_compilation import FAST_COMPILATION

@@ -1,7 +1,7 @@
 """Accuracy after equal training under ab_jax, Qwix and AQT: a small network on handwritten digits.
 
     pip install ".[peers]"
-    python -m experiments.compare_peers        (about six minutes on two idle cores)
+    python -m benchmarks.peers_accuracy        (about six minutes on two idle cores)
 
 BinaryNet at an eighth of its width on scikit-learn's digits, weights of 2 bits by default, where
 libraries can differ at all. Each seed trains a float network first; from it every library goes on
@@ -14,32 +14,36 @@ AQT trains as it is, its convolutions without a gradient, and mended (docs/peers
 
 import dataclasses
 import functools
-import importlib.metadata
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-import tyro
 from jax import Array
-from jax.typing import ArrayLike
 
 import ab_jax as ab
 from ab_jax.data.dataset import Images
 from ab_jax.data.load import load
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.training.optimizers import warmup_cosine
-from ab_jax.training.records import describe_run, write_json
-from experiments.peers.libraries import LIBRARIES, Bits, Library, Variables, by_ab, loss
+from benchmarks.command import Record, main, recorded, versions
+from benchmarks.other_libraries.libraries import (
+    FLOAT,
+    LIBRARIES,
+    Bits,
+    Library,
+    Variables,
+    by_ab,
+    peer_versions,
+)
+from benchmarks.other_libraries.training_steps import first_state, sgd_step
+from benchmarks.ratios import markdown
 from experiments.reporting.paired_statistics import difference_cell, mean_cell
 
-START = "float"
 CASES: dict[str, Library] = {
-    START: LIBRARIES[START],
+    FLOAT: LIBRARIES[FLOAT],
     "ab_jax, AB": LIBRARIES["ab_jax, AB"],
     "ab_jax, AB, least squares": by_ab(ab.alpha_blend, "least_squares"),
     "ab_jax, STE": LIBRARIES["ab_jax, STE"],
@@ -47,7 +51,6 @@ CASES: dict[str, Library] = {
     "AQT": LIBRARIES["AQT"],
     "AQT, mended": LIBRARIES["AQT, mended"],
 }
-PEERS = ("qwix", "aqtp")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,24 +70,26 @@ class Config:
     out: Path = Path("results/compare_peers/digits_w2.json")
 
 
-@dataclasses.dataclass(frozen=True)
 class Trainer:
-    """A network under a library, its steps compiled once for all rates and seeds."""
+    """A network under one of `CASES`, its steps compiled once for all rates and seeds."""
 
-    step: Callable[..., tuple[Variables, Any]]
-    correct: Callable[..., Array]
-    blends: bool
+    def __init__(self, config: Config, name: str) -> None:
+        applied = CASES[name](BinaryNet(width=config.width), Bits(config.bits))
+        self.config, self.blends = config, name.startswith("ab_jax, AB")
+        self.step = jax.jit(sgd_step(applied))
+
+        @jax.jit
+        def correct(variables: Variables, images: Array, labels: Array) -> Array:
+            logits, _ = applied.apply(variables, images, False, 1.0)
+            return jnp.sum((jnp.argmax(logits, axis=-1) == labels).astype(jnp.int32))
+
+        self.correct = correct
 
     def train(
-        self,
-        variables: Variables,
-        images: Images,
-        config: Config,
-        epochs: int,
-        rate: float,
-        seed: int,
+        self, variables: Variables, images: Images, epochs: int, rate: float, seed: int
     ) -> Variables:
         """The variables after so many epochs."""
+        config = self.config
         per_epoch = len(images) // config.batch_size
         steps = epochs * per_epoch
         numbers = np.arange(steps, dtype=np.int32)
@@ -92,52 +97,20 @@ class Trainer:
         alphas = np.ones(steps, np.float32)
         if self.blends:
             alphas = np.asarray(ab.cubic_ramp(0, round(config.ramp_stop * steps))(numbers))
-        moments = jax.tree.map(jnp.zeros_like, variables["params"])
+        state = first_state(variables)
         rng = np.random.default_rng(seed)
         for number in range(steps):
             if number % per_epoch == 0:
                 order = rng.permutation(len(images))
             first = number % per_epoch * config.batch_size
             batch = images[order[first : first + config.batch_size]]
-            variables, moments = self.step(
-                variables, moments, normalized(batch), batch.labels, rates[number], alphas[number]
-            )
-        return variables
+            given = {"rate": rates[number], "alpha": alphas[number]}
+            state, _ = self.step(state, normalized(batch), batch.labels, **given)
+        return state[0]
 
     def accuracy(self, variables: Variables, images: Images) -> float:
         """Share of the images that the quantized network names rightly."""
         return float(self.correct(variables, normalized(images), images.labels)) / len(images)
-
-
-def make_trainer(config: Config, name: str) -> Trainer:
-    """The trainer of one of `CASES`."""
-    applied = CASES[name](BinaryNet(width=config.width), Bits(config.bits))
-
-    @jax.jit
-    def step(
-        variables: Variables,
-        moments: Any,
-        images: Array,
-        labels: Array,
-        rate: ArrayLike,
-        alpha: ArrayLike,
-    ) -> tuple[Variables, Any]:
-        def of(params: Any) -> tuple[Array, Variables]:
-            logits, changed = applied.apply({**variables, "params": params}, images, True, alpha)
-            return loss(logits, labels), changed
-
-        gradient, changed = jax.grad(of, has_aux=True)(variables["params"])
-        moments = jax.tree.map(lambda m, g: 0.9 * m + g, moments, gradient)
-        updates = jax.tree.map(lambda m: jnp.negative(rate) * m, moments)
-        params = optax.apply_updates(variables["params"], updates)
-        return {**variables, **changed, "params": params}, moments
-
-    @jax.jit
-    def correct(variables: Variables, images: Array, labels: Array) -> Array:
-        logits, _ = applied.apply(variables, images, False, 1.0)
-        return jnp.sum((jnp.argmax(logits, axis=-1) == labels).astype(jnp.int32))
-
-    return Trainer(step, correct, blends=name.startswith("ab_jax, AB"))
 
 
 def normalized(images: Images) -> np.ndarray:
@@ -145,8 +118,9 @@ def normalized(images: Images) -> np.ndarray:
     return (images.images.astype(np.float32) - 78) / 96  # their mean and deviation
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Train everything, write the record and return it."""
+@recorded("benchmarks.peers_accuracy")
+def run(config: Config) -> Record:
+    """Train everything."""
     c = config
     if not c.seeds or not c.rates or c.trial_seed in c.seeds:
         raise ValueError(
@@ -156,22 +130,22 @@ def run(config: Config) -> dict[str, Any]:
     data = load("digits")
     init = jax.jit(functools.partial(BinaryNet(width=c.width).init, train=True))
     example = normalized(data.train[:1])
-    floating = make_trainer(c, START)
+    floating = Trainer(c, FLOAT)
     # With weights alone quantized no library adds variables of its own.
     starts = {
         seed: floating.train(
-            init(jax.random.key(seed), example), data.train, c, c.start_epochs, c.start_rate, seed
+            init(jax.random.key(seed), example), data.train, c.start_epochs, c.start_rate, seed
         )
         for seed in (c.trial_seed, *c.seeds)
     }
 
     def trained(trainer: Trainer, rate: float, seed: int) -> Variables:
-        return trainer.train(starts[seed], data.train, c, c.epochs, rate, seed)
+        return trainer.train(starts[seed], data.train, c.epochs, rate, seed)
 
     found = {}
     for name in CASES:
         print(name, file=sys.stderr)
-        trainer = floating if name == START else make_trainer(c, name)
+        trainer = floating if name == FLOAT else Trainer(c, name)
         trials = {
             rate: trainer.accuracy(trained(trainer, rate, c.trial_seed), data.validation)
             for rate in c.rates
@@ -183,57 +157,37 @@ def run(config: Config) -> dict[str, Any]:
             "rate": best,
             "test": [[seed, accuracy] for seed, accuracy in test.items()],
         }
-    record = {
-        **describe_run("experiments.compare_peers", {**dataclasses.asdict(c), "out": str(c.out)}),
-        "peers": {name: importlib.metadata.version(name) for name in PEERS},
-        "accuracy": found,
-    }
-    c.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(c.out, record)
-    return record
+    return {"peers": peer_versions(), "accuracy": found}
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Record]) -> str:
     """The Markdown table of records: test accuracy by library, and its difference to float."""
-    lines = [
-        "| weights | library | rate | test accuracy (%) | minus float |",
-        "| --- | --- |" + " ---: |" * 3,
-    ]
+    rows = []
     for record in records:
         accuracy = {
             name: {seed: 100 * value for seed, value in one["test"]}
             for name, one in record["accuracy"].items()
         }
-        for name, one in record["accuracy"].items():
-            bits = START if name == START else f"{record['config']['bits']} bits"
-            n = len(record["config"]["seeds"])
-            difference = difference_cell(accuracy[name], accuracy[START])
-            cells = [bits, name, f"{one['rate']:g}", mean_cell(list(accuracy[name].values()), n)]
-            lines.append(f"| {' | '.join(cells)} | {'–' if name == START else difference} |")
+        n = len(record["config"]["seeds"])
+        for name, by_seed in accuracy.items():
+            bits = FLOAT if name == FLOAT else f"{record['config']['bits']} bits"
+            rate = f"{record['accuracy'][name]['rate']:g}"
+            difference = "–" if name == FLOAT else difference_cell(by_seed, accuracy[FLOAT])
+            rows.append([bits, name, rate, mean_cell(list(by_seed.values()), n), difference])
     first = records[0]
     config = first["config"]
-    peers = ", ".join(f"{name} {version}" for name, version in first["peers"].items())
-    lines += [
-        "",
+    caption = (
         f"Mean ± sample standard deviation over n = {len(config['seeds'])} seeds, 400 test digits; "
         f"differences paired by seed, with their 95 % interval. BinaryNet of width "
         f"{config['width']:g}, {config['epochs']} epochs from a float network of "
         f"{config['start_epochs']}; rates chosen among "
         f"{', '.join(f'{rate:g}' for rate in config['rates'])} on validation images. Weights: the "
-        f"largest magnitude of a channel sets its scale, or least squares. {peers}, jax "
-        f"{first['packages']['jax']}.",
-    ]
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """The command line; prints the table."""
-    config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    try:
-        print(table([run(config)]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        f"largest magnitude of a channel sets its scale, or least squares. "
+        f"{versions(first, first['peers'])}."
+    )
+    head = ["weights", "library", "rate", "test accuracy (%)", "minus float"]
+    return f"{markdown(head, rows, left=2)}\n\n{caption}"
 
 
 if __name__ == "__main__":
-    main()
+    main(Config, run, table, __doc__)

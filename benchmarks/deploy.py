@@ -1,20 +1,17 @@
 """What integers are worth in deployment: size and latency against float32 on the CPU.
 
-    python -m experiments.bench_deploy        (at most five minutes on two cores)
+    python -m benchmarks.deploy        (at most five minutes on two cores)
 
 MobileNet v1 and ResNet-50 v1 of random weights, 8-bit weights and activations, as
 `experiments.export --format=onnx` writes them, run by ONNX Runtime in integers and in float32, and
-by JAX: of one image and of a batch, on one core and on two. All in one process: in every round each
-of them runs once, in an order drawn anew, so that neither a slower minute of the machine nor what a
-neighbour leaves in the caches falls on one more than on another. Ratios are taken within a round;
-the table gives the median over the rounds with its 95 % interval.
+by JAX: of one image and of a batch, on one core and on two, in turns (`benchmarks.ratios`).
 """
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 import os
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,7 +22,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
-import tyro
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
@@ -37,9 +33,10 @@ from ab_jax.export.onnx import IMAGES, to_onnx
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
 from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs
-from ab_jax.training.records import describe_run, write_json
+from benchmarks.command import Record, main, recorded, require_at_least_one, versions
+from benchmarks.generated_arrays import generated_variables
+from benchmarks.ratios import in_rounds, markdown, over_rounds, ratio_cells, timed
 from experiments.choices import choose
-from experiments.reporting.paired_statistics import median_interval
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1_050": lambda **fields: MobileNet(width=0.5, **fields),
@@ -129,14 +126,11 @@ CASES: dict[str, Callable[[Subject, int], Run]] = {
 }
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Time the networks, write the record and return it."""
+@recorded("benchmarks.deploy")
+def run(config: Config) -> Record:
+    """Time the networks."""
     c = config
-    if min(c.rounds, c.single, c.batch_size, *c.cores) < 1:
-        raise ValueError(
-            f"--rounds={c.rounds}, --single={c.single}, --batch_size={c.batch_size} and "
-            f"--cores={c.cores} must be at least 1."
-        )
+    require_at_least_one(c, "rounds", "single", "batch_size", "cores")
     makers = {name: choose("networks", name, MODELS) for name in c.networks}
     everything = _cores()
     if everything and max(c.cores) > len(everything):
@@ -144,15 +138,11 @@ def run(config: Config) -> dict[str, Any]:
             f"--cores={max(c.cores)}, but this process may use {len(everything)}. Give fewer."
         )
     subjects = {name: make_subject(make, c.image_size) for name, make in makers.items()}
-    seconds: dict[str, dict[str, dict[str, list[float]]]] = {}
-    for name, subject in subjects.items():
-        try:
-            seconds[name] = _time(c, subject, everything)
-        finally:
-            _bind(everything)
-    flags = {**dataclasses.asdict(c), "out": str(c.out)}
-    record = {
-        **describe_run("experiments.bench_deploy", flags),
+    try:
+        seconds = {name: _time(c, subject, everything) for name, subject in subjects.items()}
+    finally:
+        _bind(everything)
+    return {
         "onnxruntime": onnxruntime.__version__,
         "bytes": {
             name: {form: len(data) for form, data in subject.files.items()}
@@ -160,9 +150,6 @@ def run(config: Config) -> dict[str, Any]:
         },
         "seconds": seconds,
     }
-    c.out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(c.out, record)
-    return record
 
 
 def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subject:
@@ -170,17 +157,8 @@ def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subje
     shape = (image_size, image_size, 3)
     plain = make_model()
     quantized = make_model(quantize_input=QuantizedInputs(_INPUTS))
-    spec = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    shapes = jax.eval_shape(lambda x: plain.init(jax.random.key(0), x, train=False), spec)
-    rng = np.random.default_rng(0)
-
-    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        if path[-1].key == "kernel":
-            gain = np.sqrt(2 / np.prod(leaf.shape[:-1]))
-            return jnp.asarray(gain * rng.standard_normal(leaf.shape, np.float32))
-        return jnp.full(leaf.shape, path[-1].key in ("scale", "var"), leaf.dtype)
-
-    variables = jax.tree.map_with_path(draw, shapes)
+    init = functools.partial(plain.init, train=False)
+    variables = generated_variables(init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     whole = {**variables, "params": ab.quantize(variables["params"], _RULES)}
     graphs = {
         "float32": describe(plain, variables, shape),
@@ -204,25 +182,26 @@ def _time(
     shape = (c.image_size, c.image_size, 3)
     batches = {n: rng.standard_normal((n, *shape), np.float32) for n in sorted({1, c.batch_size})}
     runs = {(case, n): make(subject, n) for case, make in CASES.items() for n in c.cores}
-    seconds: dict[str, dict[str, list[float]]] = {
-        _conditions(size, cores): {case: [] for case in CASES}
-        for size in batches
-        for cores in c.cores
+
+    def seconds(case: str, cores: int, size: int) -> float:
+        _bind(everything[:cores])
+        time.sleep(_REST)
+        repeats = range(c.single if size == 1 else 1)
+        run, images = runs[case, cores], batches[size]
+        return timed(lambda: [run(images) for _ in repeats]).wall / len(repeats)
+
+    found = in_rounds(
+        *(
+            {(at, case): functools.partial(seconds, case, *at) for case in CASES}
+            for at in itertools.product(c.cores, batches)
+        ),
+        rounds=c.rounds,
+        seed=c.seed,
+    )
+    return {
+        _conditions(size, cores): {case: found[(cores, size), case] for case in CASES}
+        for size, cores in itertools.product(batches, c.cores)
     }
-    for number in range(c.rounds + 1):
-        for cores in c.cores:
-            _bind(everything[:cores])
-            for size, images in batches.items():
-                repeats = c.single if size == 1 else 1
-                for case in rng.permutation(list(CASES)):
-                    time.sleep(_REST)
-                    started = time.perf_counter()
-                    for _ in range(repeats):
-                        runs[case, cores](images)
-                    took = (time.perf_counter() - started) / repeats
-                    if number:  # the first round compiles and warms up
-                        seconds[_conditions(size, cores)][case].append(took)
-    return seconds
 
 
 def _conditions(images: int, cores: int) -> str:
@@ -246,29 +225,29 @@ def _bind(cores: Sequence[int]) -> None:
                 os.sched_setaffinity(int(task.name), cores)
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Record]) -> str:
     """The Markdown table of records of the same conditions: ratios to float32 in ONNX Runtime."""
-    first = records[0]
-    conditions = list(next(iter(first["seconds"].values())))
-    lines = [
-        f"| network | runtime | file | {' | '.join(conditions)} |",
-        f"| --- | --- | ---: |{' ---: |' * len(conditions)}",
-    ]
+    rows = []
     for record in records:
         for name, by_conditions in record["seconds"].items():
-            for case in by_conditions[conditions[0]]:
-                size = _size(record["bytes"][name], case)
-                cells = [_ratio(by_conditions[one], case) for one in conditions]
-                lines.append(f"| {_TITLES[name]} | {case} | {size} | {' | '.join(cells)} |")
-    rounds = ", ".join(str(record["config"]["rounds"]) for record in records)
+            columns = [
+                ratio_cells(seconds, lambda s: f"{1e3 * s:.1f} ms", digits=2)
+                for seconds in by_conditions.values()
+            ]
+            sizes = record["bytes"][name]
+            rows += [
+                [_TITLES[name], case, _size(sizes, case), *(column[case] for column in columns)]
+                for case in columns[0]
+            ]
+    first = records[0]
     pixels = first["config"]["image_size"]
-    lines += [
-        "",
-        f"Time of a batch / ONNX Runtime in float32: median [95 % interval] over n = {rounds} "
-        f"rounds, {pixels} x {pixels} images; {first['hardware']}; onnxruntime "
-        f"{first['onnxruntime']}, jax {first['packages']['jax']}.",
-    ]
-    return "\n".join(lines)
+    caption = (
+        f"Time of a batch / ONNX Runtime in float32: {over_rounds(records)}, {pixels} x {pixels} "
+        f"images; {first['hardware']}; "
+        f"{versions(first, {'onnxruntime': first['onnxruntime']})}."
+    )
+    conditions = next(iter(first["seconds"].values()))
+    return f"{markdown(['network', 'runtime', 'file', *conditions], rows, left=2)}\n\n{caption}"
 
 
 def _size(sizes: dict[str, int], case: str) -> str:
@@ -280,23 +259,5 @@ def _size(sizes: dict[str, int], case: str) -> str:
     return f"{sizes[form] / sizes['float32']:.3f}"
 
 
-def _ratio(seconds: dict[str, list[float]], case: str) -> str:
-    baseline = next(iter(seconds))
-    if case == baseline:
-        return f"1 ({1e3 * statistics.median(seconds[case]):.1f} ms)"
-    ratios = [a / b for a, b in zip(seconds[case], seconds[baseline], strict=True)]
-    low, high = median_interval(ratios)
-    return f"{statistics.median(ratios):.2f} [{low:.2f}, {high:.2f}]"
-
-
-def main() -> None:
-    """The command line; prints the table."""
-    config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    try:
-        print(table([run(config)]))
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    main(Config, run, table, __doc__)

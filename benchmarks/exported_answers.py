@@ -1,6 +1,6 @@
 """Whether exported networks answer as their runs do: counted over the whole test set.
 
-    python -m experiments.compare_exports runs/small/ab
+    python -m benchmarks.exported_answers runs/small/ab
 
 The network of each run at alpha 1, as the run evaluates it, is compared with what is made of it:
 its graph with batch norm folded, in integers, and each format of `experiments.export`, written to
@@ -31,10 +31,10 @@ from ab_jax.export.describe import describe
 from ab_jax.export.fold import fold_batch_norm
 from ab_jax.export.graph import Affine, Convolution, Dense, Graph, Quantize, evaluate, values_of
 from ab_jax.export.integers import evaluate_in_integers
-from ab_jax.training.records import describe_run, write_json
+from benchmarks.command import Record, main, recorded
+from benchmarks.ratios import markdown
 from experiments import export
 from experiments.choices import choose
-from experiments.command_line import end_with_a_line
 from experiments.exporting.networks import TrainedNetwork, load_packed, read_run
 from experiments.old_flags import todays
 
@@ -154,8 +154,9 @@ def graph_of(network: TrainedNetwork) -> Graph:
     return describe(network.model, network.variables, network.image_shape)
 
 
-def run(config: Config) -> dict[str, Any]:
-    """Compare, print a table, and return the record."""
+@recorded("benchmarks.exported_answers")
+def run(config: Config) -> Record:
+    """Compare the runs with what is made of them."""
     forms = {name: choose("forms", name, FORMS) for name in config.forms or FORMS}
     if not config.runs:
         raise ValueError("There are no runs to compare. Name some directories.")
@@ -163,13 +164,7 @@ def run(config: Config) -> dict[str, Any]:
     for path in config.runs:
         network = read_run(path)
         counts[str(path)] = compare(network, *images_of(network), forms)
-    flags = {"runs": [str(path) for path in config.runs], "forms": list(forms)}
-    record = {**describe_run("experiments.compare_exports", flags), "counts": counts}
-    print(table([record]))
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(config.out, record)
-    return record
+    return {"counts": counts}
 
 
 def images_of(network: TrainedNetwork) -> tuple[np.ndarray, np.ndarray]:
@@ -239,23 +234,19 @@ def last_step(graph: Graph) -> float | None:
     return float(steps[-1][0] * steps[-1][1]) if steps else None
 
 
-def table(records: Sequence[dict[str, Any]]) -> str:
+def table(records: Sequence[Record]) -> str:
     """A Markdown table of the counts of some records, a column for each run."""
     counts = {run: found for record in records for run, found in record["counts"].items()}
     columns = list(counts.values())
-    lines = [
-        f"| form | {' | '.join(TITLES.get(run, run) for run in counts)} |",
-        f"| --- |{' ---: |' * len(columns)}",
-        f"| the run | {' | '.join(_percent(c['correct'], c['images']) for c in columns)} |",
-    ]
+    rows = [["the run", *(_percent(c["correct"], c["images"]) for c in columns)]]
     for form in columns[0]["forms"]:
-        cells = []
+        row = [form]
         for c in columns:
             found = c["forms"][form]
             accuracy, images = _percent(found["correct"], c["images"]), c["images"]
-            cells.append(f"{accuracy}, {found['other_class']} of {images:,} differ")
-        lines.append(f"| {form} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+            row.append(f"{accuracy}, {found['other_class']} of {images:,} differ")
+        rows.append(row)
+    return markdown(["form", *(TITLES.get(run, run) for run in counts)], rows)
 
 
 def _percent(part: int, whole: int) -> str:
@@ -287,11 +278,5 @@ def _widened(operation: Any) -> Any:
     return operation
 
 
-def main() -> None:
-    """The command line; what the user can mend ends it with one line on stderr."""
-    config = tyro.cli(Config, description=__doc__, use_underscores=True)
-    end_with_a_line(lambda: run(config))
-
-
 if __name__ == "__main__":
-    main()
+    main(Config, run, table, __doc__)

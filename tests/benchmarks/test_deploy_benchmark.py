@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from ab_jax.models.resnet import ResNet
-from experiments import bench_deploy
-from experiments.bench_deploy import CASES, Config, run, table
+from benchmarks import deploy
+from benchmarks.deploy import CASES, Config, run, table
+from benchmarks.ratios import ratio_cells
 
 
 def tiny(**fields: Any) -> nn.Module:
@@ -22,7 +23,7 @@ def tiny(**fields: Any) -> nn.Module:
 def test_every_case_is_timed_in_every_round(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(bench_deploy.MODELS, "resnet50_v1", tiny)
+    monkeypatch.setitem(deploy.MODELS, "resnet50_v1", tiny)
     allowed = os.sched_getaffinity(0)
     out = tmp_path / "new" / "record.json"
     small = Config(
@@ -47,7 +48,7 @@ def test_every_case_is_timed_in_every_round(
     assert f"| ResNet-50 v1 | ONNX Runtime, int8 | {share} |" in table([record])
 
 
-def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
+def test_the_table_holds_ratios_to_float32_in_onnx_runtime(rng: np.random.Generator) -> None:
     seconds = {case: rng.uniform(1, 2, 3).tolist() for case in CASES}
     record = {
         "config": {"image_size": 224, "rounds": 3},
@@ -65,36 +66,19 @@ def test_the_table_holds_ratios_within_rounds(rng: np.random.Generator) -> None:
     }
     head, _, *lines = table([record]).splitlines()
     assert head == "| network | runtime | file | 1 image, 2 cores |"
-    base = np.array(seconds["ONNX Runtime, float32"])
-    expected = [["ResNet-50 v1", "ONNX Runtime, float32", "1 (10.0 MB)"]]
-    expected[0].append(f"1 ({1e3 * np.median(base):.1f} ms)")
-    others = {
+    sizes = {
+        "ONNX Runtime, float32": "1 (10.0 MB)",
         "ONNX Runtime, int8": "0.250",
         "ONNX Runtime, int8, integer biases": "0.260",
         "JAX, float32": "",
         "JAX, int8": "",
     }
-    assert list(CASES) == ["ONNX Runtime, float32", *others]
-    for case, size in others.items():
-        ratios = np.sort(np.array(seconds[case]) / base)  # n = 3: the interval is the range
-        cell = f"{ratios[1]:.2f} [{ratios[0]:.2f}, {ratios[2]:.2f}]"
-        expected.append(["ResNet-50 v1", case, size, cell])
-    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[: len(CASES)]]
-    assert found == expected
+    assert list(CASES) == list(sizes)
+    cells = ratio_cells(seconds, lambda s: f"{1e3 * s:.1f} ms", digits=2)
+    assert lines[: len(CASES)] == [
+        f"| ResNet-50 v1 | {case} | {size} | {cells[case]} |" for case, size in sizes.items()
+    ]
     assert "n = 3 rounds, 224 x 224 images; a machine; onnxruntime 4.5.6, jax 1.2.3" in lines[-1]
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"rounds": 0}, "--rounds=0"),
-        ({"cores": (0,)}, "must be at least 1"),
-        ({"networks": ("vgg",)}, "--networks=vgg is not known. Choose one of mobilenet_v1_050"),
-    ],
-)
-def test_what_cannot_be_timed_is_refused(wrong: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        run(Config(**wrong))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +86,7 @@ def test_what_cannot_be_timed_is_refused(wrong: dict[str, Any], message: str) ->
     [("mobilenet_v1_050", 1.331592), ("mobilenet_v1_100", 4.231976), ("resnet50_v1", 25.557032)],
 )
 def test_the_networks_are_those_of_their_names(name: str, millions: float) -> None:
-    model = bench_deploy.MODELS[name]()
+    model = deploy.MODELS[name]()
     images = jax.ShapeDtypeStruct((1, 224, 224, 3), np.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     found = sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from experiments.peers.libraries import Applied, Bits, Variables, loss
+from benchmarks.other_libraries.libraries import Applied, Bits, Variables, loss
 
 #: A gradient whose relative error is above this is no gradient of the loss. Rounding alone gives
 #: some percent at 4 bits where a backward pass keeps operands as they were before it.

@@ -9,7 +9,7 @@ import pytest
 import ab_jax as ab
 from ab_jax.export.fold import fold_batch_norm
 from ab_jax.export.graph import Dense, values_of
-from experiments.compare_exports import compare, graph_of, last_step, table
+from benchmarks.exported_answers import compare, graph_of, last_step, table
 from experiments.exporting.networks import TrainedNetwork
 from tests.export.networks import make
 
@@ -70,9 +70,9 @@ def test_images_are_counted_whose_class_or_logits_differ(
         "above_one_step": 0,
         "largest": 0.0,
     }
-    _, _, run, other, *_ = table(
-        [{"counts": {"a": counts}}, {"counts": {"b": counts}}]
-    ).splitlines()
+    records = [{"counts": {"a": counts}}, {"counts": {"b": counts}}]
+    head, _, run, other, *_ = table(records).splitlines()
+    assert head == "| form | a | b |"
     assert run == "| the run | 66.67 % | 66.67 % |"
     cell = f"{100 * right / 300:.2f} %, 7 of 300 differ"
     assert other == f"| other | {cell} | {cell} |"

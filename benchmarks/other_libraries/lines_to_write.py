@@ -5,7 +5,7 @@ import difflib
 import inspect
 from types import ModuleType
 
-from experiments.peers.snippets import plain, with_ab, with_aqt, with_aqt_mended, with_qwix
+from benchmarks.other_libraries.snippets import plain, with_ab, with_aqt, with_aqt_mended, with_qwix
 
 #: By the name in tables. Both of our estimators, and both of Qwix's providers, are written alike.
 SNIPPETS: dict[str, ModuleType] = {

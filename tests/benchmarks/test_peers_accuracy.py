@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import compare_peers
-from experiments.compare_peers import CASES, Config, make_trainer, run, table
-from experiments.peers.libraries import LIBRARIES, Bits
-from experiments.peers.steps import generated_variables
+from benchmarks import peers_accuracy
+from benchmarks.generated_arrays import generated_variables
+from benchmarks.other_libraries.libraries import LIBRARIES, Bits
+from benchmarks.peers_accuracy import CASES, Config, Trainer, run, table
 
 
 class Tiny(nn.Module):
@@ -24,12 +24,12 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def tiny(monkeypatch) -> None:
-    monkeypatch.setattr(compare_peers, "BinaryNet", lambda width: Tiny())
+    monkeypatch.setattr(peers_accuracy, "BinaryNet", lambda width: Tiny())
 
 
 def test_a_run_tries_rates_and_reads_the_test_images_once(tiny, tmp_path: Path, monkeypatch):
     few: dict[str, Any] = {name: CASES[name] for name in ("float", "ab_jax, AB")}
-    monkeypatch.setattr(compare_peers, "CASES", few)
+    monkeypatch.setattr(peers_accuracy, "CASES", few)
     out = tmp_path / "new" / "record.json"
     config = Config(bits=8, start_epochs=3, epochs=2, rates=(0.001, 0.05), seeds=(0,), out=out)
     record = run(config)
@@ -45,12 +45,11 @@ def test_a_run_tries_rates_and_reads_the_test_images_once(tiny, tmp_path: Path, 
 
 def test_a_kernel_without_gradient_stays_and_a_mended_one_moves(tiny, rng) -> None:
     images = rng.integers(0, 256, (8, 8, 8, 1)).astype(np.uint8)
-    batch = compare_peers.Images(images, rng.integers(0, 10, 8).astype(np.int32))
+    batch = peers_accuracy.Images(images, rng.integers(0, 10, 8).astype(np.int32))
     config = Config(batch_size=4)
-    before = generated_variables(LIBRARIES["float"](Tiny(), Bits(2)), jnp.zeros((1, 8, 8, 1)))
+    before = generated_variables(LIBRARIES["float"](Tiny(), Bits(2)).init, jnp.zeros((1, 8, 8, 1)))
     for name, moves in (("AQT", False), ("AQT, mended", True)):
-        trainer = make_trainer(config, name)
-        after = trainer.train(before, batch, config, epochs=2, rate=0.1, seed=0)
+        after = Trainer(config, name).train(before, batch, epochs=2, rate=0.1, seed=0)
         moved = {
             layer: bool(
                 jnp.any(after["params"][layer]["kernel"] != before["params"][layer]["kernel"])
@@ -81,8 +80,3 @@ def test_the_table_pairs_seeds_with_float() -> None:
     assert lines[2] == "| float | float | 0.05 | 92.00 ± 2.00 | – |"
     assert lines[3] == "| 2 bits | Qwix | 0.2 | 91.00 ± 2.00 | -1.00 [-1.00, -1.00] |"
     assert "among 0.05, 0.2 on validation images" in lines[-1]
-
-
-def test_a_trial_seed_among_the_seeds_is_refused() -> None:
-    with pytest.raises(ValueError, match="--trial_seed=1 must be none of the seeds"):
-        run(Config(seeds=(1, 2), trial_seed=1))

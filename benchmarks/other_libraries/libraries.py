@@ -10,7 +10,9 @@ symmetric, the largest magnitude at the end of the range) and differ in three th
 - signs: ours has unsigned codes behind a ReLU, so one bit more for the same width.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -87,28 +89,26 @@ def by_ab(estimator: ab.Estimator, scale: Literal["absmax", "least_squares"] = "
     def apply_library(model: nn.Module, bits: Bits) -> Applied:
         kernels = ab.Uniform(bits=bits.weights, scale=scale)
         rules = ab.Rules([(r"(.*/)?kernel", kernels), (r".*", None)])
-        inputs = None
-        if bits.activations is not None:
+        plain = _plain(model)
+
+        def with_inputs(alpha: ArrayLike) -> contextlib.AbstractContextManager[None]:
+            if bits.activations is None:
+                return contextlib.nullcontext()
             quantizer = ActivationQuantizer(bits=bits.activations)
             signed = dataclasses.replace(quantizer, signed=True)  # images have both signs
             inputs = ActivationRules([(r"stem|conv0", signed), (r".*", quantizer)])
+            return quantized_inputs(inputs, alpha)
 
         def init(key: Array, images: Array) -> Variables:
-            if inputs is None:
-                return model.init(key, images, train=True)
-            with quantized_inputs(inputs, 0.0):
-                return model.init(key, images, train=True)
+            with with_inputs(0.0):
+                return plain.init(key, images)
 
         def apply(
             variables: Variables, images: Array, train: bool, alpha: ArrayLike
         ) -> tuple[Array, Variables]:
             effective = ab.blend(variables["params"], rules, alpha, estimator=estimator)
-            variables = {**variables, "params": effective}
-            mutable = [name for name in variables if name != "params"] if train else []
-            if inputs is None:
-                return model.apply(variables, images, train=train, mutable=mutable)
-            with quantized_inputs(inputs, alpha):
-                return model.apply(variables, images, train=train, mutable=mutable)
+            with with_inputs(alpha):
+                return plain.apply({**variables, "params": effective}, images, train, alpha)
 
         return Applied(init, apply)
 
@@ -161,22 +161,6 @@ def _conv_past(quantizers: Any, bits: Bits) -> Callable[..., Array]:
     return conv
 
 
-def aqt_dot_config(bits: Bits, *, use_fwd_quant: bool = False) -> Any:
-    """AQT's configuration of Dense: quantized forward, the backward pass in float.
-
-    Args:
-      bits: of weights and activations.
-      use_fwd_quant: whether the backward pass sees what the forward pass saw, as straight-through
-        training has it. AQT's default is the operands before they were quantized.
-    """
-    config = aqt_config.default_unquantized_config()
-    aqt_config.set_bits(config, bits.activations, bits.weights, None, None, None, None)
-    if use_fwd_quant:
-        lhs = aqt_config.SKIP if bits.activations is None else True
-        aqt_config.set_use_fwd_quant(config, True, lhs)
-    return config
-
-
 def _injected(model: nn.Module, conv: Callable[[], Any], bits: Bits) -> Applied:
     """The model with AQT in its layers.
 
@@ -184,7 +168,8 @@ def _injected(model: nn.Module, conv: Callable[[], Any], bits: Bits) -> Applied:
     the layers get them just before they are called, since the networks are not ours to rewrite for
     each library.
     """
-    config = aqt_dot_config(bits)
+    config = aqt_config.default_unquantized_config()  # the backward pass in float
+    aqt_config.set_bits(config, bits.activations, bits.weights, None, None, None, None)
 
     def inject(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
         if context.method_name == "__call__":
@@ -214,9 +199,10 @@ def _injected(model: nn.Module, conv: Callable[[], Any], bits: Bits) -> Applied:
     return Applied(init, apply)
 
 
+FLOAT = "float"
 #: By the name in tables. Float runs twice: the second is the control.
 LIBRARIES: dict[str, Library] = {
-    "float": in_float,
+    FLOAT: in_float,
     "float, again": in_float,
     "ab_jax, AB": by_ab(ab.alpha_blend),
     "ab_jax, STE": by_ab(ab.straight_through),
@@ -234,6 +220,11 @@ def is_comparable(library: str, bits: Bits) -> bool:
     them, and not what layers take in.
     """
     return bits.activations is None or library != "Qwix ODML"
+
+
+def peer_versions() -> dict[str, str]:
+    """What the peers' packages are, for a record."""
+    return {name: importlib.metadata.version(name) for name in ("qwix", "aqtp")}
 
 
 def loss(logits: Array, labels: Array) -> Array:

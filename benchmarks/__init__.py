@@ -1,0 +1,1 @@
+"""What our training, loading and deployment cost, as ratios; a module is a command."""

@@ -1,0 +1,54 @@
+"""The benchmark times every step once a round, and its table says what the record holds."""
+
+import json
+
+import pytest
+
+from benchmarks import step
+from benchmarks.ratios import ratio_cells
+from benchmarks.step import STEPS, Config, run, table
+
+
+@pytest.fixture
+def record(rng):
+    return {
+        "config": {"width": 0.5, "image_size": 16, "batch_size": 8, "rounds": 7},
+        "parameters": 1_500_000,
+        "hardware": "a machine",
+        "packages": {"jax": "1.2.3"},
+        "environment": {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+        "seconds": {name: rng.uniform(1, 2, size=7).tolist() for name, _, _ in STEPS},
+    }
+
+
+def test_a_record_is_a_column_of_ratios_to_the_float_step(record, rng):
+    config = {**record["config"], "batch_size": 4, "rounds": 9}
+    other = {**record, "environment": {}, "config": config}
+    other["seconds"] = {name: rng.uniform(1, 2, size=9).tolist() for name, _, _ in STEPS}
+    head, _, *lines = table([record, other]).splitlines()
+    tunable = "GLIBC_TUNABLES=glibc.malloc.hugetlb=1"
+    assert head == f"| step | batch 8, {tunable} | batch 4 |"
+    columns = [ratio_cells(one["seconds"], lambda s: f"{s:.2f} s") for one in (record, other)]
+    for line, (name, _, _) in zip(lines[: len(STEPS)], STEPS, strict=True):
+        assert line == f"| {name} | {columns[0][name]} | {columns[1][name]} |"
+    assert lines[0].startswith("| float | 1 (")
+    assert "n = 7, 9 rounds" in lines[-1]
+    assert "1.5 million parameters" in lines[-1]
+
+
+def test_a_run_measures_each_step_in_each_round(tmp_path, monkeypatch):
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=2")  # noted, for this process idle
+    out = tmp_path / "bench" / "tiny.json"
+    monkeypatch.setattr(step, "STEPS", STEPS[:2])
+    record = run(Config(width=1 / 64, image_size=8, batch_size=4, rounds=2, out=out))
+    assert record == json.loads(out.read_text())
+    assert {name: len(times) for name, times in record["seconds"].items()} == {
+        name: 2 for name, _, _ in STEPS[:2]
+    }
+    assert all(time > 0 for times in record["seconds"].values() for time in times)
+    assert record["environment"]["GLIBC_TUNABLES"] == "glibc.malloc.arena_max=2"
+    # Convolutions 3-2-2-4-4-8-8, dense 8-16-16, head 10; batch norm has two numbers a feature.
+    features = [2, 2, 4, 4, 8, 8, 16, 16, 10]
+    inputs = [9 * 3, 9 * 2, 9 * 2, 9 * 4, 9 * 4, 9 * 8, 8, 16, 16]
+    kernels = sum(a * b for a, b in zip(inputs, features, strict=True))
+    assert record["parameters"] == kernels + 2 * sum(features)
