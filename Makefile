@@ -9,8 +9,8 @@ API ?= build/api
 PY := $(VENV)/bin/python
 TRAIN := $(VENV)/.installed-train
 TEST := $(VENV)/.installed-test
-# Rooms of the library. The one named like a function is found through the package.
-ROOMS := $(filter-out ab_jax/__% %.typed ab_jax/blend.py,$(wildcard ab_jax/*))
+# Rooms of the library. Those named like a function are found through the package.
+ROOMS := $(filter-out ab_jax/__% %.typed ab_jax/blend.py ab_jax/describe.py,$(wildcard ab_jax/*))
 TORCH_VENV := $(VENV)-torch
 TORCH := $(TORCH_VENV)/.installed-torch
 
@@ -29,7 +29,7 @@ help: ## show this list
 	@echo "Variables: PYTHON=$(PYTHON) (3.11 or newer)  VENV=$(VENV)  JOBS=$(JOBS) (test processes)"
 
 quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (2 minutes)
-	$(PY) -m experiments.quickstart
+	$(PY) -m examples.quickstart
 
 test: lint ## check the style and the types, then run all tests
 	$(PY) -m pytest -n $(JOBS) --dist worksteal
@@ -65,7 +65,7 @@ docs: $(TEST) ## write the API reference into build/api, from the docstrings
 
 clean: ## remove caches and build leftovers; runs and the environment stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	find ab_jax experiments benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find ab_jax benchmarks examples experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
 	rm -rf .venv .venv-torch

@@ -11,7 +11,7 @@ from ab_jax.blend import (
     mean_alpha,
     quantize,
 )
-from ab_jax.description import Description, describe, quantized_paths
+from ab_jax.describe import Description, describe, quantized_paths
 from ab_jax.estimators import (
     Estimator,
     ScaledEstimator,
@@ -25,6 +25,7 @@ from ab_jax.estimators import (
     straight_through,
 )
 from ab_jax.learned_scales import keep_scales_positive, learned_step_size
+from ab_jax.moved import MOVED, answer_for
 from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.quantizers import Binary, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from ab_jax.rules import Rules
@@ -38,6 +39,8 @@ from ab_jax.schedules import (
 )
 
 __version__ = "0.1.0"
+
+answer_for(MOVED)
 
 __all__ = [
     "Binary",

@@ -2,7 +2,7 @@
 
 An activation function here takes `(x, alpha)`, so that it can follow a ramp, and keeps shape and
 dtype. An `ActivationQuantizer` turns the input of a layer into few levels; where it is applied, and
-where its range is kept, is the matter of `ab_jax.quantized_inputs`.
+where its range is kept, is the matter of `ab_jax.linen`.
 
 Conventions: unsigned codes run from 0 to 2**bits - 1, signed ones from -(2**(bits-1) - 1) to
 2**(bits-1) - 1; the largest stands for the end of the range, zero for zero: one scale per tensor.

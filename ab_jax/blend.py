@@ -28,7 +28,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.description import quantized_paths
+from ab_jax.describe import quantized_paths
 from ab_jax.estimators import Estimator, ScaledEstimator, alpha_blend, check_takes_scale
 from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
 from ab_jax.quantized import with_nan_shown

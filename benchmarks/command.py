@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import tyro
 
 from ab_jax.training.records import describe_run, write_json
-from experiments.command_line import end_with_a_line
+from experiments.settings.command_line import end_with_a_line
 
 Record = dict[str, Any]
 Config = TypeVar("Config")

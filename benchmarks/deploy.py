@@ -25,18 +25,18 @@ import onnxruntime
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.export.describe import describe
-from ab_jax.export.fold import fold_batch_norm
-from ab_jax.export.graph import Graph
+from ab_jax.export.graph.fold import fold_batch_norm
+from ab_jax.export.graph.known_networks import describe
+from ab_jax.export.graph.operations import Graph
 from ab_jax.export.integers import evaluate_in_integers
 from ab_jax.export.onnx import IMAGES, to_onnx
+from ab_jax.linen import ActivationRules, QuantizedInputs
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
-from ab_jax.quantized_inputs import ActivationRules, QuantizedInputs
 from benchmarks.command import Record, main, recorded, require_at_least_one, versions
 from benchmarks.generated_arrays import generated_variables
 from benchmarks.ratios import in_rounds, markdown, over_rounds, ratio_cells, timed
-from experiments.choices import choose
+from experiments.settings.choices import choose
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mobilenet_v1_050": lambda **fields: MobileNet(width=0.5, **fields),

@@ -27,16 +27,24 @@ import tyro
 import ab_jax as ab
 from ab_jax.data import Dataset, load
 from ab_jax.data.augment import normalize
-from ab_jax.export.describe import describe
-from ab_jax.export.fold import fold_batch_norm
-from ab_jax.export.graph import Affine, Convolution, Dense, Graph, Quantize, evaluate, values_of
+from ab_jax.export.graph.fold import fold_batch_norm
+from ab_jax.export.graph.known_networks import describe
+from ab_jax.export.graph.operations import (
+    Affine,
+    Convolution,
+    Dense,
+    Graph,
+    Quantize,
+    evaluate,
+    values_of,
+)
 from ab_jax.export.integers import evaluate_in_integers
 from benchmarks.command import Record, main, recorded
 from benchmarks.ratios import markdown
 from experiments import export
-from experiments.choices import choose
-from experiments.exporting.networks import TrainedNetwork, load_packed, read_run
-from experiments.old_flags import todays
+from experiments.exported.finished_networks import TrainedNetwork, load_packed, read_run
+from experiments.settings.choices import choose
+from experiments.settings.old_flags import todays
 
 _BATCH = 250  # images at a time
 

@@ -40,7 +40,7 @@ from benchmarks.other_libraries.libraries import (
 from benchmarks.other_libraries.lines_to_write import SNIPPETS, lines_to_write
 from benchmarks.other_libraries.training_steps import Compiled, compile_step
 from benchmarks.ratios import going_on, in_rounds
-from experiments.choices import choose
+from experiments.settings.choices import choose
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -25,7 +25,7 @@ from ab_jax.models.binarynet import BinaryNet
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.state import create_state
-from ab_jax.training.step import Preprocessing, make_train_step
+from ab_jax.training.train_step import Preprocessing, make_train_step
 from benchmarks.command import Record, main, recorded, require_at_least_one, versions
 from benchmarks.ratios import Seconds, going_on, in_rounds, markdown, over_rounds, ratio_cells
 

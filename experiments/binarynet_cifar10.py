@@ -17,7 +17,7 @@ Small, on two cores, about two minutes each (see the README for the study made t
 """
 
 from experiments import train
-from experiments.config import Config
+from experiments.settings.config import Config
 
 DEFAULTS = Config(network="binarynet", name="binarynet_cifar10")
 

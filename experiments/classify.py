@@ -4,7 +4,7 @@
 
 Networks: .onnx (`experiments.export --format=onnx`), which needs ONNX Runtime, NumPy, Pillow and
 OpenCV and loads no JAX; and packed .safetensors, which JAX runs. Images of other sizes are cut and
-resized as the evaluation of runs does it (`experiments.classifying.pictures`).
+resized as the evaluation of runs does it (`experiments.exported.pictures`).
 """
 
 import dataclasses
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import tyro
 
-from experiments.classifying.networks import read_classifier
-from experiments.classifying.pictures import read_picture
+from experiments.exported.classifiers import read_classifier
+from experiments.exported.pictures import read_picture
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,10 @@
     python -m experiments.decoder_text --method=ab --init_from=runs/start/seed0
 
 (about a minute each on one core). Two blocks of width 64 predict the next byte of Python's own help
-pages (`experiments/decoding/text.py` says why these). Attention and hidden layers have ternary
+pages (`experiments/decoder/help_text.py` says why these). Attention and hidden layers have ternary
 kernels; the embedding, which is the output layer too, has 8 bits; positions and norms stay in
-float. The model is plain Flax NNX (`experiments/decoding/model.py`): an example of how a model that
-is not ours, and a loop that is not ours, take the methods in by one line.
+float. The model is plain Flax NNX (`experiments/decoder/transformer.py`): an example of how a model
+that is not ours, and a loop that is not ours, take the methods in by one line.
 
 Every method goes on from the same float model of its seed, for equally many steps. A float run is
 read twice, as trained and rounded after training. Readings are in bits per byte; to compare, what a
@@ -21,11 +21,11 @@ The whole study, of which `results/decoder_text` holds the records (about 40 min
         --learning_rate=0.003,0.006,0.012,0.024,0.048 --seed=100 \\
         --init_from='runs/decoder_text_start/seed{seed}' \\
         --name='decoder_text/trials/{method}_lr{learning_rate}_seed{seed}'
-    python -m experiments.decoding.table results/decoder_text      (the best rate of each method)
+    python -m experiments.decoder.bits_per_byte results/decoder_text    (its best rates)
     python -m experiments.sweep decoder_text --keep=results -- --method=ab --seed=0..4 \\
         --read_test --learning_rate=BEST --init_from='runs/decoder_text_start/seed{seed}' \\
         --name='decoder_text/final/{method}_seed{seed}'            (and so for each method)
-    python -m experiments.decoding.table results/decoder_text --page=docs/frameworks.md
+    python -m experiments.decoder.bits_per_byte results/decoder_text --page=docs/frameworks.md
 """
 
 import dataclasses
@@ -41,12 +41,12 @@ from ab_jax import nnx as ab_nnx
 from ab_jax.export.dictionaries import from_dictionaries, to_dictionaries
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.training.records import RunDirectory
-from experiments.command_line import end_with_a_line
-from experiments.config import FREE_FLAGS
-from experiments.decoding.model import RULES, Decoder
-from experiments.decoding.text import Text, load_text
-from experiments.decoding.training import bits_per_byte, make_optimizer, make_step, train
-from experiments.methods import METHODS, alpha_schedule
+from experiments.decoder.decoder_training import bits_per_byte, make_optimizer, make_step, train
+from experiments.decoder.help_text import Text, load_text
+from experiments.decoder.transformer import RULES, Decoder
+from experiments.settings.command_line import end_with_a_line
+from experiments.settings.config import FREE_FLAGS
+from experiments.settings.methods import METHODS, alpha_schedule
 
 PARAMETERS = "params.safetensors"  # as trained, for further runs to start from
 CODES = "net.safetensors"

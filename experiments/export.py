@@ -6,13 +6,13 @@ The weights are quantized by the run's own rules, as its evaluation does it, and
 statistics are the running ones. Formats:
 
 packed: codes at their true width, scales and the rest in safetensors (`ab_jax.export.packed`);
-`experiments.exporting.networks.load_packed` makes a model of it again.
+`experiments.exported.finished_networks.load_packed` makes a model of it again.
 
 stablehlo: a program from normalized images to logits, codes inside (`ab_jax.export.stablehlo`);
 `jax.export.deserialize(data).call(images)` runs it, on CPUs, GPUs and TPUs, without this library.
 
 qwix: an Orbax checkpoint (a directory) of Qwix's arrays, with the ranges of quantized inputs
-(`ab_jax.export.qwix`); `ab_jax.export.qwix_serving` computes with it by Qwix's kernels.
+(`ab_jax.export.qwix`), whose `serve` computes with it by Qwix's kernels.
 
 onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kernels
 (`ab_jax.export.onnx`), from uint8 images where the record tells their mean and std, else from
@@ -36,14 +36,14 @@ import jax.numpy as jnp
 import tyro
 
 import ab_jax as ab
-from ab_jax.export.describe import describe
+from ab_jax.export.graph.known_networks import describe
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
-from ab_jax.quantized_inputs import layer_paths
-from experiments.choices import choose
-from experiments.command_line import end_with_a_line
-from experiments.exporting.networks import TrainedNetwork, plain_convolutions, read_run
+from ab_jax.linen import layer_paths
+from experiments.exported.finished_networks import TrainedNetwork, plain_convolutions, read_run
+from experiments.settings.choices import choose
+from experiments.settings.command_line import end_with_a_line
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ What to expect, at 16 pixels, 100 classes and width 0.25, is in docs/tiny_imagen
 """
 
 from experiments import train
-from experiments.config import Config
+from experiments.settings.config import Config
 
 DEFAULTS = Config(
     network="mobilenet_v1",

@@ -18,8 +18,8 @@ import tyro
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet20, resnet50
-from experiments.planning.chips import CHIPS, Chip, all_reduce_parts
-from experiments.planning.network_cost import NetworkCost, network_cost
+from experiments.pod_costs.chips import CHIPS, Chip, all_reduce_parts
+from experiments.pod_costs.network_cost import NetworkCost, network_cost
 
 _BFLOAT16 = 2  # bytes
 _ALL: tuple[

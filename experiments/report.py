@@ -37,10 +37,10 @@ from ab_jax.files import write_whole, writing
 from experiments.reporting.figures import Plot, render_plots
 from experiments.reporting.page import render_page
 from experiments.reporting.panels import panels
-from experiments.reporting.readings import Record, ReportError, read_records
 from experiments.reporting.readme_blocks import block_text, parse_options, renew_all, renew_readme
-from experiments.reporting.table import StudyTables, TableOptions
-from experiments.reporting.tables import study_tables
+from experiments.reporting.run_records import Record, ReportError, read_records
+from experiments.reporting.study_tables import study_tables
+from experiments.reporting.table_parts import StudyTables, TableOptions
 
 DEFAULTS = TableOptions()
 

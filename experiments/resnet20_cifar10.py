@@ -34,7 +34,7 @@ Small, on one core, three to four minutes each (1,250 images/s, half a minute to
 """
 
 from experiments import train
-from experiments.config import Config
+from experiments.settings.config import Config
 
 DEFAULTS = Config(
     network="resnet20",

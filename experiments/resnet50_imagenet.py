@@ -17,7 +17,7 @@ What to expect, at 16 pixels, 100 classes and width 0.125, is in docs/tiny_image
 """
 
 from experiments import train
-from experiments.config import Config
+from experiments.settings.config import Config
 
 DEFAULTS = Config(
     network="resnet50_v1",

@@ -2,10 +2,10 @@
 
     python -m experiments.study studies/digits.toml --jobs=2
 
-What such a file says: `experiments/studying/file.py`. All its flags are checked before anything
-starts. The stages are run in order, several runs at a time; the same command again skips what is
-done and resumes what was cut off. Finished records are copied to RESULTS/STUDY/STAGE/RUN.json; one
-of another run that is there already stays.
+What such a file says: `experiments/study_design/study_file.py`. All its flags are checked before
+anything starts. The stages are run in order, several runs at a time; the same command again skips
+what is done and resumes what was cut off. Finished records are copied to
+RESULTS/STUDY/STAGE/RUN.json; one of another run that is there already stays.
 
     --dry_run            shows the runs and their commands, and what was added later
     --on=slurm           a job of Slurm for each run, queued again when its time is up
@@ -24,21 +24,9 @@ from typing import Literal
 import tyro
 from rich.console import Console
 
-from experiments.reporting.readings import ReportError, read_records
-from experiments.reporting.tables import study_tables
-from experiments.studying.choosing import choose
-from experiments.studying.design import Choice, Stage, Study, StudyError
-from experiments.studying.expansion import (
-    Expanded,
-    Settings,
-    StudyRun,
-    command_text,
-    expand,
-)
-from experiments.studying.file import read_study
-from experiments.sweeping.cluster import ClusterJobs, make_executor
-from experiments.sweeping.display import Display, say, say_table
-from experiments.sweeping.execution import (
+from experiments.execution.cluster import ClusterJobs, make_executor
+from experiments.execution.combinations import PlanError
+from experiments.execution.executor import (
     Engine,
     Outcome,
     copy_atomically,
@@ -46,9 +34,21 @@ from experiments.sweeping.execution import (
     exit_code,
     show,
 )
-from experiments.sweeping.plan import PlanError
-from experiments.sweeping.processes import LocalProcesses, collect_signals
-from experiments.sweeping.tasks import Task, check
+from experiments.execution.processes import LocalProcesses, collect_signals
+from experiments.execution.progress import Display, say, say_table
+from experiments.execution.tasks import Task, check
+from experiments.reporting.run_records import ReportError, read_records
+from experiments.reporting.study_tables import study_tables
+from experiments.study_design.choosing import choose
+from experiments.study_design.design import Choice, Stage, Study, StudyError
+from experiments.study_design.expansion import (
+    Expanded,
+    Settings,
+    StudyRun,
+    command_text,
+    expand,
+)
+from experiments.study_design.study_file import read_study
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,11 +5,11 @@
         --name='study/{method}_lr{learning_rate}_seed{seed}'
 
 The sweep's own flags stand before the lone `--`, the experiment's after it (how lists, ranges and
-templates are written: `experiments/sweeping/plan.py`). The same command again skips what is done
-and resumes what was cut off; a run that exists with other flags, or flags that make no sense, are
-an error before anything starts. Ctrl-C ends the runs and waits for them to save. A run that another
-SIGTERM has stopped counts as stopped, not as failed. Exit code: 0 all done, 1 some failed, 2
-refused, 75 some stopped.
+templates are written: `experiments/execution/combinations.py`). The same command again skips what
+is done and resumes what was cut off; a run that exists with other flags, or flags that make no
+sense, are an error before anything starts. Ctrl-C ends the runs and waits for them to save. A run
+that another SIGTERM has stopped counts as stopped, not as failed. Exit code: 0 all done, 1 some
+failed, 2 refused, 75 some stopped.
 
 Where runs depend on each other, and settings are chosen by trials: `experiments.study`.
 """
@@ -28,12 +28,12 @@ from typing import Any
 import tyro
 from rich.console import Console
 
-from experiments.config import FlagError, recorded
-from experiments.sweeping.display import Display, say, say_table
-from experiments.sweeping.execution import copy_atomically, execute, exit_code, show
-from experiments.sweeping.plan import PlanError, Run, plan
-from experiments.sweeping.processes import LocalProcesses, collect_signals
-from experiments.sweeping.tasks import Task, check
+from experiments.execution.combinations import PlanError, Run, plan
+from experiments.execution.executor import copy_atomically, execute, exit_code, show
+from experiments.execution.processes import LocalProcesses, collect_signals
+from experiments.execution.progress import Display, say, say_table
+from experiments.execution.tasks import Task, check
+from experiments.settings.config import FlagError, recorded
 from experiments.train import last_phase
 
 #: What makes runs by flags: the trainer, what is it with defaults of its own, and the decoder.

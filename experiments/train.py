@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import tyro
 
 from ab_jax.data.load import facts
-from ab_jax.quantized_inputs import describe_inputs, layer_paths
+from ab_jax.linen import describe_inputs, layer_paths
 from ab_jax.training.distributed import (
     all_devices,
     check_same_flags,
@@ -27,13 +27,13 @@ from ab_jax.training.distributed import (
 from ab_jax.training.loop import train
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.records import RunDirectory
-from experiments.build import Images, make_training, settled
-from experiments.command_line import end_with_a_line
-from experiments.config import FREE_FLAGS, Config, FlagError, recorded
-from experiments.datasets import DATASETS, load_dataset
-from experiments.methods import METHODS
-from experiments.networks import NETWORKS
-from experiments.rules import WEIGHTS, activation_rules
+from experiments.settings.build import Images, make_training, settled
+from experiments.settings.command_line import end_with_a_line
+from experiments.settings.config import FREE_FLAGS, Config, FlagError, recorded
+from experiments.settings.datasets import DATASETS, load_dataset
+from experiments.settings.levels import WEIGHTS, activation_rules
+from experiments.settings.methods import METHODS
+from experiments.settings.networks import NETWORKS
 
 
 def run(config: Config, experiment: str = "experiments.train") -> dict[str, Any]:

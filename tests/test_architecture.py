@@ -1,7 +1,8 @@
 """The order of the house: who may import whom, and how much a file may hold.
 
 The rooms of `ab_jax` stand in a fixed order, and a file imports only from its own room and the
-rooms above it. `experiments` import the library, `benchmarks` both, and never the other way round.
+rooms above it. `experiments` import the library, `benchmarks` and `examples` both, and never the
+other way round.
 The tables below are the whole rule; adding a room or a dependency means adding it here. The checker
 is tried on made-up trees first, so that it is known to be able to fail.
 """
@@ -22,16 +23,17 @@ ROOMS: dict[str, set[str]] = {
     "scale_fits": {"jax", "numpy"},
     "quantized": {"jax", "numpy"},
     "quantizers": {"jax", "numpy"},
+    "moved": set(),
     "schedules": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},
     "learned_scales": {"jax", "numpy"},
     "rules": {"jax"},
-    "description": {"jax"},
+    "describe": {"jax"},
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
     "activations": {"jax", "numpy", "flax"},
     "input_ranges": {"jax", "numpy", "flax"},
-    "quantized_inputs": {"jax", "numpy", "flax"},
+    "linen": {"jax", "numpy", "flax"},
     "nnx": {"jax", "flax"},
     "safetensors_header": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax"},
@@ -52,6 +54,7 @@ PACKAGES: dict[str, set[str]] = {
     "ab_jax": set(),
     "experiments": {"ab_jax"},
     "benchmarks": {"ab_jax", "experiments"},
+    "examples": {"ab_jax", "experiments"},
 }
 # One concept a file: this many classes and functions for others, and lines as it needs them.
 MAX_PUBLIC = 22
@@ -211,6 +214,9 @@ def write_tree(root: Path, path: str, source: str) -> Path:
         ("experiments/a.py", "import ab_jax as ab\nab.blend._match()", "_match is private"),
         ("experiments/a.py", "import tests.conftest", "experiments may not import tests"),
         ("experiments/a.py", "from benchmarks import b", "experiments may not import benchmarks"),
+        ("experiments/a.py", "from examples import b", "experiments may not import examples"),
+        ("benchmarks/a.py", "from examples import b", "benchmarks may not import examples"),
+        ("examples/a.py", "from benchmarks import b", "examples may not import benchmarks"),
         ("benchmarks/a.py", "from tests import b", "benchmarks may not import tests"),
         ("benchmarks/a.py", "from benchmarks.b import _run", "_run is private"),
         ("benchmarks/a.py", "import experiments.b\nexperiments.b._run()", "_run is private"),
@@ -257,7 +263,7 @@ def test_every_room_that_is_checked_stands() -> None:
     walked = {path.relative_to(ROOT).as_posix() for path in sources(ROOT)}
     core = {f"ab_jax/{room}.py" for room in ORDER[: ORDER.index("activations")]}
     assert core <= walked
-    assert {"experiments/quickstart.py", "benchmarks/ratios.py"} <= walked
+    assert {"examples/quickstart.py", "benchmarks/ratios.py"} <= walked
 
 
 def overfull(path: Path) -> str | None:
@@ -284,6 +290,27 @@ def test_a_file_holds_one_concept(tmp_path: Path) -> None:
         assert overfull(write_tree(tmp_path, name, source) / name), name
     private = "".join(f"def _f{i}(): ...\n" for i in range(MAX_PUBLIC + 1))
     assert not overfull(write_tree(tmp_path, "private.py", private) / "private.py")
+
+
+def same_names(root: Path) -> dict[str, list[str]]:
+    """Names that several Python files have, but for those that Python and pytest ask for."""
+    found: dict[str, list[str]] = {}
+    for path in [*sources(root), *sorted(root.glob("tests/**/*.py"))]:
+        if path.name not in ("__init__.py", "conftest.py"):
+            found.setdefault(path.name, []).append(path.relative_to(root).as_posix())
+    return {name: paths for name, paths in found.items() if len(paths) > 1}
+
+
+def test_no_two_files_have_one_name(tmp_path: Path) -> None:
+    assert same_names(ROOT) == {}
+    for path in ("ab_jax/__init__.py", "ab_jax/a/__init__.py", "ab_jax/b.py", "experiments/b.py"):
+        write_tree(tmp_path, path, "")
+    assert same_names(tmp_path) == {"b.py": ["ab_jax/b.py", "experiments/b.py"]}
+
+
+def test_each_file_that_lies_directly_in_experiments_is_a_command() -> None:
+    for path in ROOT.glob("experiments/[a-z]*.py"):
+        assert '__name__ == "__main__"' in path.read_text(encoding="utf-8"), path
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

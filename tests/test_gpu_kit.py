@@ -18,8 +18,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from experiments.build import settled
-from experiments.config import Config, recorded
+from experiments.settings.build import settled
+from experiments.settings.config import Config, recorded
 
 ROOT = Path(__file__).parents[1]
 KIT = ROOT / "gpu"

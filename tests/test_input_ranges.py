@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.quantized_inputs import (
+from ab_jax.linen import (
     NOT_FINITE,
     RANGES,
     ActivationRules,

@@ -7,7 +7,7 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.blend import mean_alpha
-from ab_jax.description import quantized_paths
+from ab_jax.describe import quantized_paths
 
 LAYERS = ["stem", "a", "b", "head"]
 WINDOWS = [  # overlap, and the windows of four layers in steps 100 to 350

@@ -57,7 +57,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in INPUTS:
         shutil.copy(ROOT / name, source)
-    for name in ("ab_jax", "benchmarks", "experiments", "tests", "results"):
+    for name in ("ab_jax", "benchmarks", "examples", "experiments", "tests", "results"):
         if (ROOT / name).exists():
             ignore = shutil.ignore_patterns("__pycache__")
             shutil.copytree(ROOT / name, source / name, ignore=ignore)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ab_jax.export.graph import (
+from ab_jax.export.graph.operations import (
     Convolution,
     Dense,
     Flatten,

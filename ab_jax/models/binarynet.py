@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu
-from ab_jax.quantized_inputs import InputQuantizer, keep_input
+from ab_jax.linen import InputQuantizer, keep_input
 
 _CONV_FEATURES = (128, 128, 256, 256, 512, 512)
 _DENSE_FEATURES = (1024, 1024)

@@ -14,8 +14,8 @@ from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu6
+from ab_jax.linen import InputQuantizer, keep_input
 from ab_jax.models.convolution import Padding, convolution, lax_padding
-from ab_jax.quantized_inputs import InputQuantizer, keep_input
 
 _STEM_FEATURES = 32
 # Features and stride of each block: table 1 of the paper, whose last stride of 2 is a misprint.

@@ -9,8 +9,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.activations import Activation
+from ab_jax.linen import InputQuantizer
 from ab_jax.models.convolution import Padding, lax_padding
-from ab_jax.quantized_inputs import InputQuantizer
 
 
 class Block(nn.Module):

@@ -20,9 +20,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax.activations import Activation, relu
+from ab_jax.linen import InputQuantizer, keep_input
 from ab_jax.models.convolution import Padding, convolution, lax_padding
 from ab_jax.models.residual import Block
-from ab_jax.quantized_inputs import InputQuantizer, keep_input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from ab_jax.quantized_inputs import RANGES
+from ab_jax.linen import RANGES
 from ab_jax.training.checkpoint_items import (
     FIELDS,
     Interval,

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ab_jax.files import read_regular, write_whole
-from ab_jax.quantized_inputs import RANGES
+from ab_jax.linen import RANGES
 from ab_jax.training.distributed import to_global
 from ab_jax.training.metrics_file import Seal
 from ab_jax.training.state import TrainState

@@ -12,7 +12,7 @@ from ab_jax.data.dataset import Images
 from ab_jax.data.stream import Photos
 from ab_jax.training.feeds import Feed, make_feed
 from ab_jax.training.parallel import Parallel
-from ab_jax.training.step import Preprocessing, make_batch_stats_step, make_eval_step
+from ab_jax.training.train_step import Preprocessing, make_batch_stats_step, make_eval_step
 
 
 @dataclasses.dataclass(frozen=True)

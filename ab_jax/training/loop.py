@@ -15,10 +15,11 @@ from ab_jax.blend import AlphaSchedule, initial_scales
 from ab_jax.data.batches import steps_per_epoch
 from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
-from ab_jax.description import describe
+from ab_jax.describe import describe
 from ab_jax.estimators import Estimator, ScaledEstimator, full_precision, takes_scale
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
+from ab_jax.training.accuracies import Readings
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.checkpoint_items import Interval, Standing
 from ab_jax.training.distributed import agreed, first_succeeds, is_first
@@ -26,11 +27,10 @@ from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.ramps import Alphas, check_never_falls
-from ab_jax.training.readings import Readings
 from ab_jax.training.records import RunDirectory, accuracies_of
 from ab_jax.training.state import TrainState, create_state
-from ab_jax.training.step import Preprocessing, make_train_step
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
+from ab_jax.training.train_step import Preprocessing, make_train_step
 from ab_jax.training.watching import PROFILED_STEPS, profiler, shown_progress
 
 _LOOK_EVERY = 20  # steps between looks at the loss: a look waits for the device

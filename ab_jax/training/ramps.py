@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ab_jax.blend import Alpha, mean_alpha
-from ab_jax.description import quantized_paths
+from ab_jax.describe import quantized_paths
 from ab_jax.rules import Rules
 
 _ACTIVATIONS = "activations"

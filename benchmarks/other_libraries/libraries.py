@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.quantized_inputs import ActivationRules, quantized_inputs
+from ab_jax.linen import ActivationRules, quantized_inputs
 
 Variables = Any  # Flax's collections by name
 

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.reporting.paired_statistics import difference_cell, mean_cell
-from experiments.reporting.provenance import provenance
-from experiments.reporting.readings import (
+from experiments.reporting.run_records import (
     Record,
     ReportError,
     check_seeds,
@@ -15,7 +14,8 @@ from experiments.reporting.readings import (
     sort_key,
     value_text,
 )
-from experiments.reporting.table import (
+from experiments.reporting.table_notes import provenance
+from experiments.reporting.table_parts import (
     STATISTICS,
     Table,
     TableOptions,

@@ -3,8 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from experiments.reporting.paired_statistics import difference_cell, mean_cell
-from experiments.reporting.provenance import provenance
-from experiments.reporting.readings import (
+from experiments.reporting.run_records import (
     Group,
     Record,
     ReportError,
@@ -13,7 +12,8 @@ from experiments.reporting.readings import (
     sort_key,
     value_text,
 )
-from experiments.reporting.table import (
+from experiments.reporting.table_notes import provenance
+from experiments.reporting.table_parts import (
     AS_TRAINED,
     STATISTICS,
     Table,

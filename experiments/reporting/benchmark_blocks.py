@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.reporting.readings import ReportError
+from experiments.reporting.run_records import ReportError
 
 _START = re.compile(r"<!-- benchmark: ([^\n]*) -->\n")
 _END = "<!-- /benchmark -->"

@@ -14,7 +14,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from experiments.reporting.readings import Record
+from experiments.reporting.run_records import Record
 from experiments.reporting.size_plot import draw_sizes
 from experiments.reporting.themes import DARK, LIGHT, WIDTH, Series, Theme, colors
 from experiments.reporting.training_curves import draw_accuracy, draw_changed_codes

@@ -32,8 +32,8 @@ from experiments.reporting.paired_statistics import (
     signed,
 )
 from experiments.reporting.quantities import OF_BENCHMARKS, OF_RUNS, known
-from experiments.reporting.readings import Record, ReportError, group_records, read_records
-from experiments.reporting.table import STATISTICS, TableOptions
+from experiments.reporting.run_records import Record, ReportError, group_records, read_records
+from experiments.reporting.table_parts import STATISTICS, TableOptions
 
 _MARKER = re.compile(r"<!--\s*number:(.*?)-->(?:([^<]*)<!--\s*/number\s*-->)?", re.DOTALL)
 

@@ -6,9 +6,9 @@ import re
 from collections.abc import Sequence
 
 from experiments.reporting.figures import Plot
-from experiments.reporting.provenance import short_revision
-from experiments.reporting.readings import Record, method_label
-from experiments.reporting.table import StudyTables, Table
+from experiments.reporting.run_records import Record, method_label
+from experiments.reporting.table_notes import short_revision
+from experiments.reporting.table_parts import StudyTables, Table
 
 STYLE = """
 :root { color-scheme: light dark; --paper: #fff; --ink: #222; --faint: #666; --line: #d9d9d9;

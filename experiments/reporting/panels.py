@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from experiments.reporting.ablation import ablation_settings, change_text, factor
 from experiments.reporting.across_levels import of_these_levels
 from experiments.reporting.figures import CURVES, SIZES
-from experiments.reporting.readings import (
+from experiments.reporting.run_records import (
     Record,
     group_records,
     method_label,
     value_text,
     without_starts,
 )
-from experiments.reporting.table import TableOptions
+from experiments.reporting.table_parts import TableOptions
 from experiments.reporting.themes import Series
 
 

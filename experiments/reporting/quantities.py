@@ -8,8 +8,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from experiments.reporting.readings import Record, ReportError
-from experiments.reporting.table import AS_TRAINED, FROM_CODES, STATISTICS, best_keys
+from experiments.reporting.run_records import Record, ReportError
+from experiments.reporting.table_parts import AS_TRAINED, FROM_CODES, STATISTICS, best_keys
 
 Benchmark = Mapping[str, Any]  # a record of `benchmarks`
 _PARTS = ("test", "validation")

@@ -16,9 +16,9 @@ from typing import Any
 
 from experiments.reporting.benchmark_blocks import has_benchmarks, renew_benchmarks
 from experiments.reporting.numbers_in_prose import has_numbers, renew_numbers
-from experiments.reporting.readings import ReportError, read_records
-from experiments.reporting.table import StudyTables, TableOptions
-from experiments.reporting.tables import study_tables
+from experiments.reporting.run_records import ReportError, read_records
+from experiments.reporting.study_tables import study_tables
+from experiments.reporting.table_parts import StudyTables, TableOptions
 
 DEFAULTS = TableOptions()
 _START = r"<!-- table: (\S+)((?: \w+=\S+)*) -->\n"

@@ -5,8 +5,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from experiments.reporting.paired_statistics import NOT_RUN, mean_cell
-from experiments.reporting.provenance import provenance
-from experiments.reporting.readings import (
+from experiments.reporting.run_records import (
     Group,
     Record,
     distinct,
@@ -15,7 +14,8 @@ from experiments.reporting.readings import (
     sort_key,
     value_text,
 )
-from experiments.reporting.table import Table, TableOptions, best_keys, by_seed, spoken
+from experiments.reporting.table_notes import provenance
+from experiments.reporting.table_parts import Table, TableOptions, best_keys, by_seed, spoken
 
 
 def selection_table(

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.reporting.paired_statistics import mean_and_deviation
-from experiments.reporting.readings import method_label
-from experiments.reporting.table import AS_TRAINED, FROM_CODES, by_seed
+from experiments.reporting.run_records import method_label
+from experiments.reporting.table_parts import AS_TRAINED, FROM_CODES, by_seed
 from experiments.reporting.themes import WIDTH, Series, Theme, colors, legend
 
 _ASIDE = 0.6  # of the room of a size, what its points take beside each other

@@ -8,8 +8,8 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.methods import METHODS
-from experiments.reporting.readings import Record, name_of
+from experiments.reporting.run_records import Record, name_of
+from experiments.settings.methods import METHODS
 
 WIDTH = 5.6  # inches; narrow, so that text stays legible on a phone
 

@@ -3,9 +3,15 @@
 from collections.abc import Mapping, Sequence
 
 from experiments.reporting.paired_statistics import difference_cell, mean_and_deviation, mean_cell
-from experiments.reporting.provenance import provenance
-from experiments.reporting.readings import NO_VALUE, Group, Record, ReportError, method_label
-from experiments.reporting.table import STATISTICS, Table, TableOptions, differing_settings, partner
+from experiments.reporting.run_records import NO_VALUE, Group, Record, ReportError, method_label
+from experiments.reporting.table_notes import provenance
+from experiments.reporting.table_parts import (
+    STATISTICS,
+    Table,
+    TableOptions,
+    differing_settings,
+    partner,
+)
 
 # The readings of an evaluation, from the codes.
 _ACCURACIES = ("quantized_accuracy", "recalibrated_accuracy")

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.reporting.readings import Record
+from experiments.reporting.run_records import Record
 from experiments.reporting.themes import WIDTH, Series, Theme, colors, legend
 
 MOST_TOGETHER = 6  # lines in one plot; of more, each gets a plot of its own

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 import ab_jax as ab
-from ab_jax.export.fold import fold_batch_norm
-from ab_jax.export.graph import Dense, values_of
+from ab_jax.export.graph.fold import fold_batch_norm
+from ab_jax.export.graph.operations import Dense, values_of
 from benchmarks.exported_answers import compare, graph_of, last_step, table
-from experiments.exporting.networks import TrainedNetwork
-from tests.export.networks import make
+from experiments.exported.finished_networks import TrainedNetwork
+from tests.export.small_networks import make
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ab_jax.data.jpeg import decode_photo
 from ab_jax.data.pixels import decode
-from experiments.classifying.pictures import read_picture
+from experiments.exported.pictures import read_picture
 from tests.data.image_files import encoded
 
 END = b"\xff\xd9"

@@ -13,7 +13,7 @@ from ab_jax.data.jpeg import decode_photo
 from ab_jax.data.pixels import decode
 from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.data.stream import load_stream
-from experiments.classifying.pictures import read_picture
+from experiments.exported.pictures import read_picture
 from tests.data.image_files import deep_png, eight_bits, encoded, noted
 
 SIZE = 9  # of the square images

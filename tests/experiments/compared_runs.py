@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import scipy.stats
 
-from experiments.reporting.readings import Record
+from experiments.reporting.run_records import Record
 
 KEYS = ("blended", "blended_recalibrated", "quantized", "quantized_recalibrated")
 SEEDS = range(3)

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from experiments.build import settled
-from experiments.config import Config, recorded
+from experiments.settings.build import settled
+from experiments.settings.config import Config, recorded
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from experiments.reporting.benchmark_blocks import renew_benchmarks
-from experiments.reporting.readings import ReportError
 from experiments.reporting.readme_blocks import renew_all
+from experiments.reporting.run_records import ReportError
 
 TABLE = "benchmarks.exported_answers.table"
 MARKER = f"<!-- benchmark: {TABLE} exports/a exports/b -->"

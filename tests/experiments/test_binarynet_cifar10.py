@@ -18,15 +18,15 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from ab_jax.data import load
 from ab_jax.export.packed import read_packed
-from ab_jax.quantized_inputs import RANGES
+from ab_jax.linen import RANGES
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory
 from experiments import binarynet_cifar10, export, train
-from experiments.build import make_model, settled
-from experiments.config import FREE_FLAGS, PLACES, Config, recorded
-from experiments.exporting.networks import load_packed
-from experiments.methods import alpha_schedule, method_of
-from experiments.rules import activation_rules
+from experiments.exported.finished_networks import load_packed
+from experiments.settings.build import make_model, settled
+from experiments.settings.config import FREE_FLAGS, PLACES, Config, recorded
+from experiments.settings.levels import activation_rules
+from experiments.settings.methods import alpha_schedule, method_of
 from tests.fast_compilation import fast_compilation
 
 __all__ = ["fast_compilation"]

@@ -25,12 +25,12 @@ from ab_jax.data.pixels import box_downsample
 from ab_jax.export.packed import write_packed
 from ab_jax.models.binarynet import BinaryNet
 from experiments import classify, export
-from experiments.build import make_model
-from experiments.classifying.networks import from_onnx
-from experiments.classifying.pictures import fitted, read_picture
-from experiments.config import Config, recorded
-from experiments.exporting.networks import TrainedNetwork
-from experiments.rules import weight_rules
+from experiments.exported.classifiers import from_onnx
+from experiments.exported.finished_networks import TrainedNetwork
+from experiments.exported.pictures import fitted, read_picture
+from experiments.settings.build import make_model
+from experiments.settings.config import Config, recorded
+from experiments.settings.levels import weight_rules
 
 ROOT = Path(__file__).parents[2]
 NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

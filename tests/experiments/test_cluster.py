@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from experiments.execution import cluster_job as job
 from experiments.study import main
-from experiments.sweeping import job
 from tests.experiments.house import House, alive, house, wait_for
 
 __all__ = ["house"]
@@ -37,9 +37,9 @@ ON = ("--on=submitit_local", "--results=")
 def file(house: House) -> str:
     (house.path / "small.toml").write_text(STUDY)
     # Jobs find this in the current directory.
-    (house.path / "experiments/sweeping").mkdir()
-    (house.path / "experiments/sweeping/__init__.py").touch()
-    shutil.copy(Path(str(job.__file__)), house.path / "experiments/sweeping")
+    (house.path / "experiments/execution").mkdir()
+    (house.path / "experiments/execution/__init__.py").touch()
+    shutil.copy(Path(str(job.__file__)), house.path / "experiments/execution")
     return "small.toml"
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.state import TrainState
-from experiments.command_line import end_with_a_line
+from experiments.settings.command_line import end_with_a_line
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 # warns of one that was never begun.
 LEFT_BEHIND = """
 import asyncio, atexit
-from experiments.command_line import end_with_a_line
+from experiments.settings.command_line import end_with_a_line
 
 async def fail():
     raise ValueError("in the background")
@@ -53,7 +53,7 @@ def test_nothing_is_said_after_the_line() -> None:
 # is swallowed there.
 SWALLOWS = """
 import os, signal, sys
-from experiments.command_line import end_with_a_line
+from experiments.settings.command_line import end_with_a_line
 
 class Destroyed:
     def __del__(self):

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from experiments import binarynet_cifar10, mobilenet_v1_imagenet, train
-from experiments.config import Config, FlagError
-from experiments.old_flags import todays
-from experiments.reporting.readings import read_records
+from experiments.reporting.run_records import read_records
+from experiments.settings.config import Config, FlagError
+from experiments.settings.old_flags import todays
 
 ROOT = Path(__file__).parents[2]
 HINTS = typing.get_type_hints(Config)

@@ -16,10 +16,12 @@ from ab_jax import nnx as ab_nnx
 from ab_jax.export.dictionaries import to_dictionaries
 from ab_jax.export.packed import read_packed
 from experiments import decoder_text
-from experiments.decoding import table, text, training
-from experiments.decoding.model import RULES, Decoder
-from experiments.reporting.readings import ReportError, read_records
-from experiments.sweeping.plan import plan
+from experiments.decoder import bits_per_byte as table
+from experiments.decoder import decoder_training as training
+from experiments.decoder import help_text as text
+from experiments.decoder.transformer import RULES, Decoder
+from experiments.execution.combinations import plan
+from experiments.reporting.run_records import ReportError, read_records
 from tests.fast_compilation import fast_compilation
 
 __all__ = ["fast_compilation"]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments import train
-from experiments.config import Config, FlagError
+from experiments.settings.config import Config, FlagError
 from tests.fast_compilation import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[2]

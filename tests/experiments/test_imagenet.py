@@ -18,9 +18,9 @@ from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION
 from benchmarks.generated_imagenet import prepare_generated_imagenet
 from experiments import mobilenet_v1_imagenet, resnet50_imagenet
-from experiments.build import make_model
-from experiments.networks import stem_for
-from experiments.rules import activation_rules, weight_rules
+from experiments.settings.build import make_model
+from experiments.settings.levels import activation_rules, weight_rules
+from experiments.settings.networks import stem_for
 from tests.fast_compilation import FAST_COMPILATION
 
 ROOT = Path(__file__).parents[2]

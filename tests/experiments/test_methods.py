@@ -10,10 +10,10 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.models.binarynet import BinaryNet
-from experiments.build import layerwise_schedule, settled
-from experiments.config import Config, FlagError
-from experiments.methods import METHODS, estimator_of
-from experiments.rules import WEIGHTS, weight_quantizer
+from experiments.settings.build import layerwise_schedule, settled
+from experiments.settings.config import Config, FlagError
+from experiments.settings.levels import WEIGHTS, weight_quantizer
+from experiments.settings.methods import METHODS, estimator_of
 
 RULES = ab.Rules([(r"(.*/)?kernel", ab.Binary()), (r".*", None)])
 BINARYNET = [*(f"conv{i}" for i in range(6)), "dense0", "dense1", "head"]

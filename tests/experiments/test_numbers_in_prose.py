@@ -13,8 +13,8 @@ import pytest
 from experiments import report
 from experiments.reporting.numbers_in_prose import FUNCTIONS, number_of, renew_numbers
 from experiments.reporting.quantities import OF_BENCHMARKS, OF_RUNS
-from experiments.reporting.readings import ReportError
 from experiments.reporting.readme_blocks import renew_all
+from experiments.reporting.run_records import ReportError
 from tests.experiments.compared_runs import interval
 
 RATES = {"ste": 0.1, "ab": 0.4, "float": 0.2}

@@ -15,11 +15,11 @@ import ab_jax as ab
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.state import create_state
-from ab_jax.training.step import Preprocessing, make_train_step
+from ab_jax.training.train_step import Preprocessing, make_train_step
 from experiments import plan
 from experiments.plan import Config, Step, make_network, report, step_time
-from experiments.planning.chips import CHIPS, Chip, all_reduce_parts, ring_bytes
-from experiments.planning.network_cost import collective_bytes, network_cost
+from experiments.pod_costs.chips import CHIPS, Chip, all_reduce_parts, ring_bytes
+from experiments.pod_costs.network_cost import collective_bytes, network_cost
 
 # A chip with round numbers.
 ROUND = Chip(

@@ -17,17 +17,18 @@ import scipy.stats
 from PIL import Image
 
 from experiments import report
-from experiments.methods import METHODS
-from experiments.reporting import figures, readings, readme_blocks, training_curves
+from experiments.execution.combinations import plan
+from experiments.reporting import figures, readme_blocks, training_curves
+from experiments.reporting import run_records as readings
 from experiments.reporting.paired_statistics import (
     difference_cell,
     mean_and_deviation,
     mean_cell,
     paired_difference,
 )
-from experiments.reporting.readings import Record, ReportError, group_records, read_records
-from experiments.reporting.tables import TableOptions, readme_table, study_tables
-from experiments.sweeping.plan import plan
+from experiments.reporting.run_records import Record, ReportError, group_records, read_records
+from experiments.reporting.study_tables import TableOptions, readme_table, study_tables
+from experiments.settings.methods import METHODS
 
 KEYS = ("blended", "blended_recalibrated", "quantized", "quantized_recalibrated")
 

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.reporting.readings import ReportError
-from experiments.reporting.tables import TableOptions, study_tables
+from experiments.reporting.run_records import ReportError
+from experiments.reporting.study_tables import TableOptions, study_tables
 from tests.experiments.compared_runs import SEEDS, ablation_records, interval, mean, run
 
 

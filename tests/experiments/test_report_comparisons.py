@@ -11,14 +11,14 @@ from matplotlib.figure import Figure
 from experiments import report
 from experiments.reporting import figures, readme_blocks, size_plot
 from experiments.reporting.panels import panels
-from experiments.reporting.readings import (
+from experiments.reporting.run_records import (
     Record,
     ReportError,
     group_records,
     method_label,
     read_records,
 )
-from experiments.reporting.tables import TableOptions, readme_table, study_tables
+from experiments.reporting.study_tables import TableOptions, readme_table, study_tables
 from experiments.reporting.themes import LIGHT, Series, colors
 from tests.experiments.compared_runs import SEEDS, ablation_records, interval, mean, run
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from experiments.reporting.readings import Record, ReportError
-from experiments.reporting.table import TableOptions
-from experiments.reporting.tables import study_tables
+from experiments.reporting.run_records import Record, ReportError
+from experiments.reporting.study_tables import study_tables
+from experiments.reporting.table_parts import TableOptions
 from tests.experiments.compared_runs import interval, mean
 
 READINGS = ("quantized_accuracy", "recalibrated_accuracy", "changed_codes")

@@ -13,14 +13,14 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.data import load
-from ab_jax.quantized_inputs import RANGES
+from ab_jax.linen import RANGES
 from experiments import export, resnet20_cifar10
-from experiments.build import make_model
-from experiments.classifying.networks import read_classifier
-from experiments.config import Config
-from experiments.exporting.networks import load_packed
-from experiments.reporting.readings import read_records
-from experiments.rules import weight_rules
+from experiments.exported.classifiers import read_classifier
+from experiments.exported.finished_networks import load_packed
+from experiments.reporting.run_records import read_records
+from experiments.settings.build import make_model
+from experiments.settings.config import Config
+from experiments.settings.levels import weight_rules
 from experiments.sweep import EXPERIMENTS
 from tests.fast_compilation import FAST_COMPILATION, compiled
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from experiments.build import settled
-from experiments.config import FREE_FLAGS, recorded
-from experiments.reporting.readings import Record, read_records
 from experiments.reporting.readme_blocks import readme_blocks
-from experiments.reporting.tables import study_tables
-from experiments.studying.choosing import choose
-from experiments.studying.design import Choice, Study
-from experiments.studying.expansion import Expanded, Settings, StudyRun, expand
-from experiments.studying.file import read_study
+from experiments.reporting.run_records import Record, read_records
+from experiments.reporting.study_tables import study_tables
+from experiments.settings.build import settled
+from experiments.settings.config import FREE_FLAGS, recorded
+from experiments.study_design.choosing import choose
+from experiments.study_design.design import Choice, Study
+from experiments.study_design.expansion import Expanded, Settings, StudyRun, expand
+from experiments.study_design.study_file import read_study
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "results"

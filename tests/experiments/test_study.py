@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from experiments.reporting.readings import Record
+from experiments.reporting.run_records import Record
 from experiments.study import main
-from experiments.studying.choosing import choose
-from experiments.studying.design import Choice, StudyError
-from experiments.studying.file import seeds_of
+from experiments.study_design.choosing import choose
+from experiments.study_design.design import Choice, StudyError
+from experiments.study_design.study_file import seeds_of
 from tests.experiments.house import House, house
 from tests.fast_compilation import FAST_COMPILATION
 

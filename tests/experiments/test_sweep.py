@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 import experiments
+from experiments.execution import combinations as sweep_plan
+from experiments.execution import processes as sweep_processes
+from experiments.execution.combinations import PlanError, Run, plan
+from experiments.execution.executor import copy_atomically
 from experiments.sweep import EXPERIMENTS, main
-from experiments.sweeping import plan as sweep_plan
-from experiments.sweeping import processes as sweep_processes
-from experiments.sweeping.execution import copy_atomically
-from experiments.sweeping.plan import PlanError, Run, plan
 from tests.experiments.house import House, alive, house, wait_for
 
 __all__ = ["house"]

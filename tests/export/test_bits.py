@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from ab_jax.export.bits import Packing
+from ab_jax.export.packed.bits import Packing
 
 ALL = [Packing(1), *(Packing(bits, affine) for bits in range(2, 9) for affine in (False, True))]
 

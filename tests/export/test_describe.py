@@ -11,14 +11,14 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.export.describe import describe
-from ab_jax.export.fold import fold_batch_norm
-from ab_jax.export.graph import Affine, Convolution, Dense, Graph, evaluate, values_of
+from ab_jax.export.graph.fold import fold_batch_norm
+from ab_jax.export.graph.known_networks import describe
+from ab_jax.export.graph.operations import Affine, Convolution, Dense, Graph, evaluate, values_of
 from ab_jax.export.integers import evaluate_in_integers, layers_in_float
+from ab_jax.linen import RANGES, ActivationRules, QuantizedInputs
 from ab_jax.models.binarynet import BinaryNet
-from ab_jax.quantized_inputs import RANGES, ActivationRules, QuantizedInputs
 from ab_jax.quantizers import Quantized
-from tests.export.networks import NETWORKS, Network, make
+from tests.export.small_networks import NETWORKS, Network, make
 from tests.fast_compilation import compiled
 
 IMAGES = 16

@@ -39,8 +39,8 @@ DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "U32", "BOOL", 
 def base_file(path: Path) -> bytes:
     import jax.numpy as jnp
 
-    from ab_jax.export.bits import Packing
     from ab_jax.export.packed import write_packed
+    from ab_jax.export.packed.bits import Packing
     from ab_jax.quantizers import Quantized
 
     leaves = {}
@@ -193,8 +193,8 @@ def mutated(data: bytes, random: random.Random) -> tuple[str, bytes]:
 
 def read_all(directory: Path, seed: int) -> dict[str, Any]:
     """In the process of limited memory: reads them all; what came of it, as JSON values."""
-    from ab_jax.export.container import PackedError
     from ab_jax.export.packed import read_packed
+    from ab_jax.export.packed.container import PackedError
 
     generator = random.Random(seed)
     data = base_file(directory / "base")

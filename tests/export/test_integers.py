@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.export.graph import Convolution, Dense, Graph, Node, Quantize, Sign
+from ab_jax.export.graph.operations import Convolution, Dense, Graph, Node, Quantize, Sign
 from ab_jax.export.integers import evaluate_in_integers, layers_in_float
 from ab_jax.quantizers import Quantized
 from tests.fast_compilation import compiled

@@ -15,9 +15,9 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.export.describe import describe
-from ab_jax.export.fold import fold_batch_norm
-from ab_jax.export.graph import (
+from ab_jax.export.graph.fold import fold_batch_norm
+from ab_jax.export.graph.known_networks import describe
+from ab_jax.export.graph.operations import (
     Affine,
     Clip,
     Convolution,
@@ -33,7 +33,7 @@ from ab_jax.export.graph import (
 )
 from ab_jax.export.litert import METADATA, to_litert
 from ab_jax.quantizers import Quantized
-from tests.export.networks import NETWORKS, make
+from tests.export.small_networks import NETWORKS, make
 from tests.fast_compilation import compiled
 
 #: Of each network the layers that are integer operators if their codes fit into int8. In float are

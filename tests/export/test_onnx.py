@@ -16,10 +16,10 @@ from onnx import numpy_helper
 
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data.augment import normalize
-from ab_jax.export.describe import describe
-from ab_jax.export.early_codes import quantize_early
-from ab_jax.export.fold import fold_batch_norm
-from ab_jax.export.graph import (
+from ab_jax.export.graph.early_codes import quantize_early
+from ab_jax.export.graph.fold import fold_batch_norm
+from ab_jax.export.graph.known_networks import describe
+from ab_jax.export.graph.operations import (
     Add,
     Clip,
     Convolution,
@@ -33,7 +33,7 @@ from ab_jax.export.graph import (
 )
 from ab_jax.export.onnx import to_onnx
 from ab_jax.quantizers import Quantized
-from tests.export.networks import NETWORKS, make
+from tests.export.small_networks import NETWORKS, make
 
 #: The layers of each network, as ONNX Runtime fuses them. In float32 are those whose inputs are no
 #: codes (signs), depthwise ones, and kernels of few channels.

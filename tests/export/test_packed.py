@@ -16,13 +16,13 @@ import safetensors
 from safetensors.numpy import load_file
 
 import ab_jax as ab
-from ab_jax.export.bits import Packing
-from ab_jax.export.container import PackedError
 from ab_jax.export.packed import read_packed, write_packed
+from ab_jax.export.packed.bits import Packing
+from ab_jax.export.packed.container import PackedError
+from ab_jax.linen import RANGES
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
-from ab_jax.quantized_inputs import RANGES
 from ab_jax.quantizers import Quantized
 from tests.export.forging import forged, forged_text, opened
 

@@ -16,7 +16,7 @@ import qwix
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.qwix import InputCodes, input_codes, read_qwix, to_qwix, write_qwix
-from ab_jax.quantized_inputs import RANGES, ActivationRules
+from ab_jax.linen import RANGES, ActivationRules
 
 QUANTIZERS: list[ab.Quantizer] = [
     ab.Binary(),

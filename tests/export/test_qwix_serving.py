@@ -12,10 +12,9 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.export.qwix import InputCodes, input_codes, to_qwix
-from ab_jax.export.qwix_serving import serve
+from ab_jax.export.qwix import InputCodes, input_codes, serve, to_qwix
+from ab_jax.linen import RANGES, ActivationRules, layer_paths, quantized_inputs
 from ab_jax.models.convolution import cpu_conv_general_dilated
-from ab_jax.quantized_inputs import RANGES, ActivationRules, layer_paths, quantized_inputs
 
 IMAGES = (2, 6, 6, 3)
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

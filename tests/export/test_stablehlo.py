@@ -16,10 +16,10 @@ import pytest
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.stablehlo import to_stablehlo
+from ab_jax.linen import RANGES, ActivationRules, QuantizedInputs
 from ab_jax.models.mobilenet import MobileNet
-from ab_jax.quantized_inputs import RANGES, ActivationRules, QuantizedInputs
-from experiments.exporting.networks import plain_convolutions
-from tests.export.networks import make
+from experiments.exported.finished_networks import plain_convolutions
+from tests.export.small_networks import make
 
 RULES = ab.Rules(
     [

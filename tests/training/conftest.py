@@ -17,9 +17,9 @@ from jax.typing import ArrayLike
 
 import ab_jax as ab
 from ab_jax.data import Images
-from ab_jax.quantized_inputs import InputQuantizer, keep_input
+from ab_jax.linen import InputQuantizer, keep_input
 from ab_jax.training.parallel import AXIS
-from ab_jax.training.step import Preprocessing
+from ab_jax.training.train_step import Preprocessing
 
 SIZE, CLASSES = 4, 5  # pixels, classes
 MEAN, STD = (0.45,), (0.25,)

@@ -29,7 +29,7 @@ from ab_jax.training.feeds import InMemory, Streamed
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.retention import NoWholeCheckpointError
 from ab_jax.training.state import TrainState, create_state
-from ab_jax.training.step import Preprocessing, make_train_step
+from ab_jax.training.train_step import Preprocessing, make_train_step
 
 BATCH, STEPS, CLASSES = 16, 3, 5
 RULES = ab.Rules([(r"(.*/)?kernel", ab.Binary()), (r".*", None)])

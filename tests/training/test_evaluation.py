@@ -13,7 +13,7 @@ import pytest
 from ab_jax.data import Images, augment
 from ab_jax.training.evaluation import Evaluator, recalibrate_batch_stats
 from ab_jax.training.parallel import Mode, Parallel
-from ab_jax.training.step import Preprocessing
+from ab_jax.training.train_step import Preprocessing
 
 
 @pytest.mark.parametrize(

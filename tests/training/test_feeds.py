@@ -22,7 +22,7 @@ from ab_jax.training.loop import Training, train
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import AXIS, Mode, Parallel
 from ab_jax.training.records import RunDirectory
-from ab_jax.training.step import Preprocessing
+from ab_jax.training.train_step import Preprocessing
 
 BATCH = 8
 

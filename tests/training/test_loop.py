@@ -30,8 +30,8 @@ from ab_jax.training.records import RunDirectory
 from ab_jax.training.retention import DamagedCheckpointWarning
 from ab_jax.training.seals import write_manifest
 from ab_jax.training.state import TrainState, create_state
-from ab_jax.training.step import Preprocessing
 from ab_jax.training.stopping import StoppedError
+from ab_jax.training.train_step import Preprocessing
 
 BATCH, STEPS, EVAL_EVERY = 16, 12, 4  # four steps an epoch
 RATE = warmup_cosine(0.2, 1, STEPS // 2)

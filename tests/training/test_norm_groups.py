@@ -17,7 +17,7 @@ from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet20
 from ab_jax.training.parallel import AXIS, Mode, Parallel
 from ab_jax.training.state import TrainState
-from ab_jax.training.step import Preprocessing, make_batch_stats_step, make_train_step
+from ab_jax.training.train_step import Preprocessing, make_batch_stats_step, make_train_step
 from tests.training.one_of_several import Net, last_gradient
 
 BATCH = 16

@@ -15,13 +15,13 @@ import pytest
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data import Images
-from ab_jax.quantized_inputs import RANGES, ActivationRules, QuantizedInputs
+from ab_jax.linen import RANGES, ActivationRules, QuantizedInputs
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.state import TrainState, create_state
-from ab_jax.training.step import Preprocessing, make_train_step
+from ab_jax.training.train_step import Preprocessing, make_train_step
 
 BATCH, SHAPE = 16, (4, 4, 1)
 OPTIMIZER = make_optimizer("sgd", optax.constant_schedule(0.1))

@@ -5,7 +5,7 @@ import optax
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.quantized_inputs import ActivationRules, quantized_inputs
+from ab_jax.linen import ActivationRules, quantized_inputs
 
 
 class Net(nn.Module):

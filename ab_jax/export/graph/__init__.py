@@ -1,0 +1,1 @@
+"""A network as a graph of operations, which the exporters of ONNX, LiteRT and integers read."""
