@@ -1,4 +1,4 @@
-"""What the README shows is run: its Python, and the flags of its commands."""
+"""What README and the pages right behind it show is run: Python, and the flags of commands."""
 
 import contextlib
 import importlib
@@ -18,15 +18,17 @@ from ab_jax.export.packed import read_packed
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXPERIMENTS = (ROOT / "docs/experiments.md").read_text(encoding="utf-8")
+LIBRARY = (ROOT / "docs/library.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
-    """The README's Python, run from top to bottom: its names, and what it printed."""
+    """The Python of README and of the page behind it, run in order: its names, what it printed."""
     printed = io.StringIO()
     with contextlib.chdir(tmp_path_factory.mktemp("readme")), contextlib.redirect_stdout(printed):
         names = {"step": 1_000}
-        for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
+        for block in re.findall(r"```python\n(.*?)```", README + LIBRARY, re.DOTALL):
             exec(block, names)
         names["network"] = read_packed("model.safetensors")
     return {
@@ -86,7 +88,7 @@ def test_the_example_ends_in_the_network_of_its_codes(example):
 
 def commands():
     # Tables bring commands of their own, which the tests of the report read back.
-    text = re.sub(r"<!-- table: .*?<!-- /table: ", "", README, flags=re.DOTALL)
+    text = re.sub(r"<!-- table: .*?<!-- /table: ", "", README + EXPERIMENTS, flags=re.DOTALL)
     lines = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^`\n]*)", text)
     assert {name.partition(".")[0] for name, _ in lines} == {"experiments", "benchmarks"}
     return lines
@@ -109,6 +111,12 @@ def test_the_make_targets_exist():
     assert {"quickstart", "test"} <= set(targets)
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_it_is_read_in_five_minutes():
+    shown = re.sub(r"<!--.*?-->", "", README, flags=re.DOTALL)
+    assert len(README.splitlines()) <= 150
+    assert len(shown.split()) <= 1_500
 
 
 def test_the_pictures_exist():

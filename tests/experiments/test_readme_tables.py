@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from experiments.reporting.readings import read_records
 from experiments.reporting.readme_blocks import renew_all, renew_readme
-from experiments.reporting.tables import readme_table
+from experiments.reporting.run_records import read_records
+from experiments.reporting.study_tables import readme_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -20,12 +20,12 @@ PAGES = [
 
 # The file, and what its marker names first. A block of a further study is one more line.
 TABLES = [
-    ("README.md", "benchmarks.deploy.table"),
-    ("README.md", "benchmarks.loading.table"),
-    ("README.md", "benchmarks.other_libraries.comparison_tables.times"),
-    ("README.md", "benchmarks.step.table"),
-    ("README.md", "binarynet_cifar10"),
+    ("docs/binarynet.md", "binarynet_cifar10"),
+    ("docs/cost.md", "benchmarks.other_libraries.comparison_tables.times"),
+    ("docs/cost.md", "benchmarks.step.table"),
+    ("docs/deploy.md", "benchmarks.deploy.table"),
     ("docs/deploy.md", "benchmarks.exported_answers.table"),
+    ("docs/experiments.md", "benchmarks.loading.table"),
     ("docs/findings.md", "binarynet_ablations/trials"),
     ("docs/findings.md", "binarynet_fixed_levels"),
     ("docs/findings.md", "binarynet_methods"),
