@@ -21,7 +21,7 @@ MOVED = {
     "ab_jax.export.bits": "ab_jax.export.packed.bits",
     "ab_jax.export.container": "ab_jax.export.packed.container",
     "ab_jax.export.describe": "ab_jax.export.graph.known_networks",
-    "ab_jax.export.early_codes": "ab_jax.export.graph.early_codes",
+    "ab_jax.export.early_codes": "ab_jax.export.graph.early_quantization",
     "ab_jax.export.fold": "ab_jax.export.graph.fold",
     "ab_jax.export.qwix_serving": "ab_jax.export.qwix",
     "ab_jax.layerwise": "ab_jax.schedules",

@@ -4,7 +4,7 @@
 
 MobileNet v1 and ResNet-50 v1 of random weights, 8-bit weights and activations, as
 `experiments.export --format=onnx` writes them, run by ONNX Runtime in integers and in float32, and
-by JAX: of one image and of a batch, on one core and on two, in turns (`benchmarks.ratios`).
+by JAX: of one image and of a batch, on one core and on two, in turns (`measuring.ratios`).
 """
 
 import contextlib
@@ -33,9 +33,15 @@ from ab_jax.export.onnx import IMAGES, to_onnx
 from ab_jax.linen import ActivationRules, QuantizedInputs
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
-from benchmarks.command import Record, main, recorded, require_at_least_one, versions
-from benchmarks.generated_arrays import generated_variables
-from benchmarks.ratios import in_rounds, markdown, over_rounds, ratio_cells, timed
+from benchmarks.measuring.benchmark_command import (
+    Record,
+    main,
+    recorded,
+    require_at_least_one,
+    versions,
+)
+from benchmarks.measuring.generated_arrays import generated_variables
+from benchmarks.measuring.ratios import in_rounds, markdown, over_rounds, ratio_cells, timed
 from experiments.settings.choices import choose
 
 MODELS: dict[str, Callable[..., nn.Module]] = {

@@ -39,8 +39,8 @@ from ab_jax.export.graph.operations import (
     values_of,
 )
 from ab_jax.export.integers import evaluate_in_integers
-from benchmarks.command import Record, main, recorded
-from benchmarks.ratios import markdown
+from benchmarks.measuring.benchmark_command import Record, main, recorded
+from benchmarks.measuring.ratios import markdown
 from experiments import export
 from experiments.exported.finished_networks import TrainedNetwork, load_packed, read_run
 from experiments.settings.choices import choose

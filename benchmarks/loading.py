@@ -6,7 +6,7 @@ The plain loop is the ceiling: files that are in memory already are decoded, cut
 the parts of the photographs drawn beforehand. A stream reads them from array_record, draws, puts
 batches together and hands them over, here from a thread of this process or from one worker process.
 Everything is bound to one core, so that the ratio is what all that costs; the loops take turns
-(`benchmarks.ratios`).
+(`benchmarks.measuring.ratios`).
 
 The photographs of `imagenet2012` are generated, in ImageNet's sizes, unless `--data_dir` names real
 ones.
@@ -27,9 +27,9 @@ from ab_jax.data.dataset import Images
 from ab_jax.data.jpeg import decode_photo, random_part
 from ab_jax.data.prepared import source_of
 from ab_jax.data.stream import Photos, load_stream
-from benchmarks.command import Record, main, recorded, require_at_least_one
-from benchmarks.generated_imagenet import prepare_generated_imagenet
-from benchmarks.ratios import in_rounds, markdown, over_rounds, ratio_cells, timed
+from benchmarks.measuring.benchmark_command import Record, main, recorded, require_at_least_one
+from benchmarks.measuring.generated_imagenet import prepare_generated_imagenet
+from benchmarks.measuring.ratios import in_rounds, markdown, over_rounds, ratio_cells, timed
 
 _GENERATED = 256  # photographs
 _DRAINED = 8  # batches: more than a stream makes ahead

@@ -5,7 +5,7 @@
                                       to compile; --networks=resnet50 is half of it)
 
 The same Linen networks with the same bits under each library (what differs, says
-`benchmarks.other_libraries.libraries`), in turns (`benchmarks.ratios`). Float runs twice a round:
+`benchmarks.other_libraries.libraries`), in turns (`measuring.ratios`). Float runs twice a round:
 its second column is what this measurement makes of two steps that do not differ.
 
 A step may be fast because its backward pass is wrong. So each library's gradient is compared with
@@ -25,8 +25,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from benchmarks.command import Record, main, recorded, require_at_least_one
-from benchmarks.generated_arrays import generated_images, generated_variables
+from benchmarks.measuring.benchmark_command import Record, main, recorded, require_at_least_one
+from benchmarks.measuring.generated_arrays import generated_images, generated_variables
+from benchmarks.measuring.ratios import going_on, in_rounds
 from benchmarks.other_libraries import gradients
 from benchmarks.other_libraries.compared_networks import CLASSES, NETWORKS, SHORT_NETWORKS
 from benchmarks.other_libraries.comparison_tables import table
@@ -39,7 +40,6 @@ from benchmarks.other_libraries.libraries import (
 )
 from benchmarks.other_libraries.lines_to_write import SNIPPETS, lines_to_write
 from benchmarks.other_libraries.training_steps import Compiled, compile_step
-from benchmarks.ratios import going_on, in_rounds
 from experiments.settings.choices import choose
 
 

@@ -28,7 +28,8 @@ from ab_jax.data.dataset import Images
 from ab_jax.data.load import load
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.training.optimizers import warmup_cosine
-from benchmarks.command import Record, main, recorded, versions
+from benchmarks.measuring.benchmark_command import Record, main, recorded, versions
+from benchmarks.measuring.ratios import markdown
 from benchmarks.other_libraries.libraries import (
     FLOAT,
     LIBRARIES,
@@ -39,7 +40,6 @@ from benchmarks.other_libraries.libraries import (
     peer_versions,
 )
 from benchmarks.other_libraries.training_steps import first_state, sgd_step
-from benchmarks.ratios import markdown
 from experiments.reporting.paired_statistics import difference_cell, mean_cell
 
 CASES: dict[str, Library] = {

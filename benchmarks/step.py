@@ -2,7 +2,7 @@
 
     python -m benchmarks.step        (about ten minutes on two cores)
 
-BinaryNet, each method's real training step, in turns (`benchmarks.ratios`). The float step runs
+BinaryNet, each method's real training step, in turns (`measuring.ratios`). The float step runs
 twice a round: its second row is what this measurement makes of two steps that do not differ.
 
 On CPUs a step is compiled as `ab_jax.training.parallel` says; to see what XLA's own schedule makes
@@ -26,8 +26,21 @@ from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.state import create_state
 from ab_jax.training.train_step import Preprocessing, make_train_step
-from benchmarks.command import Record, main, recorded, require_at_least_one, versions
-from benchmarks.ratios import Seconds, going_on, in_rounds, markdown, over_rounds, ratio_cells
+from benchmarks.measuring.benchmark_command import (
+    Record,
+    main,
+    recorded,
+    require_at_least_one,
+    versions,
+)
+from benchmarks.measuring.ratios import (
+    Seconds,
+    going_on,
+    in_rounds,
+    markdown,
+    over_rounds,
+    ratio_cells,
+)
 
 # Environment variables that change how fast a step runs, for the record.
 ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS")

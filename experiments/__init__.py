@@ -13,7 +13,7 @@ answer_for(
         "experiments.bench_step": "benchmarks.step",
         "experiments.compare_exports": "benchmarks.exported_answers",
         "experiments.compare_peers": "benchmarks.peers_accuracy",
-        "experiments.generated_imagenet": "benchmarks.generated_imagenet",
+        "experiments.generated_imagenet": "benchmarks.measuring.generated_imagenet",
         "experiments.guides": "examples",
         "experiments.guides.equinox": "examples.equinox_digits",
         "experiments.guides.haiku": "examples.haiku_digits",

@@ -263,7 +263,7 @@ def test_every_room_that_is_checked_stands() -> None:
     walked = {path.relative_to(ROOT).as_posix() for path in sources(ROOT)}
     core = {f"ab_jax/{room}.py" for room in ORDER[: ORDER.index("activations")]}
     assert core <= walked
-    assert {"examples/quickstart.py", "benchmarks/ratios.py"} <= walked
+    assert {"examples/quickstart.py", "benchmarks/measuring/ratios.py"} <= walked
 
 
 def overfull(path: Path) -> str | None:
@@ -308,8 +308,10 @@ def test_no_two_files_have_one_name(tmp_path: Path) -> None:
     assert same_names(tmp_path) == {"b.py": ["ab_jax/b.py", "experiments/b.py"]}
 
 
-def test_each_file_that_lies_directly_in_experiments_is_a_command() -> None:
-    for path in ROOT.glob("experiments/[a-z]*.py"):
+def test_each_file_that_lies_directly_in_these_rooms_is_a_command() -> None:
+    rooms = [*ROOT.glob("experiments/[a-z]*.py"), *ROOT.glob("benchmarks/[a-z]*.py")]
+    assert len(rooms) > 15
+    for path in rooms:
         assert '__name__ == "__main__"' in path.read_text(encoding="utf-8"), path
 
 

@@ -5,6 +5,7 @@ So an archive holds the same images as the directory that it was made from.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 import os
@@ -22,17 +23,17 @@ Read = Callable[[], bytes]
 _MOST_HOPS = 40  # from link to link, as Linux has it
 
 
-class Directory(Generic[File]):
+class Directory(abc.ABC, Generic[File]):
     """A directory of either kind."""
 
     @property
+    @abc.abstractmethod
     def identity(self) -> Hashable:
         """The same for two paths that lead to one directory."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def children(self) -> Iterator[tuple[str, bool, Directory[File] | File | LeftOut]]:
         """Yields names, whether they are links, and what is there; sorted by name."""
-        raise NotImplementedError
 
 
 def walk(root: Directory[File]) -> Iterator[tuple[str, File | LeftOut]]:

@@ -4,10 +4,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.command import Record, versions
+from benchmarks.measuring.benchmark_command import Record, versions
+from benchmarks.measuring.ratios import markdown, over_rounds, ratio_cells
 from benchmarks.other_libraries.compared_networks import TITLES
 from benchmarks.other_libraries.libraries import FLOAT
-from benchmarks.ratios import markdown, over_rounds, ratio_cells
 
 NONE = "–"  # a library that does not quantize the same
 

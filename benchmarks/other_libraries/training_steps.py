@@ -11,7 +11,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.training.parallel import cpu_options
-from benchmarks.generated_arrays import generated_variables
+from benchmarks.measuring.generated_arrays import generated_variables
 from benchmarks.other_libraries.libraries import Applied, Variables, loss
 
 State = tuple[Variables, Any]  # with the moments of the parameters

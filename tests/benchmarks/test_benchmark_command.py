@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import deploy, exported_answers, loading, peers, peers_accuracy, step
-from benchmarks.command import main, recorded, require_at_least_one
+from benchmarks.measuring.benchmark_command import main, recorded, require_at_least_one
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

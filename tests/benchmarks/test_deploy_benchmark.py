@@ -13,7 +13,7 @@ import pytest
 from ab_jax.models.resnet import ResNet
 from benchmarks import deploy
 from benchmarks.deploy import CASES, Config, run, table
-from benchmarks.ratios import ratio_cells
+from benchmarks.measuring.ratios import ratio_cells
 
 
 def tiny(**fields: Any) -> nn.Module:

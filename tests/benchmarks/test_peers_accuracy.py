@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import peers_accuracy
-from benchmarks.generated_arrays import generated_variables
+from benchmarks.measuring.generated_arrays import generated_variables
 from benchmarks.other_libraries.libraries import LIBRARIES, Bits
 from benchmarks.peers_accuracy import CASES, Config, Trainer, run, table
 

@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from benchmarks import peers
-from benchmarks.generated_arrays import generated_variables
+from benchmarks.measuring.generated_arrays import generated_variables
+from benchmarks.measuring.ratios import ratio_cells
 from benchmarks.other_libraries import gradients
 from benchmarks.other_libraries.comparison_tables import processor_times
 from benchmarks.other_libraries.gradients import (
@@ -26,7 +27,6 @@ from benchmarks.other_libraries.libraries import LIBRARIES, Bits
 from benchmarks.other_libraries.lines_to_write import SNIPPETS, lines_to_write
 from benchmarks.other_libraries.snippets import plain
 from benchmarks.peers import Config, run, table
-from benchmarks.ratios import ratio_cells
 
 
 class Small(nn.Module):

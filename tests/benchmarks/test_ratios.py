@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.command import versions
-from benchmarks.ratios import (
+from benchmarks.measuring.benchmark_command import versions
+from benchmarks.measuring.ratios import (
     going_on,
     in_rounds,
     markdown,

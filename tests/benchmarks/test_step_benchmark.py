@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import step
-from benchmarks.ratios import ratio_cells
+from benchmarks.measuring.ratios import ratio_cells
 from benchmarks.step import STEPS, Config, run, table
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from ab_jax.data.load import facts
 from ab_jax.data.stream import IMAGENET_MEAN, load_stream
-from benchmarks.generated_imagenet import (
+from benchmarks.measuring.generated_imagenet import (
     SIZES,
     photo,
     prepare_generated_imagenet,

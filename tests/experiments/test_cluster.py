@@ -12,7 +12,7 @@ import pytest
 
 from experiments.execution import cluster_job as job
 from experiments.study import main
-from tests.experiments.house import House, alive, house, wait_for
+from tests.experiments.fake_runs import House, alive, house, wait_for
 
 __all__ = ["house"]
 pytest.importorskip("submitit")

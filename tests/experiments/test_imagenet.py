@@ -16,7 +16,7 @@ from PIL import Image
 import ab_jax as ab
 from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION
-from benchmarks.generated_imagenet import prepare_generated_imagenet
+from benchmarks.measuring.generated_imagenet import prepare_generated_imagenet
 from experiments import mobilenet_v1_imagenet, resnet50_imagenet
 from experiments.settings.build import make_model
 from experiments.settings.levels import activation_rules, weight_rules

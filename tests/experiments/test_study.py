@@ -17,7 +17,7 @@ from experiments.study import main
 from experiments.study_design.choosing import choose
 from experiments.study_design.design import Choice, StudyError
 from experiments.study_design.study_file import seeds_of
-from tests.experiments.house import House, house
+from tests.experiments.fake_runs import House, house
 from tests.fast_compilation import FAST_COMPILATION
 
 __all__ = ["house"]

@@ -16,7 +16,7 @@ from experiments.execution import processes as sweep_processes
 from experiments.execution.combinations import PlanError, Run, plan
 from experiments.execution.executor import copy_atomically
 from experiments.sweep import EXPERIMENTS, main
-from tests.experiments.house import House, alive, house, wait_for
+from tests.experiments.fake_runs import House, alive, house, wait_for
 
 __all__ = ["house"]
 

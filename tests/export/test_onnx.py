@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data.augment import normalize
-from ab_jax.export.graph.early_codes import quantize_early
+from ab_jax.export.graph.early_quantization import quantize_early
 from ab_jax.export.graph.fold import fold_batch_norm
 from ab_jax.export.graph.known_networks import describe
 from ab_jax.export.graph.operations import (

@@ -32,7 +32,7 @@ import onnx
 from onnx import TensorProto, helper
 
 import ab_jax
-from ab_jax.export.graph.early_codes import quantize_early
+from ab_jax.export.graph.early_quantization import quantize_early
 from ab_jax.export.graph.fold import fold_batch_norm
 from ab_jax.export.graph.operations import (
     Add,

@@ -1,0 +1,1 @@
+"""The core of all benchmarks: turns, ratios, tables, records, the command line."""
