@@ -25,7 +25,7 @@ from ab_jax.estimators import (
     straight_through,
 )
 from ab_jax.learned_scales import keep_scales_positive, learned_step_size
-from ab_jax.moved import MOVED, answer_for
+from ab_jax.moved import answer_by_old_names
 from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.quantizers import Binary, LeastSquaresBinary, Quantizer, Ternary, Uniform
 from ab_jax.rules import Rules
@@ -40,7 +40,7 @@ from ab_jax.schedules import (
 
 __version__ = "0.1.0"
 
-answer_for(MOVED)
+answer_by_old_names()
 
 __all__ = [
     "Binary",

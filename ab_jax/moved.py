@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import types
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 
 MOVED = {
@@ -34,14 +34,7 @@ MOVED = {
 
 
 class MovedModules(MetaPathFinder, Loader):
-    """Finds modules by their old names, where nothing else finds them.
-
-    Args:
-      moved: from old to new names, with all packages.
-    """
-
-    def __init__(self, moved: Mapping[str, str]) -> None:
-        self.moved = moved
+    """Finds modules by their old names, where nothing else finds them."""
 
     def find_spec(
         self,
@@ -50,30 +43,28 @@ class MovedModules(MetaPathFinder, Loader):
         target: types.ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         """The spec of a module that has moved, else None."""
-        if fullname not in self.moved:
-            return None
-        holds_others = any(name.startswith(f"{fullname}.") for name in self.moved)
-        return importlib.util.spec_from_loader(fullname, self, is_package=holds_others)
+        return importlib.util.spec_from_loader(fullname, self) if fullname in MOVED else None
 
     def exec_module(self, module: types.ModuleType) -> None:
         """Fill the old module with what the new one holds."""
-        new = importlib.import_module(self._told(module.__name__))
+        new = importlib.import_module(_told(module.__name__))
         own = {name: value for name, value in vars(new).items() if not name.startswith("__")}
         vars(module).update(own, __doc__=new.__doc__)
 
     def get_code(self, fullname: str) -> types.CodeType:
         """What `python -m` runs."""
-        new = self._told(fullname)
+        new = _told(fullname)
         source = f"import runpy; runpy.run_module({new!r}, run_name='__main__', alter_sys=True)"
         return compile(source, f"<{fullname}>", "exec")
 
-    def _told(self, old: str) -> str:
-        new = self.moved[old]
-        text = f"{old} is called {new} now; the old name goes with the next release."
-        warnings.warn(text, FutureWarning, stacklevel=3)
-        return new
+
+def _told(old: str) -> str:
+    new = MOVED[old]
+    text = f"{old} is called {new} now; the old name goes with the next release."
+    warnings.warn(text, FutureWarning, stacklevel=3)
+    return new
 
 
-def answer_for(moved: Mapping[str, str]) -> None:
-    """From now on the old names of these modules answer with the new ones."""
-    sys.meta_path.append(MovedModules(moved))
+def answer_by_old_names() -> None:
+    """From now on old names answer with the new ones."""
+    sys.meta_path.append(MovedModules())

@@ -56,7 +56,7 @@ def results(tmp_path: Path) -> Path:
 @pytest.fixture
 def read(results: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """Readings of three seeds, by method: four of the test set and two evaluations of three."""
-    found = {method: rng.uniform(10, 90, (3, 10)).round(2) for method in RATES}
+    found = {method: rng.uniform(10, 90, (3, 10)) for method in RATES}
     for method, runs in found.items():
         for seed, values in enumerate(runs):
             write_run(
