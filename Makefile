@@ -14,6 +14,9 @@ ROOMS := $(filter-out ab_jax/__% %.typed ab_jax/blend.py ab_jax/describe.py,$(wi
 TORCH_VENV := $(VENV)-torch
 TORCH := $(TORCH_VENV)/.installed-torch
 
+# Most programs of the tests run a few times at most: compiling takes nearly all of their time.
+QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 # No training, and nothing but JAX and the core to compile.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture blend estimators layerwise \
 	quantizers schedules))
@@ -31,13 +34,12 @@ help: ## show this list
 quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (2 minutes)
 	$(PY) -m examples.quickstart
 
-test: lint ## check the style and the types, then run all tests
-	$(PY) -m pytest -n $(JOBS) --dist worksteal
+test: lint ## check the style and the types, then run the tests (8 minutes; the core as users compile it)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
+	$(QUICKLY) $(PY) -m pytest -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(CORE_TESTS))
 
-# Its programs run a few times at most: compiling takes nearly all of their time.
 test-fast: $(TEST) ## the core alone: rules, quantizers, estimators, ramps (under a minute)
-	XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true" \
-		$(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
+	$(QUICKLY) $(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)
 
 test-full: lint ## what test runs, long trainings, and whole studies cut off and resumed (an hour)
 	$(PY) -m pytest -m "" -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py

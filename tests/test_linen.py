@@ -56,7 +56,9 @@ def ranges(variables: Any) -> list[float]:
     return [float(leaf) for leaf in jax.tree.leaves(variables[RANGES])]
 
 
-@pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize(
+    "alpha", [0.3, *(pytest.param(end, marks=pytest.mark.long) for end in (0.0, 1.0))]
+)
 def test_both_ways_give_the_same_numbers(rng, key, alpha):
     """Outputs, gradients and ranges, over three batches whose range grows and shrinks."""
     injected, plain = Network(QuantizedInputs(RULES)), Network()

@@ -15,6 +15,8 @@ from benchmarks import deploy
 from benchmarks.deploy import CASES, Config, run, table
 from benchmarks.measuring.ratios import ratio_cells
 
+pytestmark = pytest.mark.long
+
 
 def tiny(**fields: Any) -> nn.Module:
     return ResNet(stage_sizes=(1,), width=1 / 16, num_classes=3, **fields)

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.loading import Config, run, table
 
+pytestmark = pytest.mark.long
+
 
 def test_each_loop_is_timed_in_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Binding this process to a core would bind the tests after it.

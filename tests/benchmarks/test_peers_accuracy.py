@@ -14,6 +14,8 @@ from benchmarks.measuring.generated_arrays import generated_variables
 from benchmarks.other_libraries.libraries import LIBRARIES, Bits
 from benchmarks.peers_accuracy import CASES, Config, Trainer, run, table
 
+pytestmark = pytest.mark.long
+
 
 class Tiny(nn.Module):
     @nn.compact

@@ -28,6 +28,8 @@ from benchmarks.other_libraries.lines_to_write import SNIPPETS, lines_to_write
 from benchmarks.other_libraries.snippets import plain
 from benchmarks.peers import Config, run, table
 
+pytestmark = pytest.mark.long
+
 
 class Small(nn.Module):
     """A convolution and a dense layer."""

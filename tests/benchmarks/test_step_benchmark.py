@@ -8,6 +8,8 @@ from benchmarks import step
 from benchmarks.measuring.ratios import ratio_cells
 from benchmarks.step import STEPS, Config, run, table
 
+pytestmark = pytest.mark.long
+
 
 @pytest.fixture
 def record(rng):

@@ -305,6 +305,7 @@ def cifar10_jpeg_data_dir(cifar10_jpeg_archive, tmp_path_factory):
     return data_dir
 
 
+@pytest.mark.long
 def test_cifar10_jpeg_is_the_archive(cifar10_jpeg_archive, cifar10_jpeg_data_dir):
     data = load("cifar10_jpeg", data_dir=cifar10_jpeg_data_dir)
     assert (len(data.train), len(data.validation), len(data.test)) == (45_000, 5_000, 10_000)

@@ -20,6 +20,8 @@ from examples.sharded_blend import (
     sent_by,
 )
 
+pytestmark = pytest.mark.long
+
 SHAPES = {"conv": (3, 3, 16, 32), "dense": (64, 128)}
 FEWEST = min(int(np.prod(shape)) for shape in SHAPES.values()) * 4  # bytes of the smaller kernel
 CHANNELS = sum(shape[-1] for shape in SHAPES.values())

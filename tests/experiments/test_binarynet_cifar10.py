@@ -83,7 +83,7 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", ["ste", "ab", *(pytest.param(m, marks=pytest.mark.long) for m in ("float", "lsq"))]
+    "method", ["ab", *(pytest.param(m, marks=pytest.mark.long) for m in ("float", "ste", "lsq"))]
 )
 def test_each_method_runs_to_its_record(
     tiny: Config, first_losses: dict[str, float], method: Any

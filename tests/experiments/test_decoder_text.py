@@ -25,7 +25,7 @@ from experiments.reporting.run_records import ReportError, read_records
 from tests.fast_compilation import fast_compilation
 
 __all__ = ["fast_compilation"]
-pytestmark = pytest.mark.usefixtures("fast_compilation")
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("fast_compilation")]
 
 ROOT = Path(__file__).parents[2]
 SMALL = {"width": 32, "layers": 1, "heads": 2, "context": 16, "batch_size": 16}

@@ -153,6 +153,7 @@ def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finished(path, "experiments.mobilenet_v1_imagenet", config, variables, data)
 
 
+@pytest.mark.long
 def test_a_mobilenet_comes_back_with_its_ranges(
     mobilenet_run: Run, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -106,6 +106,7 @@ def train_mobilenet(flags: list[str], name: str, bits: int, *start: str) -> None
     check_quantized(record_of(flags, name), bits, bits)
 
 
+@pytest.mark.long
 def test_mobilenet_trains_from_scratch(flags: list[str]) -> None:
     train_mobilenet(flags, "m88", 8)
     check_two_phases(flags, "m88")

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import ab_jax as ab
 from ab_jax.activations import ACTIVATIONS, ActivationQuantizer
@@ -64,6 +65,7 @@ def _resnet(**fields: Any) -> ResNet:
 
 
 #: Model, rules of its weights, size of its images. Between them they have every operation.
+LONG = pytest.mark.long
 NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
     "binarynet": (BinaryNet(**SMALL, quantize_input=inputs(8, first="conv0")), BINARY, 8),
     "binarynet, sign": (BinaryNet(**SMALL, activation=ACTIVATIONS["sign"]), ONE_SCALE, 8),
@@ -102,6 +104,12 @@ NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
         8,
     ),
 }
+
+#: For tests of every day some of them, for `make test-full` all.
+CASES = [
+    name if name in ("binarynet", "mobilenet", "resnet v2") else pytest.param(name, marks=LONG)
+    for name in NETWORKS
+]
 
 
 def _random_codes(

@@ -18,7 +18,7 @@ from ab_jax.export.integers import evaluate_in_integers, layers_in_float
 from ab_jax.linen import RANGES, ActivationRules, QuantizedInputs
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.quantizers import Quantized
-from tests.export.small_networks import NETWORKS, Network, make
+from tests.export.small_networks import CASES, Network, make
 from tests.fast_compilation import compiled
 
 IMAGES = 16
@@ -43,7 +43,7 @@ def quantized_leaves(variables: dict[str, Any]) -> dict[str, Quantized]:
     }
 
 
-@pytest.fixture(params=NETWORKS)
+@pytest.fixture(params=CASES)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

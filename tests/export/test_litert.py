@@ -33,7 +33,7 @@ from ab_jax.export.graph.operations import (
 )
 from ab_jax.export.litert import METADATA, to_litert
 from ab_jax.quantizers import Quantized
-from tests.export.small_networks import NETWORKS, make
+from tests.export.small_networks import CASES, make
 from tests.fast_compilation import compiled
 
 #: Of each network the layers that are integer operators if their codes fit into int8. In float are
@@ -224,7 +224,7 @@ def forced(graph: Graph, images: Any, codes: dict[str, Any]) -> tuple[Any, dict[
     return values[-1], unrounded
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", CASES)
 def test_litert_computes_what_the_network_does(
     rng: np.random.Generator, tmp_path: Path, name: str
 ) -> None:

@@ -144,7 +144,13 @@ def with_whole_biases(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
 
 @pytest.mark.parametrize(
     ("name", "integer_biases"),
-    [*((name, False) for name in NETWORKS), *((name, True) for name in FUSED_WITH_INTEGER_BIASES)],
+    [
+        (name, False)
+        if name in ("binarynet", "mobilenet", "resnet v2")
+        else pytest.param(name, False, marks=pytest.mark.long)
+        for name in NETWORKS
+    ]
+    + [pytest.param(name, True, marks=pytest.mark.long) for name in FUSED_WITH_INTEGER_BIASES],
 )
 def test_onnx_runtime_computes_our_network_with_our_integers(
     rng: np.random.Generator, name: str, integer_biases: bool, tmp_path: Path

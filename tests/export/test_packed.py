@@ -155,8 +155,8 @@ def test_any_safetensors_reader_can_decode_it(tmp_path: Path, rng: np.random.Gen
     [
         (BinaryNet(), 32, 1, 1),
         (BinaryNet(), 32, 2, 1.6),
-        (MobileNet(), 32, 4, 4),
-        (resnet50(), 32, 3, 3),
+        pytest.param(MobileNet(), 32, 4, 4, marks=pytest.mark.long),
+        pytest.param(resnet50(), 32, 3, 3, marks=pytest.mark.long),
     ],
     ids=["binarynet-1", "binarynet-ternary", "mobilenet-4", "resnet50-3"],
 )

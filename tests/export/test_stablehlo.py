@@ -97,6 +97,7 @@ def test_the_integers_inside_are_ours(network: tuple[MobileNet, dict[str, Any]])
     assert len(data) < sum(one.size for one in codes) + rest + 100_000
 
 
+@pytest.mark.long
 def test_another_process_gets_the_same_logits_of_any_number_of_images(
     network: tuple[MobileNet, dict[str, Any]], rng: np.random.Generator, tmp_path: Path
 ) -> None:

@@ -12,6 +12,8 @@ from jax import lax
 
 from ab_jax.models.convolution import convolution, cpu_conv_general_dilated
 
+pytestmark = pytest.mark.long
+
 # Arguments of `nn.Conv`, and whether the compiled program still holds a convolution.
 CASES: list[tuple[dict[str, Any], bool]] = [
     ({"features": 7, "kernel_size": (1, 1)}, False),

@@ -12,6 +12,8 @@ from jax import lax
 
 from ab_jax.models.depthwise import shifted_depthwise_conv
 
+pytestmark = pytest.mark.long
+
 CASES = [
     # image shape, window, strides, padding
     ((2, 8, 8, 5), (3, 3), (1, 1), "SAME"),

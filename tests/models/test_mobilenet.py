@@ -107,6 +107,7 @@ def test_the_quantized_input_is_what_a_layer_sees(random_variables: Callable[...
     np.testing.assert_array_equal(logits[0], variables["params"]["head"]["bias"])
 
 
+@pytest.mark.long
 def test_convolutions_for_cpus_agree_with_those_of_xla(
     rng: np.random.Generator, random_variables: Callable[..., Any]
 ) -> None:

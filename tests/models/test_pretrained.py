@@ -63,7 +63,7 @@ def keras_mobilenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MOBILENET = MobileNet(num_classes=10, width=0.25)
 
 
-@pytest.mark.parametrize("file", ["weights.h5", "model.h5"])
+@pytest.mark.parametrize("file", ["weights.h5", pytest.param("model.h5", marks=pytest.mark.long)])
 def test_mobilenet_of_keras(
     keras_mobilenet: Path, random_variables: Callable[..., Any], file: str
 ) -> None:

@@ -89,6 +89,7 @@ def lines_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if k not in without} for line in record["metrics"]]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("mode", "n"), [("shard_map", 1), ("pmap", 2), ("shard_map", 4)])
 def test_devices_change_nothing_in_a_streamed_run(
     run: Callable[..., dict[str, Any]], devices: list[jax.Device], mode: Mode, n: int

@@ -317,7 +317,7 @@ def stop_after(patch: pytest.MonkeyPatch, step: int) -> None:
     patch.setattr(InMemory, "training", training)
 
 
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.long)])
 def test_a_run_that_is_stopped_anywhere_ends_in_the_same_bits(
     training: Training,
     finished: Finished,

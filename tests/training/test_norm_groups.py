@@ -34,7 +34,10 @@ def state_of(variables: dict[str, Any], optimizer: optax.GradientTransformation)
     )
 
 
-@pytest.mark.parametrize(("n", "k"), [(4, 2), (8, 4), (4, 1), (2, 2)])
+@pytest.mark.parametrize(
+    ("n", "k"),
+    [(4, 2), *(pytest.param(*of, marks=pytest.mark.long) for of in ((8, 4), (4, 1), (2, 2)))],
+)
 @pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_each_group_is_a_batch_of_its_own(
     rng: np.random.Generator,

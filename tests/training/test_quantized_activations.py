@@ -70,6 +70,7 @@ def batches(rng: np.random.Generator, images: Images) -> np.ndarray:
     return np.stack([rng.permutation(len(images))[:BATCH] for _ in range(3)]).astype(np.int32)
 
 
+@pytest.mark.long
 def test_all_devices_keep_the_ranges_of_the_whole_batch(
     devices: list[jax.Device],
     quantized: nn.Module,

@@ -148,9 +148,9 @@ def reference(forward: Callable[..., Any], binarize: Callable[..., Any]) -> Call
 @pytest.mark.parametrize(
     ("mode", "method"),
     [
-        ("pmap", "ste"),
-        ("shard_map", "ab"),
-        pytest.param("pmap", "ab", marks=pytest.mark.long),
+        ("pmap", "ab"),
+        pytest.param("pmap", "ste", marks=pytest.mark.long),
+        pytest.param("shard_map", "ab", marks=pytest.mark.long),
         pytest.param("shard_map", "ste", marks=pytest.mark.long),
     ],
 )
@@ -197,7 +197,8 @@ def test_any_number_of_devices_trains_as_one_without_an_axis(
     assert min(jax.tree.leaves(moved)) > 1e-3  # all of it was trained
 
 
-@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
 def test_a_vmapped_seed_trains_as_its_single_run(
     rng: np.random.Generator,
     devices: list[jax.Device],

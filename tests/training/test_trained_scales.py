@@ -196,6 +196,7 @@ def training(
     )
 
 
+@pytest.mark.long
 def test_a_run_moves_its_scales_and_goes_on_to_the_same_bits(
     training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
