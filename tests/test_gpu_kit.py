@@ -126,6 +126,7 @@ def seed(number: int) -> set[str]:
     return {f"start/seed{number}.json", *finals}
 
 
+@pytest.mark.long
 def test_whole_seeds_return_and_are_not_trained_again(tmp_path: Path) -> None:
     first = machine(tmp_path / "first")
     done = run(first, SEEDS="0..1", FAKE="fail=1 method=parq")

@@ -87,6 +87,7 @@ def test_batches_follow_the_order_of_each_epoch(
         assert batch.labels.tolist() == [label for _, label in expected]
 
 
+@pytest.mark.long
 def test_neither_workers_nor_the_start_nor_shares_change_a_batch(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:

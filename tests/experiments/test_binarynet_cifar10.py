@@ -82,9 +82,8 @@ def two_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 # Small runs
 
 
-@pytest.mark.parametrize(
-    "method", ["ab", *(pytest.param(m, marks=pytest.mark.long) for m in ("float", "ste", "lsq"))]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("method", ["float", "ste", "ab", "lsq"])
 def test_each_method_runs_to_its_record(
     tiny: Config, first_losses: dict[str, float], method: Any
 ) -> None:

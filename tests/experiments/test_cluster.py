@@ -54,6 +54,7 @@ def signal_the_job_when(condition: Callable[[], bool], run: Path) -> None:
     threading.Thread(target=send, daemon=True).start()
 
 
+@pytest.mark.long
 def test_a_job_whose_time_is_up_goes_on_in_the_next(house: House, file: str) -> None:
     run = house.path / "runs/small/start/seed0"
     count = run / "count"

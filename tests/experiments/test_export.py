@@ -189,7 +189,9 @@ def test_a_mobilenet_comes_back_with_its_ranges(
     assert "bits=4" in described["activation_rules"][2][1]
 
 
-@pytest.mark.parametrize("name", ["binarynet_run", "mobilenet_run"])
+@pytest.mark.parametrize(
+    "name", ["binarynet_run", pytest.param("mobilenet_run", marks=pytest.mark.long)]
+)
 def test_a_program_gives_the_logits_of_the_packed_network(
     name: str, request: pytest.FixtureRequest, tmp_path: Path, rng: np.random.Generator
 ) -> None:

@@ -107,7 +107,7 @@ NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
 
 #: For tests of every day some of them, for `make test-full` all.
 CASES = [
-    name if name in ("binarynet", "mobilenet", "resnet v2") else pytest.param(name, marks=LONG)
+    name if name in ("binarynet", "mobilenet") else pytest.param(name, marks=LONG)
     for name in NETWORKS
 ]
 

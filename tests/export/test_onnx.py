@@ -146,7 +146,7 @@ def with_whole_biases(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
     ("name", "integer_biases"),
     [
         (name, False)
-        if name in ("binarynet", "mobilenet", "resnet v2")
+        if name in ("binarynet", "mobilenet")
         else pytest.param(name, False, marks=pytest.mark.long)
         for name in NETWORKS
     ]

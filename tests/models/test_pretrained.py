@@ -74,13 +74,8 @@ def test_mobilenet_of_keras(
     assert_close(logits_of(MOBILENET, loaded, reference["images"]), reference["logits"])
 
 
-@pytest.mark.parametrize(
-    ("network", "variant"),
-    [
-        pytest.param("resnet50", KERAS_V1, marks=pytest.mark.long),
-        ("resnet50v2", KERAS_V2),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("network", "variant"), [("resnet50", KERAS_V1), ("resnet50v2", KERAS_V2)])
 def test_resnet_of_keras(
     tmp_path: Path, random_variables: Callable[..., Any], network: str, variant: Any
 ) -> None:
