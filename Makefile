@@ -37,8 +37,9 @@ quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (
 	$(PY) -m examples.quickstart
 
 test: lint ## check the style and the types, then run the tests (8 minutes)
-	$(PY) -m pytest -n $(JOBS) --dist worksteal $(EXACT_TESTS)
-	$(QUICKLY) $(PY) -m pytest -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(EXACT_TESTS))
+	$(PY) -m pytest -n $(JOBS) --dist worksteal $(EXACT_TESTS); exact=$$?; \
+	$(QUICKLY) $(PY) -m pytest -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(EXACT_TESTS)) && \
+		exit $$exact
 
 test-fast: $(TEST) ## the core alone: rules, quantizers, estimators, ramps (under a minute)
 	$(QUICKLY) $(PY) -m pytest -n $(JOBS) --dist worksteal $(CORE_TESTS)

@@ -280,7 +280,10 @@ def test_the_compiled_gradient_too(rng, estimator):
         value, found = value_and_grad(w, alpha)
         np.testing.assert_allclose(value, loss(w_eff), rtol=1e-5, atol=1e-5)
         wanted = factor(estimator, alpha) * np.asarray(jax.grad(loss)(w_eff))
-        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        # Where the cosine is near 0, the last bit of an effective weight moves it by 1.1e-6 of the
+        # largest gradient at most (150 draws).
+        largest = float(np.abs(wanted).max())
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=3e-6 * largest)
         if factor(estimator, alpha) == 0:
             np.testing.assert_array_equal(found, 0.0)
 
