@@ -69,13 +69,8 @@ def assert_same_bits(found: Any, wanted: Any) -> None:
         assert np.asarray(one).tobytes() == np.asarray(other).tobytes()
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=pytest.mark.long) if name in ("linen", "equinox") else name
-        for name in GUIDES
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", GUIDES)
 def test_guide(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guide, logits, path, scale_shape = GUIDES[name]
     params, codes, accuracy = guide.run(float_steps=40, steps=50, out=tmp_path)

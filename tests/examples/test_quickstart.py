@@ -49,6 +49,7 @@ def test_the_table_shows_what_is_deployed_of_each_method() -> None:
     ]
 
 
+@pytest.mark.long
 def test_a_small_run_writes_table_and_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

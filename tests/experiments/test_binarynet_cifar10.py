@@ -287,6 +287,7 @@ def test_a_complete_run_ends_with_one_line(stderr_of: Callable[..., str], tmp_pa
     assert f"error: The run {tmp_path / 'old'} is complete. Choose another --name" in error
 
 
+@pytest.mark.long
 def test_a_stopped_run_exits_with_75_and_goes_on_with_its_own_flags_or_those_it_is_allowed(
     tiny: Config,
     monkeypatch: pytest.MonkeyPatch,

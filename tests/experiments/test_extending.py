@@ -29,6 +29,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long
 def test_one_of_each_trains_and_stands_in_the_report(directory: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(directory)}
     environment["XLA_FLAGS"] = FAST_COMPILATION

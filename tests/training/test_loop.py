@@ -143,6 +143,7 @@ def test_each_evaluation_is_a_line(finished: Finished) -> None:
     assert finished.record["metrics"][0]["images_per_second"] > 0
 
 
+@pytest.mark.long
 def test_the_network_learns(training: Training, tmp_path: Path) -> None:
     record = run(
         training,
@@ -158,6 +159,7 @@ def test_the_network_learns(training: Training, tmp_path: Path) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.long
 def test_layers_follow_ramps_of_their_own(training: Training, tmp_path: Path) -> None:
     """The head's ramp begins where the convolution's ends; the lines tell the mean."""
     layers = ["conv/kernel", "head/kernel"]
@@ -347,6 +349,7 @@ def test_a_run_that_is_stopped_anywhere_ends_in_the_same_bits(
     assert_same_bits(last_state(training, path), last_state(training, whole))
 
 
+@pytest.mark.long
 def test_damage_between_two_parts_of_a_run_changes_nothing_in_its_end(
     training: Training, finished: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,7 +38,7 @@ def state_of(variables: dict[str, Any], optimizer: optax.GradientTransformation)
     ("n", "k"),
     [(4, 2), *(pytest.param(*of, marks=pytest.mark.long) for of in ((8, 4), (4, 1), (2, 2)))],
 )
-@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+@pytest.mark.parametrize("mode", ["pmap", pytest.param("shard_map", marks=pytest.mark.long)])
 def test_each_group_is_a_batch_of_its_own(
     rng: np.random.Generator,
     devices: list[jax.Device],

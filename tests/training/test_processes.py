@@ -64,6 +64,7 @@ def assert_close(actual: dict[str, np.ndarray], expected: dict[str, np.ndarray])
         )
 
 
+@pytest.mark.long
 def test_two_processes_compute_what_one_does(
     inputs: dict[str, Any],
     devices: list[jax.Device],
