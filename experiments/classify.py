@@ -46,7 +46,9 @@ def run(config: Config) -> None:
 
 def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
-    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    config = tyro.cli(
+        Config, prog="python -m experiments.classify", description=__doc__, use_underscores=True
+    )
     try:
         run(config)
     except (ValueError, OSError) as error:

@@ -44,6 +44,7 @@ from ab_jax.linen import layer_paths
 from experiments.exported.finished_networks import TrainedNetwork, plain_convolutions, read_run
 from experiments.settings.choices import choose
 from experiments.settings.command_line import end_with_a_line
+from experiments.settings.config import FlagError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,15 +142,30 @@ FORMATS: dict[str, Callable[[TrainedNetwork, Path], int]] = {
 }
 
 
+#: What the end of a file's name says of its format.
+SUFFIXES = {
+    ".safetensors": ("packed",),
+    ".stablehlo": ("stablehlo",),
+    ".onnx": ("onnx", "onnx_int4", "onnx_integer_bias"),
+    ".tflite": ("litert",),
+}
+
+
 def run(config: Config) -> int:
     """Export as the flags say, say what came out, and return the bytes written."""
     write = choose("format", config.format, FORMATS)
+    named = SUFFIXES.get(config.out.suffix, (config.format,))
+    if config.format not in named:
+        raise FlagError(
+            f"--out={config.out} is named as a file of another format than "
+            f"--format={config.format}: give --format={named[0]}, or another name."
+        )
     network = read_run(config.run, config.image_size, config.network)
     written = write(network, config.out)
     in_float = float32_bytes(network.variables)
     print(
-        f"{config.out}: {written:,} bytes, {written / in_float:.4f} of the {in_float:,} bytes in "
-        f"float32"
+        f"{config.out}: {written:,} bytes, {written / in_float:.4f} times the {in_float:,} bytes "
+        f"of the network in float32"
     )
     return written
 
@@ -162,7 +178,9 @@ def float32_bytes(variables: Any) -> int:
 
 def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
-    config = tyro.cli(Config, description=__doc__, use_underscores=True)
+    config = tyro.cli(
+        Config, prog="python -m experiments.export", description=__doc__, use_underscores=True
+    )
     end_with_a_line(lambda: run(config))
 
 

@@ -151,7 +151,13 @@ def _read_readme(path: Path) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=list(argv), use_underscores=True, description=__doc__)
+    config = tyro.cli(
+        Config,
+        prog="python -m experiments.report",
+        args=list(argv),
+        use_underscores=True,
+        description=__doc__,
+    )
     try:
         print(run(config))
     except (ReportError, OSError) as error:

@@ -11,7 +11,8 @@ RESULTS/STUDY/STAGE/RUN.json; one of another run that is there already stays.
     --on=slurm           a job of Slurm for each run, queued again when its time is up
     --shard=0/16         a sixteenth of each stage, for array jobs; the next is 1/16
 
-Exit code: 0 all done, 1 some failed, 2 refused, 75 some stopped or waiting for other shards' runs.
+Exit code: 0 all done, 1 some failed, 2 refused, 75 some stopped or waiting for other shards' runs;
+after a signal 128 and its number (130 by Ctrl-C).
 """
 
 import re
@@ -235,7 +236,13 @@ def show_plan(conduct: Conduct) -> None:
 
 def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
-    config = tyro.cli(Config, args=list(argv), use_underscores=True, description=__doc__)
+    config = tyro.cli(
+        Config,
+        prog="python -m experiments.study",
+        args=list(argv),
+        use_underscores=True,
+        description=__doc__,
+    )
     console = Console()
     try:
         return _run(Conduct(config, read_study(config.file), console))

@@ -9,7 +9,7 @@ templates are written: `experiments/execution/combinations.py`). The same comman
 is done and resumes what was cut off; a run that exists with other flags, or flags that make no
 sense, are an error before anything starts. Ctrl-C ends the runs and waits for them to save. A run
 that another SIGTERM has stopped counts as stopped, not as failed. Exit code: 0 all done, 1 some
-failed, 2 refused, 75 some stopped.
+failed, 2 refused, 75 some stopped; after a signal 128 and its number (130 by Ctrl-C).
 
 Where runs depend on each other, and settings are chosen by trials: `experiments.study`.
 """
@@ -111,7 +111,13 @@ def main(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     words = list(argv)
     cut = words.index("--") if "--" in words else len(words)
-    config = tyro.cli(Config, args=words[:cut], use_underscores=True, description=__doc__)
+    config = tyro.cli(
+        Config,
+        prog="python -m experiments.sweep",
+        args=words[:cut],
+        use_underscores=True,
+        description=__doc__,
+    )
     console = Console()
     try:
         if config.experiment not in EXPERIMENTS:

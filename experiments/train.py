@@ -175,7 +175,13 @@ def main(defaults: Config, description: str | None, experiment: str) -> None:
 
     def command() -> None:
         text = f"{description}\n{offered()}"
-        config = tyro.cli(Config, default=defaults, description=text, use_underscores=True)
+        config = tyro.cli(
+            Config,
+            prog=f"python -m {experiment}",
+            default=defaults,
+            description=text,
+            use_underscores=True,
+        )
         record = run(config, experiment)
         if is_first():
             print(summary_of(record, _path(config)))

@@ -117,3 +117,10 @@ def test_a_write_that_fails_in_the_background_is_told_of_by_the_line_alone(
     with pytest.raises(SystemExit, match="error: The checkpoint of step 3 could not be written"):
         end_with_a_line(run)
     assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
+
+
+def test_what_the_parser_refuses_names_a_command_that_works() -> None:
+    command = [sys.executable, "-m", "experiments.resnet20_cifar10", "--lr=0.1"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "python -m experiments.resnet20_cifar10 --help" in " ".join(done.stderr.split())

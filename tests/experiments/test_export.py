@@ -130,8 +130,8 @@ def test_a_binarynet_comes_back_bit_for_bit(
     assert network["step"] == record["summary"]["steps"] == STEP
     floats = 4 * sum(x.size for x in jax.tree.leaves(variables))
     assert written == out.stat().st_size
-    line = f"{written:,} bytes, {written / floats:.4f} of the {floats:,} bytes in float32"
-    assert capsys.readouterr().out == f"{out}: {line}\n"
+    line = f"{written:,} bytes, {written / floats:.4f} times the {floats:,} bytes of the network"
+    assert capsys.readouterr().out == f"{out}: {line} in float32\n"
 
 
 @pytest.fixture(scope="module")
@@ -248,6 +248,25 @@ def test_qwix_computes_the_logits_of_a_run(
     expected = np.asarray(apply(network.model, ab.dequantize(network.variables), images))
     logits = np.asarray(apply(served, variables, images))
     np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-5 * np.ptp(expected))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "fix"),
+    [
+        ("net.onnx", "packed", "--format=onnx"),
+        ("net.tflite", "onnx", "--format=litert"),
+        ("net.safetensors", "stablehlo", "--format=packed"),
+    ],
+)
+def test_a_name_of_another_format_is_refused_before_a_file_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, given: str, fix: str
+) -> None:
+    out = tmp_path / name
+    out.write_text("a network")
+    message = error_of(monkeypatch, str(tmp_path / "run"), f"--out={out}", f"--format={given}")
+    assert f"--out={out} is named as a file of another format than --format={given}" in message
+    assert fix in message
+    assert out.read_text() == "a network"
 
 
 def test_qwix_that_is_not_installed_is_named(
@@ -399,7 +418,7 @@ def test_the_command_line_exports_or_says_in_a_line_why_not(
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 1
-    assert " bytes in float32" in done.stdout
+    assert " bytes of the network in float32" in done.stdout
     assert read_packed(tmp_path / "net").network["step"] == STEP
 
 
