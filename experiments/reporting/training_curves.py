@@ -69,7 +69,8 @@ def _accuracy_of_each(series: Sequence[Series], theme: Theme) -> Figure:
         trained = _as_trained(line)
         axes.plot(trained[:, 0], 100 * trained[:, 1], color=color, linestyle="--", linewidth=1.1)
     _draw_alphas(below, series, theme)
-    figure.supylabel("validation accuracy (%); solid: integer codes, dashed: as trained")
+    told = "validation accuracy (%); solid: integer codes, dashed: as trained"
+    figure.supylabel(told, fontsize=10)
     return figure
 
 
