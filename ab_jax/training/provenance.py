@@ -18,11 +18,13 @@ def revision() -> str:
     """
     package = Path(__file__).parents[1]
     try:
-        commit, status = (
+        # Installed into an environment within somebody else's repository, it is none of that.
+        _, commit, status = (
             subprocess.run(
                 ["git", "-C", str(package), *arguments], capture_output=True, text=True, check=True
             ).stdout.strip()
             for arguments in (
+                ("ls-files", "--error-unmatch", str(Path(__file__))),
                 ("rev-parse", "HEAD"),
                 ("status", "--porcelain", "--untracked-files=no"),
             )

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from tensorboardX.proto.event_pb2 import Event
 
+from ab_jax.training import provenance
 from ab_jax.training.provenance import digest_of_sources, revision
 from ab_jax.training.records import RunDirectory, describe_run, write_json
 
@@ -90,6 +91,23 @@ def test_without_git_the_revision_is_a_digest_of_the_sources(
     (package / "room/c.py").rename(package / "room/d.py")
     digests.append(digest_of_sources(package))
     assert len({*digests}) == len(digests)
+
+
+def test_another_repository_around_the_package_is_not_its_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=me", "-c", "user.email=me@example.org"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    installed = tmp_path / ".venv/ab_jax/training/provenance.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("x = 1\n")
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(provenance, "__file__", str(installed))
+    monkeypatch.delenv("AB_JAX_REVISION", raising=False)
+    assert revision().startswith("sources-")
+    subprocess.run([*git, "add", "-f", "."], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    assert re.fullmatch(r"[0-9a-f]{40}", revision())
 
 
 def test_what_changes_jax_from_outside_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
