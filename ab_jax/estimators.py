@@ -170,9 +170,8 @@ def blended_value(w: Array, q: Array, alpha: ArrayLike) -> Array:
     dtype = compute_dtype(w.dtype)
     alpha = jnp.asarray(alpha, dtype)
     mixed = ((1 - alpha) * w.astype(dtype) + alpha * q.astype(dtype)).astype(w.dtype)
-    # Of the plain selection comes the gradient, to the weights and to alpha.
-    graph = jnp.where(alpha == 0, w, jnp.where(alpha == 1, q, mixed))
-    return replace_value(graph, select(alpha == 0, w, select(alpha == 1, q, mixed)))
+    # The gradient is that of the sum, at the two ends too.
+    return replace_value(mixed, select(alpha == 0, w, select(alpha == 1, q, mixed)))
 
 
 def select(condition: Array, one: Array, other: Array) -> Array:
@@ -189,7 +188,8 @@ def select(condition: Array, one: Array, other: Array) -> Array:
     def whole(x: Array) -> Array:
         return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), bits)
 
-    chosen = jnp.where(condition, whole(one), whole(other))
+    # A scalar condition as it is: spread out, it would be read at each element.
+    chosen = jax.lax.select(condition, whole(one), whole(other))
     return jax.lax.bitcast_convert_type(chosen, one.dtype)
 
 

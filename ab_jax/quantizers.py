@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ab_jax import scale_fits
+from ab_jax import even_levels, scale_fits
 from ab_jax.quantized import BinaryCoded, Quantized
 
 Fit = tuple[Array, Array, Array | None]  # codes, scale, zero point
@@ -252,26 +252,18 @@ class Uniform(Quantizer):
             )
 
     def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
-        highest = 2 ** (self.bits - 1) - 1
-        lowest = -highest if self.symmetric else -highest - 1
-        w, magnitude = scale_fits.normalize(w, axes)
-        zero_point: float | Array = 0.0
+        magnitude = scale_fits.magnitude(w, axes)
+        fit = even_levels.absmax if self.scale == "absmax" else even_levels.least_squares
+        inverse, lowest, highest = fit(w, magnitude, self.bits, self.symmetric, axes)
+        shrink = scale_fits.shrink(magnitude)
+        codes = scale_fits.nearest_level(w * shrink * inverse, lowest, highest)
+        # Levels of the largest weights may overflow.
+        room = largest * (1 - 2**-20) / jnp.maximum(highest, -lowest)
+        scale = scale_fits.select(magnitude == 0, 1, jnp.minimum(1 / inverse / shrink, room))
         if self.symmetric:
-            scale = jnp.full_like(magnitude, 1 / highest)
-        else:
-            low = jnp.minimum(jnp.min(w, axes, keepdims=True), 0)
-            high = jnp.maximum(jnp.max(w, axes, keepdims=True), 0)
-            scale = scale_fits.or_one((high - low) / (highest - lowest))
-            # A channel of zeros has no range; its zero point is 0.
-            zero_point = jnp.where(high > low, jnp.round(-low / scale) + lowest, 0)
-        levels = lowest - zero_point, highest - zero_point
-        if self.scale == "least_squares":
-            scale = scale_fits.least_squares(w, scale, levels, axes)
-        reach = jnp.maximum(levels[1], -levels[0])
-        scale = jnp.minimum(scale, scale_fits.below(largest, magnitude, reach))
-        codes = scale_fits.nearest_level(w, scale, levels) + zero_point
-        scale = scale_fits.restore(scale, magnitude)
-        return codes, scale, None if self.symmetric else jnp.asarray(zero_point)
+            return codes, scale, None
+        zero_point = scale_fits.select(magnitude == 0, 0, -(2 ** (self.bits - 1)) - lowest)
+        return codes + zero_point, scale, zero_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

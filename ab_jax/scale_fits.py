@@ -36,6 +36,17 @@ def limits(dtype: DTypeLike) -> tuple[float, float]:
     return max(map(float, smallest)), float(jnp.finfo(dtype).max)
 
 
+def magnitude(w: Array, axes: tuple[int, ...]) -> Array:
+    """The largest magnitude of each block; 0 where that is too small for it to have a scale."""
+    largest = jnp.max(jnp.abs(w), axes, keepdims=True)
+    return select(largest < _HEADROOM * float(jnp.finfo(w.dtype).tiny), 0, largest)
+
+
+def shrink(magnitude: Array) -> Array:
+    """A factor that brings blocks of this magnitude to where their reciprocals are normal."""
+    return select(magnitude > 1, jnp.full_like(magnitude, 0.25), 1)
+
+
 def normalize(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """`w` divided by the largest magnitude of its block, and that magnitude.
 
@@ -69,62 +80,21 @@ def below(largest: float, magnitude: Array, reach: float | Array) -> Array:
 
 def or_one(x: Array) -> Array:
     """`x` with zeros replaced by ones: for divisors."""
-    return jnp.where(x == 0, 1, x)
+    return select(x == 0, 1, x)
 
 
-def nearest_level(w: Array, scale: Array, levels: Levels) -> Array:
-    """The level nearest to each weight: an integer, as a float."""
-    return jnp.clip(jnp.round(w / scale), *levels)
+def select(condition: Array, one: Array | float, other: Array | float) -> Array:
+    """As `jnp.where`, without the function that this makes in a program at each use."""
+    dtype = jnp.result_type(one, other)
+    shape = jnp.broadcast_shapes(condition.shape, jnp.shape(one), jnp.shape(other))
+    one, other = (jnp.broadcast_to(jnp.asarray(x, dtype), shape) for x in (one, other))
+    return jax.lax.select(jnp.broadcast_to(condition, shape), one, other)
 
 
-def least_squares(w: Array, absmax: Array, levels: Levels, axes: tuple[int, ...]) -> Array:
-    """The scale of least squared error for evenly spaced levels, found in a few passes over `w`.
-
-    The error falls as the scale shrinks from `absmax`, which clips nothing, and rises again once
-    clipping costs more than finer levels gain. In between it has many local minima, more of them
-    the more levels there are. So it is measured at several starts, from `absmax` down to just below
-    the best scale for evenly spread weights, whose tails are the lightest. A parabola through the
-    best of them and its neighbours gives one scale more. The best of all begins a round of
-    alternation: the nearest levels q, then the best scale for these, <w, q> / <q, q>. As this never
-    raises the error, it ends no higher than that of `absmax`.
-    """
-    lowest, highest = levels
-    variance = jnp.mean(w * w, axes, keepdims=True) - jnp.mean(w, axes, keepdims=True) ** 2
-    # Evenly spread weights cover sqrt(12) = 3.46 standard deviations, n levels n times the scale.
-    smallest = or_one(3.3 * jnp.sqrt(jnp.maximum(variance, 0))) / (highest - lowest + 1)
-    step = jnp.log(jnp.minimum(smallest / absmax, 0.9)) / (_STARTS - 1)
-
-    def start(i: Array) -> Array:
-        return absmax * jnp.exp(step * i)
-
-    # A loop, not one array of all starts: it keeps the memory and the compiled program small.
-    errors = jax.lax.map(
-        lambda i: _squared_error(w, start(i), levels, axes), jnp.arange(_STARTS, dtype=w.dtype)
-    )
-    best = jnp.argmin(errors, axis=0)
-    middle = jnp.clip(best, 1, _STARTS - 2)
-    left, center, right = (
-        jnp.take_along_axis(errors, (middle + i)[None], axis=0)[0] for i in (-1, 0, 1)
-    )
-    curvature = left - 2 * center + right
-    offset = jnp.where(curvature > 0, (left - right) / (2 * or_one(curvature)), 0)
-    between = start(middle.astype(w.dtype) + jnp.clip(offset, -1, 1))
-
-    better = _squared_error(w, between, levels, axes) < jnp.min(errors, axis=0)
-    scale = jnp.where(better, between, start(best.astype(w.dtype)))
-    q = nearest_level(w, scale, levels)
-    wq, qq = jnp.sum(w * q, axes, keepdims=True), jnp.sum(q * q, axes, keepdims=True)
-    return or_one(wq / or_one(qq))
-
-
-def _squared_error(w: Array, scale: Array, levels: Levels, axes: tuple[int, ...]) -> Array:
-    """The squared error of each block at this scale."""
-    lowest, highest = levels
-    x = w / scale
-    # One clip of the rounded x would do, but XLA makes two passes of that on CPUs and one of this.
-    inside = (x >= lowest) & (x <= highest)
-    error = jnp.where(inside, x - jnp.round(x), x - jnp.clip(x, lowest, highest))
-    return scale**2 * jnp.sum(error * error, axes, keepdims=True)
+def nearest_level(x: Array, lowest: Array | float, highest: Array | float) -> Array:
+    """The level nearest to `x`, in units of the scale: an integer, as a float."""
+    q = jax.lax.round(x, jax.lax.RoundingMethod.TO_NEAREST_EVEN)
+    return jnp.minimum(jnp.maximum(q, lowest), highest)
 
 
 def least_squares_ternary(w: Array, axes: tuple[int, ...]) -> Array:

@@ -1,0 +1,264 @@
+"""Evenly spaced levels: the scale, and the zero point, of least squared error.
+
+The squared error of a block at scale s is sum (w - s * q)**2 over its weights, where q is the
+integer nearest to w / s, cut off at the outermost levels. It falls as s shrinks from absmax, which
+cuts off nothing, since levels get finer; it rises once cutting off costs more; and on top of this
+it goes up and down as single weights come to lie on levels or between two: hundreds of local minima
+at 8 bits, deep ones in a block of few weights. So it is measured on a grid of scales, fine enough
+for those minima and wide enough for any distribution, and again around the best of them. From there
+alternation (the nearest levels q, then the best scale for these, <w, q> / <q, q>) leads to the
+minimum itself. The work is fixed by the size of a block and the number of levels.
+
+All of a grid is measured in one pass over the weights: they are read once, nothing of their size is
+held, and where a block lies on several devices, these add up sums.
+
+Scales are told by `finer`: how many times the levels are closer than those of absmax. Candidates
+have axes of their own before those of the blocks.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ab_jax.scale_fits import or_one, select, shrink
+
+# Scales tried between two neighbours of the grid, around the best.
+_BETWEEN = 8
+# By how many standard deviations the least error may lie below the usual one, by good luck.
+_LUCK = 5.5
+# So many candidates along one axis at most: with more, XLA on CPUs sums on one core.
+_ABREAST = 64
+
+_TO_EVEN = jax.lax.RoundingMethod.TO_NEAREST_EVEN
+
+
+class EvenLevels(NamedTuple):
+    """Multiples of a scale from the lowest to the highest, one entry a block.
+
+    Attributes:
+      inverse: of the scale of the shrunk weights; positive, also where a block holds zeros alone.
+      lowest, highest: in units of the scale: integers, 0 among them or between them.
+    """
+
+    inverse: Array
+    lowest: Array | float
+    highest: Array | float
+
+
+class _Grid(NamedTuple):
+    """How many scales are tried.
+
+    Attributes:
+      stretches, scales: the grid, cut into stretches of so many scales.
+      windows: of levels at each scale, which cut off more and more below and less above.
+      each: whether the best scale of each stretch is followed up, or that of all.
+      narrowest: the smallest scale worth a trial, in units of that of absmax.
+    """
+
+    stretches: int
+    scales: int
+    windows: int
+    each: bool
+    narrowest: float
+
+
+def absmax(
+    w: Array, magnitude: Array, bits: int, symmetric: bool, axes: tuple[int, ...]
+) -> EvenLevels:
+    """The levels that span all weights of a block, and 0.
+
+    Args:
+      w: floats.
+      magnitude: the largest of each block (`scale_fits.magnitude`).
+      bits: of a code.
+      symmetric: the same levels on both sides of 0; else 2**bits of them.
+      axes: those of `w` that run inside a block; results keep them with size 1.
+    """
+    steps = _steps(bits, symmetric)
+    inverse, low = _widest(w, magnitude, steps, symmetric, axes)
+    lowest = low if symmetric else _lowest(low, steps)
+    return EvenLevels(inverse, lowest, lowest + steps)
+
+
+def least_squares(
+    w: Array, magnitude: Array, bits: int, symmetric: bool, axes: tuple[int, ...]
+) -> EvenLevels:
+    """The levels of least squared error: scale and, unless symmetric, zero point together.
+
+    The error is never above that of `absmax`; of blocks of 9 weights and more it is at most 1.05
+    times the least there is at 2 to 4 bits, and 1.01 times at 5 to 8.
+
+    Args:
+      w, magnitude, bits, symmetric, axes: as for `absmax`.
+    """
+    steps = _steps(bits, symmetric)
+    grid = _grid(math.prod(w.shape[i] for i in axes), bits, symmetric)
+    # Two axes in front, for the stretches of the grid and the scales of each.
+    w, magnitude = jax.lax.stop_gradient((w[None, None], magnitude[None, None]))
+    axes = tuple(axis + 2 for axis in axes)
+    of_shrunk, low = _widest(w, magnitude, steps, symmetric, axes)
+    # Weights above 1e37, for which this is no normal number and may be 0, get absmax.
+    inverse = of_shrunk * shrink(magnitude)
+    # Of the data, since XLA on CPUs would write out a constant that kernels of one shape share.
+    top = select(of_shrunk > 0, steps / 2, 0)
+
+    def lowest(finer: Array, share: Array | float) -> Array | float:
+        """The lowest level, if this share of what the levels do not span is cut off below."""
+        if symmetric:
+            return low
+        return _lowest(finer * low + share * jnp.maximum(finer * steps - steps, 0), steps)
+
+    def error(finer: Array, lowest: Array | float) -> Array:
+        """In units of the squared scale of absmax."""
+        center = None if symmetric else lowest + top
+        return _squared_error(w, finer * inverse, center, top, axes) / (finer * finer)
+
+    widest = jnp.ones_like(inverse)
+    of_widest = lowest(widest, 0.5)
+    at_widest = error(widest, of_widest)
+    # No larger scale is better, as errors grow with its square, but for luck, which blocks of many
+    # weights have least of: 12 times that error is how many lie anyhow between two levels.
+    luck = _LUCK * jax.lax.rsqrt(12 * at_widest)
+    first = 0.5 * jnp.log(_clip(1 - luck, 0.25, 0.96))
+    # No smaller one is better that cuts off so much of the outermost weights alone.
+    cut_off = jnp.sqrt(at_widest) * ((2 if symmetric else math.sqrt(2)) / steps)
+    last = -jnp.log(_clip(1 - cut_off, grid.narrowest, 0.99))
+    step = (last - first) / (grid.stretches * grid.scales - 1)
+
+    # Every scale of the grid, with each of its windows.
+    numbers = np.arange(grid.stretches * grid.scales * grid.windows)
+    numbers = numbers.reshape(grid.stretches, -1, *(1,) * (w.ndim - 2)).astype(w.dtype)
+    share: Any = 0.0
+    if not symmetric:
+        share = numbers % grid.windows / (grid.windows - 1)
+    finer = jnp.exp(first + step * (numbers // grid.windows))
+    among = (1,) if grid.each else (0, 1)
+    finer, share, _ = _best(error(finer, lowest(finer, share)), among, finer, share)
+    # Between its neighbours on the grid.
+    between = np.linspace(-1, 1, _BETWEEN + 2, dtype=w.dtype)[1:-1]
+    finer *= jnp.exp(step * between.reshape(1, -1, *(1,) * (w.ndim - 2)))
+    finer, errors = _best(error(finer, lowest(finer, share)), (1,), finer)
+    window = lowest(finer, share)
+    if grid.each:  # the minima of few weights are narrow: only there it shows which is the deepest
+        finer = _alternated(w, finer, inverse, window, steps, axes)
+        finer, window, errors = _best(error(finer, window), (0,), finer, window)
+    better = (errors < at_widest) & (inverse > 0)
+    finer = select(better, finer, widest)
+    if not symmetric:
+        window = select(better, window, of_widest)
+    finer = _alternated(w, finer, inverse, window, steps, axes)
+    if not symmetric:
+        window = window[0, 0]
+    return EvenLevels((finer * of_shrunk)[0, 0], window, window + steps)
+
+
+def _steps(bits: int, symmetric: bool) -> int:
+    """From the lowest level to the highest, in units of the scale."""
+    return 2**bits - (2 if symmetric else 1)
+
+
+def _widest(
+    w: Array, magnitude: Array, steps: int, symmetric: bool, axes: tuple[int, ...]
+) -> tuple[Array, Array | float]:
+    """The inverse of the scale of absmax for shrunk weights, and the lowest weight, or 0, over it."""
+    if symmetric:
+        return steps / 2 / or_one(magnitude * shrink(magnitude)), -steps / 2
+    low = jnp.minimum(jnp.min(w, axes, keepdims=True), 0) * shrink(magnitude)
+    high = jnp.maximum(jnp.max(w, axes, keepdims=True), 0) * shrink(magnitude)
+    inverse = steps / or_one(jnp.where(magnitude == 0, 0, high - low))
+    return inverse, low * inverse
+
+
+def _lowest(wanted: Array, steps: int) -> Array:
+    """The lowest level, an integer: the nearest to what is wanted with which 0 is a level."""
+    return _clip(jax.lax.round(wanted, _TO_EVEN), -steps, 0)
+
+
+def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
+    """How to search blocks of so many weights."""
+    steps = _steps(bits, symmetric)
+    # A scale below this, r, saves less than the share: it cuts off the largest weight, which costs
+    # (1 - r)**2 of its square, and this one adds at most count * scale**2 / 4.
+    forgone = 0.02 if bits <= 4 else 0.004
+    ratio = steps * math.sqrt(forgone / count)
+    narrowest = ratio / (1 + ratio)
+    # What is left to search if the weights are spread evenly.
+    smallest = max(narrowest, 1 - 2 * math.sqrt(count / 12) / steps)
+    largest = math.sqrt(max(0.25, 1 - _LUCK / math.sqrt(count)))
+    few = count < 256
+    # By which the largest weight moves on between two levels. Its neighbours' luck is the same.
+    phase = 0.08 if few else 0.25 if bits == 4 else 0.15
+    scales = math.ceil(-math.log(smallest * largest) * steps / 2 / phase)
+    windows = 1 if symmetric else 9 if bits <= 3 else 5
+    stretches = max(8 if few else 2, math.ceil(scales * windows / _ABREAST))
+    return _Grid(stretches, max(2, math.ceil(scales / stretches)), windows, few, narrowest)
+
+
+def _squared_error(
+    w: Array, inverse: Array, center: Array | None, top: Array, axes: tuple[int, ...]
+) -> Array:
+    """The squared error of each block at each of some scales, in units of the squared scale.
+
+    Args:
+      w: [1, 1, *weights].
+      inverse: of the scale, [stretches, scales, *blocks].
+      center: the middle of the levels in units of the scale, of that shape; None: it is 0, a level.
+      top: the distance of the outermost levels from it, [1, 1, *blocks].
+
+    Returns:
+      [stretches, scales, *blocks].
+    """
+    # Magnitudes of distances are what XLA on CPUs computes within the sum. Cutting off on both
+    # sides makes it write out arrays as large as all candidates together.
+    distance = w * inverse
+    distance = jnp.abs(distance if center is None else distance - center)
+    if center is None:
+        level = jax.lax.round(distance, _TO_EVEN)
+    else:  # which lies between two levels
+        half = select(top > 0, 0.5, 0)
+        level = jax.lax.round(distance - half, _TO_EVEN) + half
+    error = distance - jnp.minimum(level, top)
+    return jnp.sum(error * error, axes, keepdims=True)
+
+
+def _alternated(
+    w: Array,
+    finer: Array,
+    inverse: Array,
+    lowest: Array | float,
+    steps: int,
+    axes: tuple[int, ...],
+) -> Array:
+    """As `finer` the best scale for the levels that are nearest now: no worse than now."""
+    x = w * (finer * inverse)
+    q = _clip(jax.lax.round(x, _TO_EVEN), lowest, lowest + steps)
+    zero = np.zeros((), w.dtype)
+    # In one pass over the weights: two sums would be two.
+    xq, qq = jax.lax.reduce(
+        (x * q, q * q), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes
+    )
+    ratio = jnp.expand_dims(qq / xq, axes)  # not finite where all codes are 0
+    return select(ratio > 0, finer * jnp.minimum(ratio, 2), finer)
+
+
+def _best(errors: Array, among: tuple[int, ...], *candidates: Any) -> tuple[Any, ...]:
+    """Of the candidates that of least error along some axes, kept with size 1; and that error.
+
+    A float is none, and comes back.
+    """
+    least = jnp.min(errors, among, keepdims=True)
+    chosen = [
+        candidate
+        if isinstance(candidate, float)
+        else jnp.min(select(errors == least, candidate, jnp.inf), among, keepdims=True)
+        for candidate in candidates
+    ]
+    return *chosen, least
+
+
+def _clip(x: Array, low: Array | float, high: Array | float) -> Array:
+    return jnp.minimum(jnp.maximum(x, low), high)
