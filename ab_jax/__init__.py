@@ -38,7 +38,7 @@ from ab_jax.schedules import (
     sigmoid_ramp,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 answer_by_old_names()
 

@@ -80,7 +80,7 @@ def absmax(
     """
     steps = _steps(bits, symmetric)
     inverse, low = _widest(w, magnitude, steps, symmetric, axes)
-    lowest = low if symmetric else _lowest(low, steps)
+    lowest = low if isinstance(low, float) else _lowest(low, steps)
     return EvenLevels(inverse, lowest, lowest + steps)
 
 
@@ -108,7 +108,7 @@ def least_squares(
 
     def lowest(finer: Array, share: Array | float) -> Array | float:
         """The lowest level, if this share of what the levels do not span is cut off below."""
-        if symmetric:
+        if isinstance(low, float):
             return low
         return _lowest(finer * low + share * jnp.maximum(finer * steps - steps, 0), steps)
 
@@ -148,11 +148,10 @@ def least_squares(
         finer, window, errors = _best(error(finer, window), (0,), finer, window)
     better = (errors < at_widest) & (inverse > 0)
     finer = select(better, finer, widest)
-    if not symmetric:
+    if not isinstance(window, float):
         window = select(better, window, of_widest)
     finer = _alternated(w, finer, inverse, window, steps, axes)
-    if not symmetric:
-        window = window[0, 0]
+    window = window if isinstance(window, float) else window[0, 0]
     return EvenLevels((finer * of_shrunk)[0, 0], window, window + steps)
 
 
@@ -164,7 +163,7 @@ def _steps(bits: int, symmetric: bool) -> int:
 def _widest(
     w: Array, magnitude: Array, steps: int, symmetric: bool, axes: tuple[int, ...]
 ) -> tuple[Array, Array | float]:
-    """The inverse of the scale of absmax for shrunk weights, and the lowest weight, or 0, over it."""
+    """The inverse of the scale of absmax, shrunk, and over that scale the lowest weight, or 0."""
     if symmetric:
         return steps / 2 / or_one(magnitude * shrink(magnitude)), -steps / 2
     low = jnp.minimum(jnp.min(w, axes, keepdims=True), 0) * shrink(magnitude)
@@ -191,10 +190,10 @@ def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     largest = math.sqrt(max(0.25, 1 - _LUCK / math.sqrt(count)))
     few = count < 256
     # By which the largest weight moves on between two levels. Its neighbours' luck is the same.
-    phase = 0.08 if few else 0.25 if bits == 4 else 0.15
+    phase = (0.04 if count < 16 else 0.08) if few else {3: 0.15, 4: 0.25}.get(bits, 0.12)
     scales = math.ceil(-math.log(smallest * largest) * steps / 2 / phase)
     windows = 1 if symmetric else 9 if bits <= 3 else 5
-    stretches = max(8 if few else 2, math.ceil(scales * windows / _ABREAST))
+    stretches = max(16 if few else 2, math.ceil(scales * windows / _ABREAST))
     return _Grid(stretches, max(2, math.ceil(scales / stretches)), windows, few, narrowest)
 
 

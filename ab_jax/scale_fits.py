@@ -14,15 +14,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 
-# The lowest and the highest level in units of the scale: integers, or one entry a block.
-Levels = tuple[float | Array, float | Array]
-
 # Below so many times the smallest normal number a scale (magnitude / 127) may be no normal number.
 # CPUs and accelerators flush others to zero, and a division by it would no longer be finite.
 _HEADROOM = 2.0**8
-
-# Scales that `least_squares` tries before it refines the best one.
-_STARTS = 6
 
 
 def compute_dtype(dtype: DTypeLike) -> DTypeLike:
@@ -97,44 +91,6 @@ def nearest_level(x: Array, lowest: Array | float, highest: Array | float) -> Ar
     return jnp.minimum(jnp.maximum(q, lowest), highest)
 
 
-def least_squares_ternary(w: Array, axes: tuple[int, ...]) -> Array:
-    """The scale of least squared error for codes -1, 0 and +1, exactly.
-
-    If the k largest magnitudes of a block get a code, their mean is the best scale, and the error
-    falls by (their sum)**2 / k: sorting gives this for every k. At the optimum a weight has a code
-    exactly if its magnitude is above half the scale.
-    """
-    sums = jnp.cumsum(jnp.flip(_sorted_magnitudes(w, axes), axis=-1), axis=-1)
-    k = jax.lax.broadcasted_iota(w.dtype, sums.shape, sums.ndim - 1) + 1
-    best = jnp.argmax(sums**2 / k, axis=-1, keepdims=True)
-    scale = jnp.take_along_axis(sums, best, axis=-1) / (best + 1).astype(w.dtype)
-    return scale.reshape(_shape_of_blocks(w, axes))
-
-
-def least_squares_two_signs(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """The scales `v1 >= v2 >= 0` of least squared error for the levels +-v1 +-v2, exactly.
-
-    Magnitudes fall into a lower group, quantized to v1 - v2, and an upper one, to v1 + v2. The
-    means of the groups are the best two values, and if the k smallest are the lower group, the
-    error falls by k (n - k) / n (the difference of the means)**2: sorting gives this for every k.
-    """
-    ascending = _sorted_magnitudes(w, axes)
-    n = ascending.shape[-1]
-    if n == 1:
-        only = ascending.reshape(_shape_of_blocks(w, axes))
-        return only, jnp.zeros_like(only)
-    k = jax.lax.broadcasted_iota(w.dtype, ascending[..., 1:].shape, ascending.ndim - 1) + 1
-    # Summed from both sides, since the difference to the whole sum would lose digits.
-    lower = jnp.cumsum(ascending, axis=-1)[..., :-1] / k
-    upper = jax.lax.cumsum(ascending, axis=ascending.ndim - 1, reverse=True)[..., 1:] / (n - k)
-    best = jnp.argmax(k * (n - k) * (upper - lower) ** 2, axis=-1, keepdims=True)
-    low, high = (
-        jnp.take_along_axis(means, best, axis=-1).reshape(_shape_of_blocks(w, axes))
-        for means in (lower, upper)
-    )
-    return (high + low) / 2, (high - low) / 2
-
-
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
     """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`.
 
@@ -149,17 +105,3 @@ def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
 def signs(w: Array) -> Array:
     """-1 or +1 in the dtype of `w`; zero counts as +1."""
     return jnp.where(w >= 0, 1, -1).astype(w.dtype)
-
-
-def _sorted_magnitudes(w: Array, axes: tuple[int, ...]) -> Array:
-    """|w| with a row for each block, rising along the last axis."""
-    rows = jnp.moveaxis(jnp.abs(w), axes, range(-len(axes), 0))
-    rows = rows.reshape(*rows.shape[: -len(axes)], -1)
-    # Floats that are not negative are ordered as their bits are, and XLA's sort of integers is six
-    # times faster on CPUs.
-    bits = jax.lax.bitcast_convert_type(rows, f"int{8 * w.dtype.itemsize}")
-    return jax.lax.bitcast_convert_type(jnp.sort(bits, axis=-1), w.dtype)
-
-
-def _shape_of_blocks(w: Array, axes: tuple[int, ...]) -> list[int]:
-    return [1 if i in axes else size for i, size in enumerate(w.shape)]

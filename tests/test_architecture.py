@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[1]
 # Top to bottom, each with the third parties it may load.
 ROOMS: dict[str, set[str]] = {
     "scale_fits": {"jax", "numpy"},
+    "even_levels": {"jax", "numpy"},
+    "thresholds": {"jax", "numpy"},
     "quantized": {"jax", "numpy"},
     "quantizers": {"jax", "numpy"},
     "moved": set(),

@@ -24,6 +24,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
+from ab_jax import __version__
 from ab_jax.files import write_whole, writing
 from ab_jax.training.existing_run import changes_between, has_checkpoints, take_lock, told
 from ab_jax.training.metrics_file import MetricsFile, Seal
@@ -215,7 +216,9 @@ def describe_run(
         "config": json.loads(json.dumps(dict(config))),
         **({} if data is None else {"data": json.loads(json.dumps(dict(data)))}),
         "revision": revision(),
-        "packages": {name: importlib.metadata.version(name) for name in _PACKAGES},
+        # Our own version, too: it says which fits made the scales.
+        "packages": {"ab_jax": __version__}
+        | {name: importlib.metadata.version(name) for name in _PACKAGES},
         "python": platform.python_version(),
         "hardware": hardware(),
         "settings_of_jax": settings_of_jax(),

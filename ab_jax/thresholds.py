@@ -1,0 +1,160 @@
+"""Groups of magnitudes and their means: the levels of least squared error where there are few.
+
+Ternary codes split the magnitudes of a block into a lower group, which becomes 0, and an upper one,
+which becomes its mean; two signs +-v1 +-v2 split them into two groups that both become their means.
+The threshold of either is found exactly, without a sort, from the excess of the magnitudes over a
+threshold t, R(t) = sum max(|w| - t, 0). With the best levels for it, a threshold takes off the
+squared error
+
+    ternary      4 t R(t)
+    two signs    4 n r (r + t - mean |w|)    beside what one level does, where r = R(t) / n
+
+(set the derivative in the levels to zero). R is convex, so it lies below its chord between two
+thresholds, and the product of two lines bounds what any threshold between these can take off.
+Intervals that cannot hold the best one are dropped, and the rest is divided again, until it holds a
+magnitude or two.
+
+Sums over the weights are all that is needed: they are read once a round, and where a block lies on
+several devices, these add up their sums.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ab_jax.scale_fits import or_one, select, signs
+
+# Thresholds in each round, for blocks of few weights and of many. With more than 64, XLA on CPUs
+# sums on one core; were two numbers the same, it would share what both rounds begin with, and write
+# it out in the size of all thresholds.
+_EDGES = {True: (32, 31, 30), False: (40, 39, 38)}
+_FEW = 256
+# The largest magnitude of a block in what its weights are measured in. Over any magnitude it is a
+# normal number, which 1 is not.
+UNITS = 16.0
+# By how much sums of float32 may be off, relative.
+_ROUNDING = 2.0**-20
+
+# What a threshold takes off is the product of two lines, given thresholds, excess and mean.
+Lines = Callable[[Array, Array, Array], tuple[Array, Array]]
+
+
+def ternary(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The threshold and the scale of least squared error for codes -1, 0 and +1.
+
+    Args:
+      w: floats.
+      magnitude: the largest of each block (`scale_fits.magnitude`).
+      axes: those of `w` that run inside a block; results keep them with size 1.
+
+    Returns:
+      A weight has a code other than 0 if its magnitude is above the threshold.
+    """
+    threshold = _best_threshold(w, magnitude, axes, 0.5, lambda t, excess, mean: (t, excess))
+    (_, count), (_, total) = _groups(w, magnitude, threshold, axes)
+    return threshold, total / or_one(count) * (magnitude / UNITS)
+
+
+def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The scales `v1 >= v2 >= 0` of least squared error for the levels +-v1 +-v2.
+
+    Args:
+      w, magnitude, axes: as for `ternary`.
+    """
+    threshold = _best_threshold(
+        w, magnitude, axes, 1.0, lambda t, excess, mean: (excess, excess + (t - mean))
+    )
+    counts, sums = _groups(w, magnitude, threshold, axes)
+    low, high = (
+        total / or_one(count) * (magnitude / UNITS)
+        for total, count in zip(sums, counts, strict=True)
+    )
+    # Where all magnitudes are the same, one group is empty.
+    low, high = select(counts[0] == 0, high, low), select(counts[1] == 0, low, high)
+    return (high + low) / 2, (high - low) / 2
+
+
+def _best_threshold(
+    w: Array, magnitude: Array, axes: tuple[int, ...], end: float, lines: Lines
+) -> Array:
+    """Between 0 and this part of the largest magnitude, that which takes off most."""
+    w, magnitude = jax.lax.stop_gradient((w[None], magnitude[None]))
+    axes = tuple(axis + 1 for axis in axes)
+    # Zeros of the data: XLA on CPUs would write out a constant that kernels of one shape share.
+    low = jnp.minimum(magnitude, 0)
+    high = low + end * UNITS
+    mean: Array | None = None
+    for edges in _EDGES[_count(w, axes) < _FEW]:
+        share = np.linspace(0, 1, edges, dtype=w.dtype).reshape(-1, *(1,) * (w.ndim - 1))
+        t = low + (high - low) * share
+        excess = mean_excess(w, magnitude, t, axes)
+        mean = excess[:1] if mean is None else mean  # the excess over 0
+        one, other = lines(t, excess, mean)
+        taken_off = jnp.max(one * other, axis=0, keepdims=True)
+        # What lies below the rounding of a mean is nothing.
+        enough = jnp.maximum(taken_off * (1 - _ROUNDING), mean * mean * _ROUNDING)
+        may_hold = _most_between(one, other) >= enough
+        first, last = jax.lax.reduce(
+            (select(may_hold, t[:-1], UNITS), select(may_hold, t[1:], 0)),
+            (np.asarray(UNITS, w.dtype), np.zeros((), w.dtype)),
+            lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
+            (0,),
+        )
+        first, last = first[None], last[None]
+        low, high = select(first < last, first, low), select(first < last, last, high)
+    best = one * other == taken_off
+    return jnp.min(select(best, t, jnp.inf), axis=0) * (magnitude[0] / UNITS)
+
+
+def _count(w: Array, axes: tuple[int, ...]) -> int:
+    """How many weights a block has."""
+    return math.prod(w.shape[axis] for axis in axes)
+
+
+def mean_excess(w: Array, magnitude: Array, t: Array, axes: tuple[int, ...]) -> Array:
+    """The mean of max(|w| - t, 0), for each of some thresholds, in units of the block."""
+    nothing = jnp.minimum(t, 0)
+    # Of the shape of the thresholds, or XLA on CPUs would write out the product.
+    y = jnp.abs(w * (UNITS / or_one(magnitude + nothing)))
+    return jnp.sum(jnp.maximum(y - t, nothing), axes, keepdims=True) * (1 / _count(w, axes))
+
+
+def _most_between(one: Array, other: Array) -> Array:
+    """The most that the product of two lines has between each two neighbouring edges.
+
+    Args:
+      one, other: [edges, ...]; the product of their slopes is not positive, so that it is concave.
+    """
+    a, b, c, d = one[:-1], jnp.diff(one, axis=0), other[:-1], jnp.diff(other, axis=0)
+    slope, curvature = a * d + b * c, -b * d
+    u = jnp.minimum(jnp.maximum(slope / or_one(2 * curvature), 0), 1)
+    u = select(curvature > 0, u, select(slope > 0, jnp.ones_like(u), 0))
+    return (a + u * b) * (c + u * d)
+
+
+def ternary_codes(w: Array, threshold: Array) -> Array:
+    """-1, 0 or +1: the sign of weights whose magnitude is above a threshold."""
+    # No |w|: XLA on CPUs would write out one that several sums share.
+    return (w > threshold).astype(w.dtype) - (w < -threshold).astype(w.dtype)
+
+
+def _groups(
+    w: Array, magnitude: Array, threshold: Array, axes: tuple[int, ...]
+) -> tuple[list[Array], list[Array]]:
+    """How many magnitudes are up to a threshold and above it; their sums in units of the block."""
+    above = ternary_codes(w, threshold)
+    sign = signs(w)
+    y = w * (UNITS / or_one(magnitude))
+    zero = np.zeros((), w.dtype)
+    found = jax.lax.reduce(  # in one pass over the weights
+        (1 - above * above, above * above, y * (sign - above), y * above),
+        (zero,) * 4,
+        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
+        axes,
+    )
+    found = [jnp.expand_dims(total, axes) for total in found]
+    return found[:2], found[2:]
