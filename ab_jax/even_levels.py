@@ -85,7 +85,13 @@ def absmax(
 
 
 def least_squares(
-    w: Array, magnitude: Array, bits: int, symmetric: bool, axes: tuple[int, ...]
+    w: Array,
+    magnitude: Array,
+    bits: int,
+    symmetric: bool,
+    axes: tuple[int, ...],
+    *,
+    largest: float,
 ) -> EvenLevels:
     """The levels of least squared error: scale and, unless symmetric, zero point together.
 
@@ -94,6 +100,7 @@ def least_squares(
 
     Args:
       w, magnitude, bits, symmetric, axes: as for `absmax`.
+      largest: the largest number that a level may be. Levels of `absmax` may be above it.
     """
     steps = _steps(bits, symmetric)
     grid = _grid(math.prod(w.shape[i] for i in axes), bits, symmetric)
@@ -147,6 +154,9 @@ def least_squares(
         finer = _alternated(w, finer, inverse, window, steps, axes)
         finer, window, errors = _best(error(finer, window), (0,), finer, window)
     better = (errors < at_widest) & (inverse > 0)
+    if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
+        reach = jnp.maximum(window + steps, -window)
+        better &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
     finer = select(better, finer, widest)
     if not isinstance(window, float):
         window = select(better, window, of_widest)

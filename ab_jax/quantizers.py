@@ -21,7 +21,7 @@ import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
 import jax
@@ -252,7 +252,9 @@ class Uniform(Quantizer):
 
     def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
         magnitude = scale_fits.magnitude(w, axes)
-        fit = even_levels.absmax if self.scale == "absmax" else even_levels.least_squares
+        fit: Callable[..., even_levels.EvenLevels] = even_levels.absmax
+        if self.scale == "least_squares":
+            fit = functools.partial(even_levels.least_squares, largest=largest)
         inverse, lowest, highest = fit(w, magnitude, self.bits, self.symmetric, axes)
         shrink = scale_fits.shrink(magnitude)
         codes = scale_fits.nearest_level(w * shrink * inverse, lowest, highest)

@@ -56,6 +56,8 @@ def ternary(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, A
     """
     threshold = _best_threshold(w, magnitude, axes, 0.5, lambda t, excess, mean: (t, excess))
     (_, count), (_, total) = _groups(w, magnitude, threshold, axes)
+    # What counts as zeros has no code.
+    threshold = select(magnitude == 0, jnp.inf, threshold)
     return threshold, total / or_one(count) * (magnitude / UNITS)
 
 
@@ -75,7 +77,7 @@ def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array,
     )
     # Where all magnitudes are the same, one group is empty.
     low, high = select(counts[0] == 0, high, low), select(counts[1] == 0, low, high)
-    return (high + low) / 2, (high - low) / 2
+    return high / 2 + low / 2, high / 2 - low / 2
 
 
 def _best_threshold(
