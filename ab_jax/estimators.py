@@ -140,9 +140,8 @@ def parq(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
     `ab_jax.sigmoid_ramp`. Weights outside the levels are at the outermost one as soon as alpha is
     above 0, as in the authors' code (`ProxPARQ` of torchao).
 
-    At alpha 0 it is `w`, at 1 `Q(w)`, bit for bit. `Q(w)` takes the level that is nearest, but for
-    `LeastSquaresBinary` of 3 and 4 bits, whose greedy codes may stand for another one. The levels
-    are those of the weights as they are now, where the authors' code renews them every ten steps.
+    At alpha 0 it is `w`, at 1 `Q(w)`, bit for bit. The levels are those of the weights as they are
+    now, where the authors' code renews them every ten steps.
     """
     dtype = compute_dtype(w.dtype)
     latent = jax.lax.stop_gradient(w)

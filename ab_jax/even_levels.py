@@ -260,12 +260,13 @@ def _best(errors: Array, among: tuple[int, ...], *candidates: Any) -> tuple[Any,
     A float is none, and comes back.
     """
     least = jnp.min(errors, among, keepdims=True)
-    chosen = [
-        candidate
-        if isinstance(candidate, float)
-        else jnp.min(select(errors == least, candidate, jnp.inf), among, keepdims=True)
-        for candidate in candidates
-    ]
+    is_best, chosen = errors == least, []
+    for candidate in candidates:
+        if not isinstance(candidate, float):
+            found = jnp.min(select(is_best, candidate, jnp.inf), among, keepdims=True)
+            is_best &= candidate == found  # of several that tie, the others belong to the same one
+            candidate = found
+        chosen.append(candidate)
     return *chosen, least
 
 

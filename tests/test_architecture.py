@@ -23,6 +23,7 @@ ROOMS: dict[str, set[str]] = {
     "scale_fits": {"jax", "numpy"},
     "even_levels": {"jax", "numpy"},
     "thresholds": {"jax", "numpy"},
+    "bit_scales": {"jax", "numpy"},
     "quantized": {"jax", "numpy"},
     "quantizers": {"jax", "numpy"},
     "moved": set(),

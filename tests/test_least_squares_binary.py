@@ -76,8 +76,8 @@ def test_codes_are_odd_and_their_digits_are_signs(weights, bits):
     assert (codes.dtype, codes.shape, quantized.bits) == (np.int8, SHAPE, bits)
     assert (quantized.scale.dtype, quantized.scale.shape) == (np.float32, (bits, 1, SHAPE[1]))
     assert quantized.zero_point is None
-    assert (codes[7] > 0).all()
     found = np.asarray(quantized.dequantize())
+    assert (found[7] >= 0).all()
     np.testing.assert_allclose(found, values(quantized), rtol=1e-6, atol=1e-6)
     jitted = jax.jit(lambda quantized: quantized.dequantize())(quantized)
     np.testing.assert_array_equal(jitted, found)
@@ -113,20 +113,56 @@ def test_two_bits_against_all_codes_there_are(rng):
         np.testing.assert_allclose(error[channel], min(errors), rtol=1e-4, atol=1e-9)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_more_bits_are_what_is_left_over_in_turn(weights, bits):
+def alternated_from_anywhere(
+    w: np.ndarray, bits: int, rng: np.random.Generator, starts: int = 200
+) -> float:
+    """The least error that alternation in float64 finds for a block, from many random scales."""
+    magnitudes = np.abs(w.astype(np.float64))
+    rows = np.array([(1, *rest) for rest in itertools.product((1, -1), repeat=bits - 1)], float)
+    scales = -np.sort(-rng.dirichlet(np.ones(bits), starts), axis=1)
+    scales *= rng.uniform(1.2, 5, (starts, 1)) * magnitudes.mean()
+    for _ in range(40):
+        levels = scales @ rows.T
+        nearest = np.abs(magnitudes[None, :, None] - np.abs(levels)[:, None]).argmin(2)
+        signs = rows[nearest] * np.sign(np.take_along_axis(levels, nearest, 1))[..., None]
+        normal = np.einsum("swb,swc->sbc", signs, signs) + 1e-9 * np.eye(bits)
+        rest = magnitudes - np.einsum("swb,sb->sw", signs, scales)
+        right = np.einsum("swb,sw->sb", signs, rest)
+        scales = scales + np.linalg.solve(normal, right[..., None])[..., 0]
+    off = np.abs(magnitudes[None, :, None] - np.abs(scales @ rows.T)[:, None]).min(2)
+    return float(np.square(off).sum(1).min())
+
+
+@pytest.mark.parametrize(("bits", "mean", "most"), [(3, 1.02, 1.2), (4, 1.12, 1.5)])
+def test_more_bits_lose_little_more_than_the_least(rng, bits, mean, most):
+    w = rng.normal(size=(64, 16)).astype(np.float32)
+    found = ((w - values(LeastSquaresBinary(bits=bits).quantize(w))) ** 2).sum(0)
+    ratios = found / [alternated_from_anywhere(channel, bits, rng) for channel in w.T]
+    assert ratios.mean() < mean
+    assert ratios.max() < most
+    # Greedy scales, which sources begin with, are no match: the comparison can tell.
+    rest = w.astype(np.float64)
+    for _ in range(bits):
+        rest = rest - np.sign(rest) * np.abs(rest).mean(0)
+    assert (found / (rest**2).sum(0)).mean() < (0.8 if bits == 3 else 0.5)
+
+
+@each_width
+def test_the_levels_taken_are_the_nearest(weights, bits):
     quantized = LeastSquaresBinary(bits=bits).quantize(weights)
-    rest = weights.astype(np.float64)
-    clear = np.full(SHAPE, True)
-    for scale, signs in zip(
-        np.asarray(quantized.scale), signs_of(np.asarray(quantized.codes), bits), strict=True
-    ):
-        wanted = np.abs(rest).mean(0, keepdims=True)
-        np.testing.assert_allclose(scale, wanted, rtol=1e-5)
-        clear &= np.abs(rest) > 1e-5  # either sign will do for a rest of nothing
-        np.testing.assert_array_equal(signs[clear], np.where(rest >= 0, 1, -1)[clear])
-        rest -= wanted * np.where(rest >= 0, 1, -1)
-    assert clear.mean() > 0.9
+    levels = np.asarray(quantized.levels(), np.float64)[:, 0]
+    off = np.abs(weights[None] - levels[:, None]).min(0)
+    np.testing.assert_allclose(np.abs(weights - values(quantized)), off, rtol=1e-4, atol=1e-6)
+
+
+@each_width
+def test_values_of_codes_are_quantized_to_themselves(rng, bits):
+    """Of normal weights; in a few channels of a hundred, alternation ends elsewhere at 4 bits."""
+    w = rng.normal(size=(512, 32)).astype(np.float32)
+    once = np.asarray(LeastSquaresBinary(bits=bits).quantize(w).dequantize())
+    twice = np.asarray(LeastSquaresBinary(bits=bits).quantize(once).dequantize())
+    moved = (np.abs(twice - once) > 1e-4 * np.abs(once).max(0)).any(0)
+    assert moved.mean() <= (0 if bits == 2 else 0.15)
 
 
 def test_more_bits_lose_less(weights):
