@@ -21,7 +21,7 @@ import numpy as np
 from jax import Array
 
 from ab_jax.scale_fits import or_one, select, signs
-from ab_jax.thresholds import UNITS, mean_excess
+from ab_jax.thresholds import UNITS, above, mean_excess
 
 # Thresholds of the table.
 _EDGES = 64
@@ -66,21 +66,26 @@ def least_squares(
       axes: those of `w` that run inside a block; results keep them with size 1.
 
     Returns:
-      Codes as `BinaryCoded` has them, as floats of the shape of `w`; and the scales [bits, ...] over
-      the largest magnitude, falling.
+      Codes as `BinaryCoded` has them, as floats of the shape of `w`; and the scales [bits, ...]
+      over the largest magnitude, falling.
     """
     w, magnitude = jax.lax.stop_gradient((w, magnitude))
     of_table, mean = _table(w, magnitude, axes)
     scales = _best(_starts(bits, mean), of_table, _KEPT)
     scales = jax.lax.fori_loop(0, _ON_TABLE, lambda _, v: _improved(v, of_table), scales)
     scales = _best(scales, of_table, 1)
-    y = jnp.abs(w * (UNITS / or_one(magnitude)))[None, None]
-    of_weights = _counted(y, tuple(axis + 2 for axis in axes))
+    inside = tuple(axis + 1 for axis in axes)
+
+    def of_weights(edge: Array) -> tuple[Array, Array]:
+        fraction, total = above(w[None], magnitude[None], edge[:, 0], inside)
+        return fraction[:, None], total[:, None]
+
     scales = jax.lax.fori_loop(0, _ON_WEIGHTS, lambda _, v: _improved(v, of_weights), scales)
     scales = -jnp.sort(-jnp.abs(scales), axis=0)
     magnitudes, of_level = _levels(scales)
     edges = _edges(magnitudes)
     codes = sum(sign * 2 ** (bits - 1 - i) for i, sign in enumerate(of_level))
+    y = jnp.abs(w * (UNITS / or_one(magnitude)))[None, None]
     steps = codes - jnp.concatenate([0 * codes[:1], codes[:-1]])  # from one level to the next
     codes = jnp.sum((y > edges).astype(w.dtype) * steps, axis=0)[0]
     return signs(w) * codes, scales[:, 0] / UNITS
@@ -99,7 +104,7 @@ def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Ar
     fractions = jnp.concatenate([jnp.ones_like(excess[:1]), fractions, 0 * excess[:1]])
     sums = jnp.concatenate([excess[:1], sums, 0 * excess[:1]])
 
-    def above(edge: Array) -> tuple[Array, Array]:
+    def look_up(edge: Array) -> tuple[Array, Array]:
         flat = edge.reshape(-1, *edge.shape[2:])
         position = jnp.minimum(jnp.maximum(flat / step + 0.5, 0), _EDGES - 0.5)
         index = jnp.floor(position)
@@ -112,25 +117,7 @@ def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Ar
         first, second = (x.reshape(edge.shape) for x in found)
         return first, second
 
-    return above, excess[0]
-
-
-def _counted(y: Array, axes: tuple[int, ...]) -> Above:
-    """What lies above an edge, counted among magnitudes [1, 1, *weights]."""
-
-    def above(edge: Array) -> tuple[Array, Array]:
-        is_above = (y > edge).astype(y.dtype)
-        zero, count = np.zeros((), y.dtype), np.prod([y.shape[axis] for axis in axes])
-        found = jax.lax.reduce(  # in one pass over the weights
-            (is_above, is_above * y),
-            (zero, zero),
-            lambda a, b: (a[0] + b[0], a[1] + b[1]),
-            axes,
-        )
-        first, second = (jnp.expand_dims(x, axes) * (1 / count).astype(y.dtype) for x in found)
-        return first, second
-
-    return above
+    return look_up, excess[0]
 
 
 def _starts(bits: int, mean: Array) -> Array:
@@ -181,16 +168,16 @@ def _edges(magnitudes: Array) -> Array:
     return jnp.concatenate([jnp.full_like(magnitudes[:1], -1), between])
 
 
-def _groups(magnitudes: Array, above: Above) -> tuple[Array, Array]:
+def _groups(magnitudes: Array, of: Above) -> tuple[Array, Array]:
     """The fraction of weights that are nearest to each level, and the sum of their magnitudes."""
-    counts, sums = (x - jnp.concatenate([x[1:], 0 * x[:1]]) for x in above(_edges(magnitudes)))
+    counts, sums = (x - jnp.concatenate([x[1:], 0 * x[:1]]) for x in of(_edges(magnitudes)))
     return counts, sums
 
 
-def _improved(scales: Array, above: Above) -> Array:
+def _improved(scales: Array, of: Above) -> Array:
     """The scales after one round of alternation: of no larger error."""
     magnitudes, of_level = _levels(scales)
-    counts, sums = _groups(magnitudes, above)
+    counts, sums = _groups(magnitudes, of)
     bits = range(scales.shape[0])
     target = [jnp.sum(of_level[i] * sums, axis=0) for i in bits]
     overlap = {
@@ -205,10 +192,10 @@ def _improved(scales: Array, above: Above) -> Array:
     return jnp.stack(v)
 
 
-def _best(scales: Array, above: Above, count: int) -> Array:
+def _best(scales: Array, of: Above, count: int) -> Array:
     """The starts of least error, so many: [bits, count, *blocks]."""
     magnitudes, _ = _levels(scales)
-    counts, sums = _groups(magnitudes, above)
+    counts, sums = _groups(magnitudes, of)
     lost = jnp.sum((counts * magnitudes - 2 * sums) * magnitudes, axis=0)  # less a constant
     found = []
     for _ in range(count):

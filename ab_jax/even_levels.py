@@ -151,7 +151,7 @@ def least_squares(
     finer, errors = _best(error(finer, lowest(finer, share)), (1,), finer)
     window = lowest(finer, share)
     if grid.each:  # the minima of few weights are narrow: only there it shows which is the deepest
-        finer = _alternated(w, finer, inverse, window, steps, axes)
+        finer = _alternated(w, finer, inverse, window, top, axes)
         finer, window, errors = _best(error(finer, window), (0,), finer, window)
     better = (errors < at_widest) & (inverse > 0)
     if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
@@ -160,7 +160,7 @@ def least_squares(
     finer = select(better, finer, widest)
     if not isinstance(window, float):
         window = select(better, window, of_widest)
-    finer = _alternated(w, finer, inverse, window, steps, axes)
+    finer = _alternated(w, finer, inverse, window, top, axes)
     window = window if isinstance(window, float) else window[0, 0]
     return EvenLevels((finer * of_shrunk)[0, 0], window, window + steps)
 
@@ -239,18 +239,22 @@ def _alternated(
     finer: Array,
     inverse: Array,
     lowest: Array | float,
-    steps: int,
+    top: Array,
     axes: tuple[int, ...],
 ) -> Array:
     """As `finer` the best scale for the levels that are nearest now: no worse than now."""
-    x = w * (finer * inverse)
-    q = _clip(jax.lax.round(x, _TO_EVEN), lowest, lowest + steps)
-    zero = np.zeros((), w.dtype)
-    # In one pass over the weights: two sums would be two.
-    xq, qq = jax.lax.reduce(
-        (x * q, q * q), (zero, zero), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes
-    )
-    ratio = jnp.expand_dims(qq / xq, axes)  # not finite where all codes are 0
+    if isinstance(lowest, float):
+        # <q, q> and <x, q> out of (q - a x)**2, summed for three a in one pass over the weights.
+        a = np.asarray([0, 1, -1], w.dtype).reshape(-1, *(1,) * w.ndim) * (top / -lowest)[None]
+        x = jnp.abs(w[None] * ((finer * inverse)[None] + jnp.minimum(a, 0) * 0))
+        part = jnp.minimum(jax.lax.round(x, _TO_EVEN), top[None]) - x * a
+        qq, less, more = jnp.sum(part * part, tuple(axis + 1 for axis in axes), keepdims=True)
+        xq = (more - less) / 4
+    else:
+        x = w * (finer * inverse)
+        q = _clip(jax.lax.round(x, _TO_EVEN), lowest, lowest + 2 * top)
+        xq, qq = (jnp.sum(product, axes, keepdims=True) for product in (x * q, q * q))
+    ratio = qq / xq  # not finite where all codes are 0
     return select(ratio > 0, finer * jnp.minimum(ratio, 2), finer)
 
 

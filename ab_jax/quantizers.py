@@ -226,11 +226,11 @@ class Uniform(Quantizer):
 
     Attributes:
       bits: width of a code, 2 to 8.
-      symmetric: levels on both sides of 0 and no zero point; else (affine) the levels span the
-        smallest to the largest weight of the channel, 0 included.
-      scale: `least_squares` minimizes the squared error of the weights: the best of several
-        clipping ratios, refined by optimizing codes and scale in turn; never above the error of
-        absmax. `absmax` (min-max if affine) clips nothing.
+      symmetric: levels on both sides of 0 and no zero point; else (affine) 2**bits levels wherever
+        the weights are, 0 included.
+      scale: `least_squares` minimizes the squared error of the weights, over scales and zero points
+        (`ab_jax.even_levels`); never above the error of absmax. `absmax` (min-max if affine) clips
+        nothing.
 
     Raises:
       ValueError: a bit width that is no integer from 2 to 8, or an unknown scale.

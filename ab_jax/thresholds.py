@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ab_jax.scale_fits import or_one, select, signs
+from ab_jax.scale_fits import or_one, select
 
 # Thresholds in each round, for blocks of few weights and of many. With more than 64, XLA on CPUs
 # sums on one core; were two numbers the same, it would share what both rounds begin with, and write
@@ -36,6 +36,8 @@ _FEW = 256
 # The largest magnitude of a block in what its weights are measured in. Over any magnitude it is a
 # normal number, which 1 is not.
 UNITS = 16.0
+# Far steeper than any two magnitudes are near.
+_STEEP = 2.0**60
 # By how much sums of float32 may be off, relative.
 _ROUNDING = 2.0**-20
 
@@ -54,38 +56,45 @@ def ternary(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, A
     Returns:
       A weight has a code other than 0 if its magnitude is above the threshold.
     """
-    threshold = _best_threshold(w, magnitude, axes, 0.5, lambda t, excess, mean: (t, excess))
-    (_, count), (_, total) = _groups(w, magnitude, threshold, axes)
+    w, magnitude = jax.lax.stop_gradient((w[None], magnitude[None]))
+    axes = tuple(axis + 1 for axis in axes)
+    t, _ = _best_threshold(w, magnitude, axes, 0.5, lambda t, excess, mean: (t, excess))
+    fraction, total = above(w, magnitude, t, axes)
+    # A mean of the largest may round to more.
+    scale = jnp.minimum(total / or_one(fraction), UNITS) * (magnitude / UNITS)
     # What counts as zeros has no code.
-    threshold = select(magnitude == 0, jnp.inf, threshold)
-    return threshold, total / or_one(count) * (magnitude / UNITS)
+    threshold = select(magnitude == 0, jnp.inf, t * (magnitude / UNITS))
+    return threshold[0], scale[0]
 
 
 def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
     """The scales `v1 >= v2 >= 0` of least squared error for the levels +-v1 +-v2.
 
+    Of two thresholds far apart that are nearly as good, either may be taken.
+
     Args:
       w, magnitude, axes: as for `ternary`.
     """
-    threshold = _best_threshold(
+    w, magnitude = jax.lax.stop_gradient((w[None], magnitude[None]))
+    axes = tuple(axis + 1 for axis in axes)
+    t, mean = _best_threshold(
         w, magnitude, axes, 1.0, lambda t, excess, mean: (excess, excess + (t - mean))
     )
-    counts, sums = _groups(w, magnitude, threshold, axes)
+    fraction, total = above(w, magnitude, t, axes)
     low, high = (
-        total / or_one(count) * (magnitude / UNITS)
-        for total, count in zip(sums, counts, strict=True)
+        jnp.minimum(part / or_one(of), UNITS)  # a mean of the largest may round to more
+        for part, of in ((mean - total, 1 - fraction), (total, fraction))
     )
     # Where all magnitudes are the same, one group is empty.
-    low, high = select(counts[0] == 0, high, low), select(counts[1] == 0, low, high)
-    return high / 2 + low / 2, high / 2 - low / 2
+    low, high = select(fraction == 1, high, low), select(fraction == 0, low, high)
+    first, second = ((high + sign * low) / 2 * (magnitude / UNITS) for sign in (1, -1))
+    return first[0], second[0]
 
 
 def _best_threshold(
     w: Array, magnitude: Array, axes: tuple[int, ...], end: float, lines: Lines
-) -> Array:
-    """Between 0 and this part of the largest magnitude, that which takes off most."""
-    w, magnitude = jax.lax.stop_gradient((w[None], magnitude[None]))
-    axes = tuple(axis + 1 for axis in axes)
+) -> tuple[Array, Array]:
+    """Between 0 and this part of the largest magnitude, that which takes off most; and the mean."""
     # Zeros of the data: XLA on CPUs would write out a constant that kernels of one shape share.
     low = jnp.minimum(magnitude, 0)
     high = low + end * UNITS
@@ -109,7 +118,8 @@ def _best_threshold(
         first, last = first[None], last[None]
         low, high = select(first < last, first, low), select(first < last, last, high)
     best = one * other == taken_off
-    return jnp.min(select(best, t, jnp.inf), axis=0) * (magnitude[0] / UNITS)
+    assert mean is not None
+    return jnp.min(select(best, t, jnp.inf), axis=0, keepdims=True), mean
 
 
 def _count(w: Array, axes: tuple[int, ...]) -> int:
@@ -138,25 +148,31 @@ def _most_between(one: Array, other: Array) -> Array:
     return (a + u * b) * (c + u * d)
 
 
+def above(w: Array, magnitude: Array, t: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
+    """The fraction of magnitudes above each threshold, and their sum over the number of all.
+
+    Args:
+      w, magnitude: [1, ...].
+      t: thresholds [thresholds, ...] in units of the block.
+      axes: those of `w` inside a block.
+
+    Returns:
+      Two arrays of the shape of `t`; the sum is of those above, over the number of all weights.
+    """
+    # Both in one pass: what exceeds a threshold, and the same steeper and cut off, which counts.
+    nothing = jnp.minimum(magnitude, 0)
+    steep = np.repeat([1.0, _STEEP], t.shape[0]).reshape(-1, *(1,) * (t.ndim - 1))
+    most = np.repeat([_STEEP, 1.0], t.shape[0]).reshape(steep.shape)
+    both_t = jnp.concatenate([t, t])
+    y = jnp.abs(w * (UNITS / or_one(magnitude + jnp.minimum(both_t, 0) * 0)))
+    beyond = (y - both_t) * (nothing + steep.astype(w.dtype))
+    counted = jnp.minimum(jnp.maximum(beyond, nothing), nothing + most.astype(w.dtype))
+    both = jnp.sum(counted, axes, keepdims=True) * (1 / _count(w, axes))
+    excess, fraction = both[: t.shape[0]], both[t.shape[0] :]
+    return fraction, excess + t * fraction
+
+
 def ternary_codes(w: Array, threshold: Array) -> Array:
     """-1, 0 or +1: the sign of weights whose magnitude is above a threshold."""
     # No |w|: XLA on CPUs would write out one that several sums share.
     return (w > threshold).astype(w.dtype) - (w < -threshold).astype(w.dtype)
-
-
-def _groups(
-    w: Array, magnitude: Array, threshold: Array, axes: tuple[int, ...]
-) -> tuple[list[Array], list[Array]]:
-    """How many magnitudes are up to a threshold and above it; their sums in units of the block."""
-    above = ternary_codes(w, threshold)
-    sign = signs(w)
-    y = w * (UNITS / or_one(magnitude))
-    zero = np.zeros((), w.dtype)
-    found = jax.lax.reduce(  # in one pass over the weights
-        (1 - above * above, above * above, y * (sign - above), y * above),
-        (zero,) * 4,
-        lambda a, b: tuple(x + y for x, y in zip(a, b, strict=True)),
-        axes,
-    )
-    found = [jnp.expand_dims(total, axes) for total in found]
-    return found[:2], found[2:]

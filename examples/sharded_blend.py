@@ -8,12 +8,9 @@ it is called on the sharded parameters as on any others. A scale per output chan
 channel's weights alone, so that
 
 - sharded along the output channels, nothing at all is sent;
-- sharded along the input channels, a few numbers per channel are summed over the devices (one for
-  `Binary` and for absmax, seven for least squares, one of them six times over), and the weights
-  stay where they are.
-
-`Ternary` sorts each channel's weights, and a sort wants them in one place: sharded along the input
-channels it gathers them. Lay its kernels out along the output channels.
+- sharded along the input channels, some numbers per channel are summed over the devices (one for
+  `Binary` and for absmax; for fitted scales one for each scale or threshold that is tried, 50 to
+  130 of a layer like the dense one here), and the weights stay where they are.
 
 The table shows what the compiled program of each quantizer and layout sends, on eight devices (of
 CPUs eight simulated ones), for the kernels of a convolution and a dense layer.
