@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "describe": {"jax"},
     "blend": {"jax", "numpy", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
+    "percentiles": {"jax"},
     "activations": {"jax", "numpy", "flax"},
     "input_ranges": {"jax", "numpy", "flax"},
     "linen": {"jax", "numpy", "flax"},
