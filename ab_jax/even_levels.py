@@ -200,7 +200,7 @@ def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     smallest = max(narrowest, 1 - 2 * math.sqrt(count / 12) / steps)
     largest = math.sqrt(max(0.25, 1 - _LUCK / math.sqrt(count)))
     few = count < 256
-    # By how much, in levels, the largest weight moves on from one scale to the next; found by trial.
+    # By how many levels the largest weight moves on from one scale to the next; found by trial.
     phase = (
         (0.04 if count < 16 else 0.08)
         if few
@@ -249,8 +249,8 @@ def _alternated(
 ) -> Array:
     """As `finer` the best scale for the levels that are nearest now: no worse than now."""
     if isinstance(lowest, float):
-        # <q, q> and <x, q> out of (q - a x)**2, summed for three a in one pass over the weights. The
-        # zeros give x the shape of the three, or XLA on CPUs would write it out.
+        # <q, q> and <x, q> out of (q - a x)**2, summed for three a in one pass over the weights.
+        # Zeros give x the shape of the three, or XLA on CPUs would write it out.
         a = np.asarray([0, 1, -1], w.dtype).reshape(-1, *(1,) * w.ndim) * (top / -lowest)[None]
         x = jnp.abs(w[None] * ((finer * inverse)[None] + jnp.minimum(a, 0) * 0))
         part = jnp.minimum(jax.lax.round(x, _TO_EVEN), top[None]) - x * a
