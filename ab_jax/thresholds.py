@@ -82,7 +82,8 @@ def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array,
     )
     fraction, total = above(w, magnitude, t, axes)
     low, high = (
-        jnp.minimum(part / or_one(of), UNITS)  # a mean of the largest may round to more
+        # The mean of the smallest may round to less than 0, that of the largest to more than it.
+        jnp.minimum(jnp.maximum(part, 0) / or_one(of), UNITS)
         for part, of in ((mean - total, 1 - fraction), (total, fraction))
     )
     # Where all magnitudes are the same, one group is empty.

@@ -147,3 +147,13 @@ def test_two_signs_are_those_of_a_search_through_all_groups(rng, count):
     # Of two groupings far apart whose errors are nearly the same, either may be taken.
     assert (found <= (squares - saved.max(0)) * 1.01 + 1e-6 * squares).all()
     assert (found <= (squares - saved.max(0)) * 1.00001 + 1e-6 * squares).mean() > 0.95
+
+
+def test_a_group_of_zeros_has_the_level_zero(rng):
+    """Whose mean is a difference of two sums, and may come out below."""
+    for _ in range(5):
+        w = rng.uniform(1, 3, size=(60, 28)).astype(np.float32)
+        w[:6] = 0
+        scales = np.asarray(LeastSquaresBinary(bits=2).quantize(w).scale)
+        assert (scales[0] >= scales[1]).all()
+        assert (scales[1] >= 0).all()
