@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ab_jax.scale_fits import or_one, select, shrink
+from ab_jax.scale_fits import nearest_level, or_one, select, shrink
 
 # Scales tried between two neighbours of the grid, around the best.
 _BETWEEN = 8
@@ -185,7 +185,7 @@ def _widest(
 
 def _lowest(wanted: Array, steps: int) -> Array:
     """The lowest level, an integer: the nearest to what is wanted with which 0 is a level."""
-    return _clip(jax.lax.round(wanted, _TO_EVEN), -steps, 0)
+    return nearest_level(wanted, -steps, 0)
 
 
 def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
@@ -258,7 +258,7 @@ def _alternated(
         xq = (more - less) / 4
     else:
         x = w * (finer * inverse)
-        q = _clip(jax.lax.round(x, _TO_EVEN), lowest, lowest + 2 * top)
+        q = nearest_level(x, lowest, lowest + 2 * top)
         xq, qq = (jnp.sum(product, axes, keepdims=True) for product in (x * q, q * q))
     ratio = qq / xq  # not finite where all codes are 0
     return select(ratio > 0, finer * jnp.minimum(ratio, 2), finer)

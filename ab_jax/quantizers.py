@@ -274,10 +274,11 @@ class LeastSquaresBinary(Quantizer):
 
     Source: least-squares binary quantization (arXiv 2001.02786), as PARQ uses it (arXiv 2503.15748,
     and `LSBQuantizer` of its authors' code in torchao). With 1 bit it is `Binary`, with 2 bits the
-    two scales of least squared error, found exactly. With more there is no such way: codes and
-    scales are optimized in turn, from many starts (our choice; the sources begin greedily, with the
-    mean magnitude of what is left over, which has up to three times the error at 4 bits). Zero
-    counts as positive. A channel of zeros has scales 0.
+    two scales of least squared error (of two choices far apart that are equally good to 0.1 %,
+    either). With more there is no sure way to the least: codes and scales are optimized in turn,
+    from many starts (our choice; the sources begin greedily, with the mean magnitude of what is
+    left over, which has up to three times the error at 4 bits). Zero counts as positive. A channel
+    of zeros has scales 0.
 
     Attributes:
       bits: width of a code, 1 to 4.

@@ -1,10 +1,11 @@
-"""Scale fits: the scale under which blocks of weights lose the least squared error.
+"""What all fits of scales share: magnitudes of blocks, their limits, levels and signs.
+
+The fits themselves are `even_levels` (`Uniform`), `thresholds` (`Ternary`, two signs) and
+`bit_scales` (`LeastSquaresBinary` of 3 and 4 bits); that of `Binary` is the mean magnitude, here.
 
 A block is the weights that share one scale. In all functions `w` is an array of floats whose `axes`
-run inside a block; results have one entry a block and keep those axes with size 1.
-
-The fits expect blocks whose largest magnitude is 1, as `normalize` makes them: then no sum and no
-square overflows or vanishes, whatever the range of the weights. NaN in a block makes its scale NaN.
+run inside a block; results have one entry a block and keep those axes with size 1. NaN in a block
+makes its scale NaN.
 """
 
 import math
@@ -41,34 +42,16 @@ def shrink(magnitude: Array) -> Array:
     return select(magnitude > 1, jnp.full_like(magnitude, 0.25), 1)
 
 
-def normalize(w: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """`w` divided by the largest magnitude of its block, and that magnitude.
-
-    Blocks that are too small to have a scale become zeros with magnitude 0. NaN stays NaN.
-    """
-    magnitude = jnp.max(jnp.abs(w), axes, keepdims=True)
-    magnitude = jnp.where(magnitude < _HEADROOM * float(jnp.finfo(w.dtype).tiny), 0, magnitude)
-    # XLA multiplies by the reciprocal, which is flushed to zero if the divisor is above 2**126.
-    shrink = jnp.where(magnitude > 1, 0.25, 1).astype(w.dtype)
-    divisor = or_one(magnitude) * shrink
-    return jnp.where(magnitude == 0, 0, w * shrink / divisor), magnitude
-
-
-def restore(scale: Array, magnitude: Array) -> Array:
-    """The scale of blocks whose normalized scale is `scale`; 1 for blocks of zeros."""
-    return jnp.where(magnitude == 0, 1, scale * magnitude)
-
-
 def below(largest: float, magnitude: Array, reach: float | Array) -> Array:
-    """The largest normalized scale at which no level overflows.
+    """The largest scale, in units of the magnitude, at which no level overflows.
 
     Args:
       largest: the largest number of the weights' dtype.
-      magnitude: as `normalize` gives it.
+      magnitude: the largest of each block.
       reach: the magnitude of the outermost level in units of the scale.
     """
-    shrink = jnp.where(magnitude > 1, 0.25, 1).astype(magnitude.dtype)  # as in `normalize`
-    room = largest * shrink / (or_one(magnitude) * shrink)
+    factor = shrink(magnitude)
+    room = largest * factor / (or_one(magnitude) * factor)
     return room * (1 - 2**-20) / reach  # products round
 
 

@@ -2,9 +2,9 @@
 
 Ternary codes split the magnitudes of a block into a lower group, which becomes 0, and an upper one,
 which becomes its mean; two signs +-v1 +-v2 split them into two groups that both become their means.
-The threshold of either is found exactly, without a sort, from the excess of the magnitudes over a
-threshold t, R(t) = sum max(|w| - t, 0). With the best levels for it, a threshold takes off the
-squared error
+The threshold of either is found without a sort, as exactly as float32 sums can tell, from the
+excess of the magnitudes over a threshold t, R(t) = sum max(|w| - t, 0). With the best levels for
+it, a threshold takes off the squared error
 
     ternary      4 t R(t)
     two signs    4 n r (r + t - mean |w|)    beside what one level does, where r = R(t) / n
@@ -86,8 +86,9 @@ def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array,
         jnp.minimum(jnp.maximum(part, 0) / or_one(of), UNITS)
         for part, of in ((mean - total, 1 - fraction), (total, fraction))
     )
-    # Where all magnitudes are the same, one group is empty.
-    low, high = select(fraction == 1, high, low), select(fraction == 0, low, high)
+    # Where all magnitudes are the same, one group is empty. A fraction of all may round to less.
+    all_above = fraction > 1 - 0.5 / _count(w, axes)
+    low, high = select(all_above, high, low), select(fraction == 0, low, high)
     first, second = ((high + sign * low) / 2 * (magnitude / UNITS) for sign in (1, -1))
     return first[0], second[0]
 

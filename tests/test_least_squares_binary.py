@@ -230,6 +230,13 @@ def test_a_weight_alone_in_its_block_is_kept(rng):
         np.testing.assert_allclose(found, w, rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [41, 47, 55, 61, 83, 97])  # times 1 / count is not 1 in float32
+def test_one_magnitude_is_kept(rng, count):
+    w = np.where(rng.random((count, 5)) < 0.5, -1, 1) * rng.uniform(1, 3, 5)
+    found = LeastSquaresBinary(bits=2).quantize(w.astype(np.float32)).dequantize()
+    np.testing.assert_allclose(found, w, rtol=1e-5)
+
+
 LEVELLED = [
     (Binary(), 2),
     (Binary(fixed_scale=0.3, axis=None), 2),
