@@ -19,7 +19,7 @@ random keys, functions) are left alone by a rule that maps them to None. Two lea
 refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -29,11 +29,21 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.describe import quantized_paths
-from ab_jax.estimators import Estimator, ScaledEstimator, alpha_blend, check_takes_scale
+from ab_jax.estimators import (
+    Estimator,
+    ScaledEstimator,
+    alpha_blend,
+    check_takes_scale,
+    computed_once,
+    rule_of_codes,
+)
+from ab_jax.fitting import Fitted, codes_at
+from ab_jax.fitting import fit as fit_weight
 from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
 from ab_jax.quantized import with_nan_shown
 from ab_jax.quantizers import Quantized, Quantizer
-from ab_jax.rules import Rules, assigned, check_fits
+from ab_jax.rules import Rules, assigned, leaves_by_path
+from ab_jax.rules import check_fits as check_leaf
 
 Tree = TypeVar("Tree")
 Alpha = ArrayLike | Callable[[str], ArrayLike]
@@ -47,6 +57,7 @@ def blend(
     *,
     estimator: Estimator | ScaledEstimator = alpha_blend,
     scales: Scales | None = None,
+    fits: Mapping[str, Fitted] | None = None,
 ) -> Tree:
     """Replace each parameter that a rule quantizes by what the loss shall see of it.
 
@@ -60,6 +71,7 @@ def blend(
       estimator: the rule for value and gradient (`ab_jax.estimators`).
       scales: for an estimator that trains them too (`ab_jax.learned_step_size`): by path, as
         `initial_scales` makes them.
+      fits: at what `fit` found earlier, and not at what the quantizers fit of these parameters.
 
     Returns:
       A tree of the same structure, shapes and dtypes.
@@ -67,22 +79,61 @@ def blend(
     Raises:
       ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); two
         parameters of one path; an alpha outside [0, 1]; scales that are not those of the
-        parameters, or given to an estimator that takes none, or missing. TypeError: a quantizer for
-        a leaf that is not floating point; an alpha that is no number.
+        parameters, or given to an estimator that takes none, or missing; fits of other parameters,
+        or given to an estimator that fits for itself. TypeError: a quantizer for a leaf that is not
+        floating point; an alpha that is no number.
     """
     if not callable(alpha):
         _check_alpha(alpha, "")
     check_takes_scale(estimator, scales is not None)
-    estimate: Callable[..., Array] = estimator
+    layers = _quantized_layers(params, rules)
+    if scales is not None:
+        check_scales(scales, layers)
+    rule = rule_of_codes(estimator)
+    if fits is not None:
+        if rule is None:
+            raise ValueError(
+                f"The estimator {getattr(estimator, '__name__', estimator)} fits for itself. "
+                f"Omit fits=, or write it as a rule under ab_jax.estimators.from_codes."
+            )
+        _check_fits(fits, layers)
+    seen = {}
+    for path, (w, quantizer) in layers.items():
+        own_alpha = alpha
+        if callable(own_alpha):
+            own_alpha = own_alpha(path)
+            _check_alpha(own_alpha, f" for {path}")
+        if fits is not None and rule is not None:
+            effective = rule(w, codes_at(w, fits[path], quantizer), own_alpha)
+        else:
+            scale = () if scales is None else (jnp.asarray(scales[path]),)
+            estimate: Callable[..., Array] = estimator
+            effective = estimate(w, quantizer, own_alpha, *scale)
+        seen[path] = effective if effective is w else computed_once(effective)
+    return _replaced(params, seen)
 
-    def replace(path: str, leaf: Any, quantizer: Quantizer, *scale: Array) -> Array:
-        if not callable(alpha):
-            return estimate(jnp.asarray(leaf), quantizer, alpha, *scale)
-        own_alpha = alpha(path)
-        _check_alpha(own_alpha, f" for {path}")
-        return estimate(jnp.asarray(leaf), quantizer, own_alpha, *scale)
 
-    return _map_quantized(replace, params, rules, scales)
+def fit(params: Any, rules: Rules) -> dict[str, Fitted]:
+    """What the quantizers fit of the parameters as they are now, to `blend` with for some steps.
+
+    A fit takes far longer than a blend at what was fitted. A scale that is some steps old is hardly
+    worse while weights move slowly:
+
+        fits = jax.lax.cond(step % 8 == 0, lambda: ab.fit(params, rules), lambda: fits)
+        effective = ab.blend(params, rules, alpha, fits=fits)
+
+    `quantize` fits anew: where the loss shall see the very codes that it gives, fit at each step.
+
+    Returns:
+      By the path of each parameter that a rule quantizes: a tree of arrays, scales among them.
+
+    Raises:
+      ValueError, TypeError: as `blend`.
+    """
+    return {
+        path: fit_weight(w, quantizer)
+        for path, (w, quantizer) in _quantized_layers(params, rules).items()
+    }
 
 
 def mean_alpha(params: Any, rules: Rules, alpha: Alpha) -> ArrayLike:
@@ -119,14 +170,11 @@ def initial_scales(params: Any, rules: Rules) -> dict[str, Array]:
         points or a fixed scale).
     """
     scales: dict[str, Array] = {}
-
-    def note(path: str, leaf: Any, quantizer: Quantizer) -> None:
+    for path, (w, quantizer) in _quantized_layers(params, rules).items():
         try:
-            scales[path] = initial_scale(jnp.asarray(leaf), quantizer)
+            scales[path] = initial_scale(w, quantizer)
         except ValueError as error:
             raise ValueError(f"Parameter {path}: {error}") from None
-
-    _map_quantized(note, params, rules)
     return scales
 
 
@@ -145,13 +193,18 @@ def quantize(params: Any, rules: Rules, *, scales: Scales | None = None) -> Any:
       ValueError, TypeError: as `blend`.
     """
 
-    def replace(path: str, leaf: Any, quantizer: Quantizer, *scale: Array) -> Quantized:
-        leaf = jnp.asarray(leaf)
-        if scale:
-            return with_nan_shown(quantize_at(leaf, *scale, quantizer), leaf)
-        return with_nan_shown(quantizer.quantize(leaf), leaf)
-
-    return _map_quantized(replace, params, rules, scales)
+    layers = _quantized_layers(params, rules)
+    if scales is not None:
+        check_scales(scales, layers)
+    codes = {}
+    for path, (w, quantizer) in layers.items():
+        found = (
+            quantizer.quantize(w)
+            if scales is None
+            else quantize_at(w, jnp.asarray(scales[path]), quantizer)
+        )
+        codes[path] = with_nan_shown(found, w)
+    return _replaced(params, codes)
 
 
 def dequantize(params: Any) -> Any:
@@ -174,7 +227,8 @@ def clip_latent(params: Tree, rules: Rules, *, limit: float = 1.0) -> Tree:
     """
     if not limit > 0:
         raise ValueError(f"clip_latent takes a positive limit, not limit={limit!r}.")
-    return _map_quantized(lambda path, leaf, _: jnp.clip(leaf, -limit, limit), params, rules)
+    layers = _quantized_layers(params, rules)
+    return _replaced(params, {path: jnp.clip(w, -limit, limit) for path, (w, _) in layers.items()})
 
 
 def _is_quantized(leaf: Any) -> bool:
@@ -196,26 +250,41 @@ def _check_alpha(alpha: ArrayLike, where: str) -> None:
         )
 
 
-def _map_quantized(
-    replace: Callable[..., Any], params: Any, rules: Rules, scales: Scales | None = None
-) -> Any:
-    """Replace the leaves that get a quantizer; an error about one of them names its path.
+def _quantized_layers(params: Any, rules: Rules) -> dict[str, tuple[Array, Quantizer]]:
+    """By path the parameters that get a quantizer, with that; an error about one names its path."""
+    leaves, chosen, _ = assigned(params, rules)
+    layers = {}
+    for (path, leaf), index in zip(leaves, chosen, strict=True):
+        pattern, quantizer = rules.rules[index]
+        if quantizer is not None:
+            check_leaf(path, leaf, pattern, quantizer)
+            layers[path] = jnp.asarray(leaf), quantizer
+    return layers
 
-    `replace` gets the path, the leaf, the quantizer, and the leaf's scale if there are scales.
-    """
-    leaves, chosen, structure = assigned(params, rules)
-    quantizers = [rules.rules[index][1] for index in chosen]
-    quantized = {}
-    for (path, leaf), index, quantizer in zip(leaves, chosen, quantizers, strict=True):
-        if quantizer is not None:
-            check_fits(path, leaf, rules.rules[index][0], quantizer)
-            quantized[path] = leaf, quantizer
-    if scales is not None:
-        check_scales(scales, quantized)
-    new_leaves = []
-    for (path, leaf), quantizer in zip(leaves, quantizers, strict=True):
-        if quantizer is not None:
-            scale = () if scales is None else (jnp.asarray(scales[path]),)
-            leaf = replace(path, leaf, quantizer, *scale)
-        new_leaves.append(leaf)
-    return jax.tree.unflatten(structure, new_leaves)
+
+def _check_fits(fits: Mapping[str, Fitted], layers: Mapping[str, tuple[Array, Quantizer]]) -> None:
+    """Refuse what was fitted of other parameters, or by other quantizers."""
+    again = "Make them by ab_jax.fit(params, rules), of these parameters and rules."
+    for path in sorted({*fits, *layers}):
+        if path not in layers:
+            raise ValueError(f"There is a fit for {path}, which no rule quantizes. {again}")
+        if path not in fits:
+            raise ValueError(f"There is no fit for {path}, which a rule quantizes. {again}")
+        wanted = jax.eval_shape(fit_weight, *layers[path])
+        if _described(fits[path]) != _described(wanted):
+            raise ValueError(
+                f"The fit for {path} is not one of its quantizer, {layers[path][1]}. {again}"
+            )
+
+
+def _described(tree: Any) -> Any:
+    """What can be known of a tree before it is computed."""
+    leaves, structure = jax.tree.flatten(tree)
+    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
+
+
+def _replaced(params: Tree, by_path: Mapping[str, Any]) -> Tree:
+    """The tree with other leaves at some paths."""
+    leaves = [by_path.get(path, leaf) for path, leaf in leaves_by_path(params)]
+    replaced: Tree = jax.tree.unflatten(jax.tree.structure(params), leaves)
+    return replaced

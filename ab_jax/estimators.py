@@ -17,9 +17,12 @@ One that trains the scales too has them as a fourth argument, `scale`: `learned_
 `ab_jax.learned_scales`.
 
 To add one, write such a function: `ab_jax.blend` takes it as it is. `quantizer.quantize(w)` gives
-the codes and their values; `replace_value` keeps a gradient while it sets the value.
+the codes and their values; `replace_value` keeps a gradient while it sets the value. One that wants
+no more than the codes of the weight itself is better written as a rule `(w, codes, alpha)` under
+`from_codes`: then it can do with what was fitted at an earlier step.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -30,6 +33,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from ab_jax.quantized import Quantized
 from ab_jax.quantizers import Quantizer
 from ab_jax.scale_fits import compute_dtype
 
@@ -72,28 +76,61 @@ def check_takes_scale(estimator: Callable[..., Any], given: bool) -> None:
         )
 
 
+def from_codes(rule: Callable[..., Array]) -> Callable[..., Array]:
+    """Make an estimator of a rule `(w, codes, alpha, **options) -> w_eff`.
+
+    The codes are the `Quantized` of `w`, at what its quantizer fits or what `ab_jax.blend` got as
+    `fits`.
+    """
+
+    @functools.wraps(rule)
+    def estimator(w: Array, quantizer: Quantizer, alpha: ArrayLike, **options: Any) -> Array:
+        return rule(w, quantizer.quantize(jax.lax.stop_gradient(w)), alpha, **options)
+
+    signature = inspect.signature(rule)
+    w, codes, *others = signature.parameters.values()
+    quantizer = codes.replace(name="quantizer", annotation=Quantizer)
+    estimator.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=[w, quantizer, *others]
+    )
+    estimator.rule = rule  # type: ignore[attr-defined]
+    return estimator
+
+
+def rule_of_codes(estimator: Callable[..., Array]) -> Callable[..., Array] | None:
+    """The rule that `from_codes` made an estimator of, with its options; None for any other."""
+    if isinstance(estimator, functools.partial) and not estimator.args:
+        rule = rule_of_codes(estimator.func)
+        return rule and functools.partial(rule, **estimator.keywords)
+    return getattr(estimator, "rule", None)
+
+
 def full_precision(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
     """The weight itself: training in floating point."""
     return w
 
 
-def straight_through(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
+@from_codes
+def straight_through(w: Array, codes: Quantized, alpha: ArrayLike) -> Array:
     """`Q(w)` whatever alpha is, with the gradient of `w`: the STE (arXiv 1308.3432)."""
-    return replace_value(w, quantized_value(w, quantizer))
+    return replace_value(w, codes.dequantize())
 
 
-def soft_straight_through(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
+@from_codes
+def soft_straight_through(w: Array, codes: Quantized, alpha: ArrayLike) -> Array:
     """AB's value with the gradient of `w`: the form of BinaryRelax (arXiv 1801.06313)."""
-    return replace_value(w, blended_value(w, quantized_value(w, quantizer), alpha))
+    return replace_value(w, blended_value(w, codes.dequantize(), alpha))
 
 
-def alpha_blend(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
+@from_codes
+def alpha_blend(w: Array, codes: Quantized, alpha: ArrayLike) -> Array:
     """`(1 - alpha) * w + alpha * stop_gradient(Q(w))` with its own gradient (arXiv 1903.01061)."""
-    return blended_value(w, quantized_value(w, quantizer), alpha)
+    return blended_value(w, codes.dequantize(), alpha)
 
 
+@from_codes
 def compensated_alpha_blend(
-    w: Array, quantizer: Quantizer, alpha: ArrayLike, *, cap: float = 8.0
+    w: Array, codes: Quantized, alpha: ArrayLike, *, cap: float = 8.0
 ) -> Array:
     """AB's value with its gradient made up for the factor `1 - alpha`, up to `cap` times.
 
@@ -116,21 +153,23 @@ def compensated_alpha_blend(
             f"compensated_alpha_blend takes a finite cap of at least 1, not cap={cap!r}: the most "
             f"that a gradient is enlarged."
         )
-    value = blended_value(w, quantized_value(w, quantizer), alpha)
+    value = blended_value(w, codes.dequantize(), alpha)
     return replace_value(_scaled(w, jnp.minimum(1, cap * _remainder(w, alpha))), value)
 
 
-def alpha_blend_then_straight_through(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
+@from_codes
+def alpha_blend_then_straight_through(w: Array, codes: Quantized, alpha: ArrayLike) -> Array:
     """AB while alpha is below 1, STE once it is 1: AB as the warm-up of STE.
 
     At alpha 1 codes may change again. Let the ramp end early, or there is no STE to speak of.
     """
-    value = blended_value(w, quantized_value(w, quantizer), alpha)
+    value = blended_value(w, codes.dequantize(), alpha)
     rest = _remainder(w, alpha)
     return replace_value(_scaled(w, jnp.where(rest == 0, 1, rest)), value)
 
 
-def parq(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
+@from_codes
+def parq(w: Array, codes: Quantized, alpha: ArrayLike) -> Array:
     """PARQ's piecewise-affine proximal map of `w`, with the gradient of `w` (arXiv 2503.15748).
 
     Between two neighbouring levels, around the middle `m` of the two, the value is
@@ -145,19 +184,13 @@ def parq(w: Array, quantizer: Quantizer, alpha: ArrayLike) -> Array:
     """
     dtype = compute_dtype(w.dtype)
     latent = jax.lax.stop_gradient(w)
-    quantized = quantizer.quantize(latent)
-    below, above = quantized.beside(latent)
+    below, above = codes.beside(latent)
     middle = below / 2 + above / 2
     alpha = jnp.asarray(alpha, dtype)
     inverse_slope = jnp.where(alpha == 1, 1, 1 - alpha)
     mapped = jnp.clip(middle + (latent.astype(dtype) - middle) / inverse_slope, below, above)
-    value = select(alpha == 1, quantized.dequantize(), mapped.astype(w.dtype))
+    value = select(alpha == 1, codes.dequantize(), mapped.astype(w.dtype))
     return replace_value(w, select(alpha == 0, latent, value))
-
-
-def quantized_value(w: Array, quantizer: Quantizer) -> Array:
-    """`Q(w)`: the value of the codes of `w`, without a gradient."""
-    return quantizer.quantize(jax.lax.stop_gradient(w)).dequantize()
 
 
 def blended_value(w: Array, q: Array, alpha: ArrayLike) -> Array:
@@ -182,14 +215,36 @@ def select(condition: Array, one: Array, other: Array) -> Array:
     """
     # Compilers may widen half precision around a selection, and flush subnormal numbers as they
     # round back. They leave integers alone.
-    bits = jnp.dtype(f"uint{jnp.finfo(one.dtype).bits}")
-
-    def whole(x: Array) -> Array:
-        return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), bits)
-
     # A scalar condition as it is: spread out, it would be read at each element.
-    chosen = jax.lax.select(condition, whole(one), whole(other))
+    chosen = jax.lax.select(condition, _bits(one), _bits(other))
     return jax.lax.bitcast_convert_type(chosen, one.dtype)
+
+
+@functools.partial(jax.jit, inline=True)  # as one operation outside of a compiled function too
+def computed_once(w: Array) -> Array:
+    """`w`, bit for bit and with its gradient, in a form that compilers do not compute twice.
+
+    XLA on CPUs computes anew, wherever a loop reads it, what it takes for cheap: all of the blend,
+    at each position of each image, where a weight is multiplied with images by channel, as in
+    `ab_jax.models.depthwise`. An optimization barrier does not help, since it is removed before
+    loops are fused. What is never computed anew within a loop that reads it many times is a
+    reduction. So this is one, the OR of the bits and of zeros, and takes no time: it is part of the
+    loop that computes `w`.
+
+    Args:
+      w: floating point.
+    """
+    bits = _bits(w)
+    padding = [(0, 1, 0), *[(0, 0, 0)] * w.ndim]
+    rows = jax.lax.pad(bits[None], jnp.zeros((), bits.dtype), padding)
+    whole = jax.lax.reduce_or(rows, axes=(0,))
+    return replace_value(w, jax.lax.bitcast_convert_type(whole, w.dtype))
+
+
+def _bits(x: Array) -> Array:
+    """The bits of floating-point numbers, as unsigned integers of their size."""
+    dtype = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
+    return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), dtype)
 
 
 def _remainder(w: Array, alpha: ArrayLike) -> Array:

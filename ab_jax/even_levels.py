@@ -5,9 +5,9 @@ integer nearest to w / s, cut off at the outermost levels. It falls as s shrinks
 cuts off nothing, since levels get finer; it rises once cutting off costs more; and on top of this
 it goes up and down as single weights come to lie on levels or between two: hundreds of local minima
 at 8 bits, deep ones in a block of few weights. So it is measured on a grid of scales, fine enough
-for those minima and wide enough for any distribution, and again around the best of them. From there
-alternation (the nearest levels q, then the best scale for these, <w, q> / <q, q>) leads to the
-minimum itself. The work is fixed by the size of a block and the number of levels.
+for those minima and wide enough for any distribution. From the best of them alternation (the
+nearest levels q, then the best scale for these, <w, q> / <q, q>) leads to the minimum itself. The
+work is fixed by the size of a block and the number of levels.
 
 All of a grid is measured in one pass over the weights: they are read once, nothing of their size is
 held, and where a block lies on several devices, these add up sums.
@@ -26,8 +26,12 @@ from jax import Array
 
 from ab_jax.scale_fits import nearest_level, or_one, select, shrink
 
-# Scales tried between two neighbours of the grid, around the best.
-_BETWEEN = 8
+# By how many levels the largest weight moves on from one scale of the grid to the next: in blocks
+# of few weights, whose minima are narrow; in others, to 4 bits and with more. Found by trial.
+_FEW, _PHASE_OF_FEW = 256, 0.05
+_PHASES = {True: 0.2, False: 0.1}
+# In blocks of few weights the best of so many parts of the grid are followed up, else the best.
+_FOLLOWED = 8
 # By how many standard deviations the least error may lie below the usual one, by good luck.
 _LUCK = 5.5
 # So many candidates along one axis at most: with more, XLA on CPUs sums on one core.
@@ -50,20 +54,27 @@ class EvenLevels(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """How many scales are tried.
+    """Which levels are tried: at scales of one ratio, each with some windows of levels.
 
     Attributes:
-      stretches, scales: the grid, cut into stretches of so many scales.
-      windows: of levels at each scale, which cut off more and more below and less above.
-      each: whether the best scale of each stretch is followed up, or that of all.
-      narrowest: the smallest scale worth a trial, in units of that of absmax.
+      first: the power of the ratio that is the largest scale; power 0 is that of absmax.
+      step: the logarithm of the ratio.
+      windows: how many; they cut off more and more below and less above.
+      shape: of the candidates, along two axes (see `_ABREAST`).
+      followed: of so many parts of them the best is followed up.
     """
 
-    stretches: int
-    scales: int
+    first: int
+    step: float
     windows: int
-    each: bool
-    narrowest: float
+    shape: tuple[int, int]
+    followed: int
+
+    def at(self, number: Any, dtype: Any) -> tuple[Any, Any]:
+        """Of candidates by number: how fine they are, and the share that is cut off below."""
+        power = (number // self.windows + self.first).astype(dtype)
+        share = (number % self.windows).astype(dtype) / max(self.windows - 1, 1)
+        return (np if isinstance(number, np.ndarray) else jnp).exp(self.step * power), share
 
 
 def absmax(
@@ -96,8 +107,7 @@ def least_squares(
     """The levels of least squared error: scale and, unless symmetric, zero point together.
 
     The error is never above that of `absmax`; of blocks of 9 weights and more it is at most 1.05
-    times the least there is at 2 to 4 bits, and 1.01 times at 5 to 8 (but for sparse blocks, one in
-    a thousand, at 7 and 8).
+    times the least there is at 2 to 4 bits, and 1.01 times at 5 to 8.
 
     Args:
       w, magnitude, bits, symmetric, axes: as for `absmax`.
@@ -105,7 +115,7 @@ def least_squares(
     """
     steps = _steps(bits, symmetric)
     grid = _grid(math.prod(w.shape[i] for i in axes), bits, symmetric)
-    # Two axes in front, for the stretches of the grid and the scales of each.
+    # Two axes in front, for candidates.
     w, magnitude = jax.lax.stop_gradient((w[None, None], magnitude[None, None]))
     axes = tuple(axis + 2 for axis in axes)
     of_shrunk, low = _widest(w, magnitude, steps, symmetric, axes)
@@ -114,56 +124,39 @@ def least_squares(
     # Of the data, since XLA on CPUs would write out a constant that kernels of one shape share.
     top = select(of_shrunk > 0, steps / 2, 0)
 
-    def lowest(finer: Array, share: Array | float) -> Array | float:
+    def lowest(finer: Any, share: Any) -> Array | float:
         """The lowest level, if this share of what the levels do not span is cut off below."""
         if isinstance(low, float):
             return low
         return _lowest(finer * low + share * jnp.maximum(finer * steps - steps, 0), steps)
 
-    def error(finer: Array, lowest: Array | float) -> Array:
+    def error(finer: Any, lowest: Array | float) -> Array:
         """In units of the squared scale of absmax."""
         center = None if symmetric else lowest + top
         return _squared_error(w, finer * inverse, center, top, axes) / (finer * finer)
 
-    widest = jnp.ones_like(inverse)
-    of_widest = lowest(widest, 0.5)
-    at_widest = error(widest, of_widest)
-    # No larger scale is better, as errors grow with its square, but for luck, which blocks of many
-    # weights have least of: 12 times that error is how many lie anyhow between two levels.
-    luck = _LUCK * jax.lax.rsqrt(12 * at_widest)
-    first = 0.5 * jnp.log(_clip(1 - luck, 0.25, 0.96))
-    # No smaller one is better that cuts off so much of the outermost weights alone.
-    cut_off = jnp.sqrt(at_widest) * ((2 if symmetric else math.sqrt(2)) / steps)
-    last = -jnp.log(_clip(1 - cut_off, grid.narrowest, 0.99))
-    step = (last - first) / (grid.stretches * grid.scales - 1)
+    def column(numbers: Any) -> Any:
+        """Along the axes of candidates."""
+        return numbers.reshape(*numbers.shape, *(1,) * (w.ndim - 2))
 
-    # Every scale of the grid, with each of its windows.
-    numbers = np.arange(grid.stretches * grid.scales * grid.windows)
-    numbers = numbers.reshape(grid.stretches, -1, *(1,) * (w.ndim - 2)).astype(w.dtype)
-    share: Any = 0.0
-    if not symmetric:
-        share = numbers % grid.windows / (grid.windows - 1)
-    finer = jnp.exp(first + step * (numbers // grid.windows))
-    among = (1,) if grid.each else (0, 1)
-    finer, share, _ = _best(error(finer, lowest(finer, share)), among, finer, share)
-    # Between its neighbours on the grid.
-    between = np.linspace(-1, 1, _BETWEEN + 2, dtype=w.dtype)[1:-1]
-    finer *= jnp.exp(step * between.reshape(1, -1, *(1,) * (w.ndim - 2)))
-    finer, errors = _best(error(finer, lowest(finer, share)), (1,), finer)
+    number = np.arange(math.prod(grid.shape))
+    finer, share = map(column, grid.at(number.reshape(grid.shape), w.dtype))
+    errors = error(finer, lowest(finer, share))
+    of_part = errors.reshape(grid.followed, -1, *errors.shape[2:])
+    best = jnp.argmin(of_part, axis=1, keepdims=True)
+    starts = column(number.reshape(grid.followed, -1)[:, :1]).astype(best.dtype)
+    finer, share = grid.at(starts + best, w.dtype)
     window = lowest(finer, share)
-    if grid.each:  # the minima of few weights are narrow: only there it shows which is the deepest
-        finer = _alternated(w, finer, inverse, window, top, axes)
-        finer, window, errors = _best(error(finer, window), (0,), finer, window)
-    better = (errors < at_widest) & (inverse > 0)
+    finer = _alternated(w, finer, inverse, window, top, axes)
+    if grid.followed > 1:  # only at the minima it shows which is the deepest
+        finer, window = _best(error(finer, window), finer, window)
+    usable = inverse > 0
     if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
         reach = jnp.maximum(window + steps, -window)
-        better &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
-    finer = select(better, finer, widest)
-    if not isinstance(window, float):
-        window = select(better, window, of_widest)
-    finer = _alternated(w, finer, inverse, window, top, axes)
-    window = window if isinstance(window, float) else window[0, 0]
-    return EvenLevels((finer * of_shrunk)[0, 0], window, window + steps)
+        usable &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
+        window = select(usable, window, lowest(jnp.ones_like(inverse), 0.0))[0, 0]
+    inverse = (select(usable, finer, 1) * of_shrunk)[0, 0]
+    return EvenLevels(inverse, window, window + steps)
 
 
 def _steps(bits: int, symmetric: bool) -> int:
@@ -191,25 +184,25 @@ def _lowest(wanted: Array, steps: int) -> Array:
 def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     """How to search blocks of so many weights."""
     steps = _steps(bits, symmetric)
-    # A scale below this, r, saves less than the share: it cuts off the largest weight, which costs
-    # (1 - r)**2 of its square, and this one adds at most count * scale**2 / 4.
-    forgone = 0.02 if bits <= 4 else 0.004
-    ratio = steps * math.sqrt(forgone / count)
-    narrowest = ratio / (1 + ratio)
-    # What is left to search if the weights are spread evenly.
-    smallest = max(narrowest, 1 - 2 * math.sqrt(count / 12) / steps)
-    largest = math.sqrt(max(0.25, 1 - _LUCK / math.sqrt(count)))
-    few = count < 256
-    # By how many levels the largest weight moves on from one scale to the next; found by trial.
-    phase = (
-        (0.04 if count < 16 else 0.08)
-        if few
-        else (0.15, 0.15, 0.25, 0.08, 0.08, 0.06, 0.06)[bits - 2]
-    )
-    scales = math.ceil(-math.log(smallest * largest) * steps / 2 / phase)
+    # No larger scale is better, as errors grow with its square, but for luck, which blocks of many
+    # weights have least of.
+    first = 0.5 * math.log(min(max(1 - _LUCK / math.sqrt(count), 0.25), 0.96))
+    # No smaller one is better that cuts off as much of the outermost weight alone as all lose at
+    # that of absmax, where they lie anyhow between two levels.
+    usual = count / 12 + 3 * math.sqrt(count / 180)
+    cut_off = math.sqrt(usual) * (2 if symmetric else math.sqrt(2)) / steps
+    # Nor one below this, r, by more than the share forgone: it cuts off the largest weight, which
+    # costs (1 - r)**2 of its square, and this one adds at most count * scale**2 / 4.
+    ratio = steps * math.sqrt((0.02 if bits <= 4 else 0.004) / count)
+    last = -math.log(max(1 - cut_off, ratio / (1 + ratio)))
+    few = count < _FEW
+    step = (_PHASE_OF_FEW if few else _PHASES[bits <= 4]) / (steps / 2)
+    powers = range(math.floor(first / step), math.ceil(last / step) + 1)
     windows = 1 if symmetric else 9 if bits <= 3 else 5
-    stretches = max(16 if few else 2, math.ceil(scales * windows / _ABREAST))
-    return _Grid(stretches, max(2, math.ceil(scales / stretches)), windows, few, narrowest)
+    followed = _FOLLOWED if few else 1
+    stretches = followed * math.ceil(len(powers) * windows / _ABREAST / followed)
+    scales = math.ceil(len(powers) / stretches)
+    return _Grid(powers[0], step, windows, (stretches, scales * windows), followed)
 
 
 def _squared_error(
@@ -264,21 +257,10 @@ def _alternated(
     return select(ratio > 0, finer * jnp.minimum(ratio, 2), finer)
 
 
-def _best(errors: Array, among: tuple[int, ...], *candidates: Any) -> tuple[Any, ...]:
-    """Of the candidates that of least error along some axes, kept with size 1; and that error.
-
-    A float is none, and comes back.
-    """
-    least = jnp.min(errors, among, keepdims=True)
-    is_best, chosen = errors == least, []
-    for candidate in candidates:
-        if not isinstance(candidate, float):
-            found = jnp.min(select(is_best, candidate, jnp.inf), among, keepdims=True)
-            is_best &= candidate == found  # of several that tie, the others belong to the same one
-            candidate = found
-        chosen.append(candidate)
-    return *chosen, least
-
-
-def _clip(x: Array, low: Array | float, high: Array | float) -> Array:
-    return jnp.minimum(jnp.maximum(x, low), high)
+def _best(errors: Array, finer: Array, window: Array | float) -> tuple[Array, Array | float]:
+    """Of the candidates along the first axis that of least error."""
+    is_best = errors == jnp.min(errors, axis=0, keepdims=True)
+    best = jnp.min(select(is_best, finer, jnp.inf), axis=0, keepdims=True)
+    if not isinstance(window, float):  # of several that tie, one alone
+        window = jnp.max(select(is_best & (finer == best), window, -jnp.inf), axis=0, keepdims=True)
+    return best, window

@@ -24,15 +24,15 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
 from ab_jax import bit_scales, even_levels, scale_fits, thresholds
-from ab_jax.quantized import BinaryCoded, Quantized
+from ab_jax.fitting import Fitted, codes_at, fit
+from ab_jax.quantized import Quantized
 
-Fit = tuple[Array, Array, Array | None]  # codes, scale, zero point
+Codes = tuple[Array, Array, Array | None]  # codes, scale, zero point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,11 +76,21 @@ class Quantizer(abc.ABC):
             )
 
     @abc.abstractmethod
-    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
-        """Codes, scale and zero point of `w`; a scale is shared over `axes`, kept with size 1.
+    def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
+        """What is fitted of `w`: a tree of arrays, the scale among them.
 
-        No level is above `largest`, the largest number of the weights' dtype. Scales with one axis
-        more, the first, are those of the bits of `BinaryCoded`.
+        Args:
+          w: float32 or float64.
+          axes: those over which a scale is shared. Each array keeps them with size 1, and may have
+            more axes in front of those of `w`.
+          largest: no level is above this, the largest number of the weights' dtype.
+        """
+
+    @abc.abstractmethod
+    def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
+        """Codes, scale and zero point of `w`, of which `fitted` is what `fit_blocks` found.
+
+        Scales with one axis more, the first, are those of the bits of `BinaryCoded`.
         """
 
     def quantize(self, w: ArrayLike) -> Quantized:
@@ -92,7 +102,8 @@ class Quantizer(abc.ABC):
                 f"Leave such a leaf alone with a rule that maps it to None."
             )
         self.check(jnp.shape(w), dtype)  # before anything is compiled
-        return _quantize(jnp.asarray(w), self)
+        w = jnp.asarray(w)
+        return codes_at(w, fit(w, self), self)
 
     def check(self, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         """Refuse a weight of a shape or floating-point dtype that does not fit: a ValueError."""
@@ -127,35 +138,6 @@ class Quantizer(abc.ABC):
                 f"{len(shape)} axes. Give an axis that exists, or axis=None for one scale in all."
             )
         return axis % len(shape)
-
-
-@functools.partial(jax.jit, static_argnames="quantizer")
-def _quantize(w: Array, quantizer: Quantizer) -> Quantized:
-    scale_shape = quantizer.scale_shape(w.shape)
-    # Split a grouped axis into (groups, weights of one), so that a block is made of whole axes; and
-    # drop axes of size 1, with which XLA reduces ten times slower on CPUs.
-    shape: list[int] = []
-    shared: list[int] = []
-    for size, count in zip(w.shape, scale_shape, strict=True):
-        if count > 1:
-            shape.append(count)
-        if count != size:  # not <, which sizes of exported programs ("batch") cannot tell
-            shared.append(len(shape))
-            shape.append(size // count)
-    if not shared:  # every weight is a block of its own
-        shared.append(len(shape))
-        shape.append(1)
-    blocks = w.astype(scale_fits.compute_dtype(w.dtype)).reshape(shape)
-    _, largest = scale_fits.limits(w.dtype)
-    codes, scale, zero_point = quantizer._fit(blocks, tuple(shared), largest)
-    of_bits = scale.shape[: scale.ndim - blocks.ndim]
-    return (BinaryCoded if of_bits else Quantized)(
-        codes=codes.astype(jnp.int8).reshape(w.shape),
-        scale=scale.reshape((*of_bits, *scale_shape)),
-        zero_point=None if zero_point is None else zero_point.astype(jnp.int8).reshape(scale_shape),
-        bits=quantizer.bits,
-        dtype=w.dtype.name,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -196,11 +178,16 @@ class Binary(Quantizer):
                 f"{largest:.2g}, not {self.fixed_scale}."
             )
 
-    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
+    def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
+        """The scale."""
         scale = scale_fits.mean_magnitude(w, axes)
         if self.fixed_scale is not None:
             scale = jnp.where(jnp.isnan(scale), scale, self.fixed_scale)
-        return scale_fits.signs(w), scale, None
+        return scale
+
+    def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
+        """Signs."""
+        return scale_fits.signs(w), fitted, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,11 +200,16 @@ class Ternary(Quantizer):
 
     bits: ClassVar[int] = 2
 
-    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
+    def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
+        """The scale."""
         magnitude = scale_fits.magnitude(w, axes)
-        threshold, scale = thresholds.ternary(w, magnitude, axes)
-        codes = thresholds.ternary_codes(w, threshold)
-        return codes, scale_fits.select(magnitude == 0, 1, scale), None
+        scale = thresholds.ternary(w, magnitude, axes)
+        return scale_fits.select(magnitude == 0, 1, scale)
+
+    def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
+        """-1, 0 or 1, the nearest."""
+        # At the optimum the threshold is half the scale: else a code could move and lose less.
+        return scale_fits.nearest_level(scale_fits.in_units(w, fitted), -1, 1), fitted, None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -250,22 +242,32 @@ class Uniform(Quantizer):
                 f"Uniform takes scale='least_squares' or 'absmax', not scale={self.scale!r}."
             )
 
-    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
+    def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
+        """Scale and zero point, or None."""
         magnitude = scale_fits.magnitude(w, axes)
         fit: Callable[..., even_levels.EvenLevels] = even_levels.absmax
         if self.scale == "least_squares":
             fit = functools.partial(even_levels.least_squares, largest=largest)
         inverse, lowest, highest = fit(w, magnitude, self.bits, self.symmetric, axes)
-        shrink = scale_fits.shrink(magnitude)
-        codes = scale_fits.nearest_level(w * shrink * inverse, lowest, highest)
         # Levels of the largest weights may overflow.
         room = largest * (1 - 2**-20) / jnp.maximum(highest, -lowest)
-        scale = scale_fits.select(magnitude == 0, 1, jnp.minimum(1 / inverse / shrink, room))
+        scale = jnp.minimum(1 / inverse / scale_fits.shrink(magnitude), room)
+        scale = scale_fits.select(magnitude == 0, 1, scale)
         if self.symmetric:
-            return codes, scale, None
-        zero_point = scale_fits.select(magnitude == 0, 0, -(2 ** (self.bits - 1)) - lowest)
+            return scale, None
         # By way of int32: unoptimized programs of XLA on CPUs convert floats to int8 wrongly.
-        return codes + zero_point, scale, zero_point.astype(jnp.int32)
+        zero_point = scale_fits.select(magnitude == 0, 0, -(2 ** (self.bits - 1)) - lowest)
+        return scale, zero_point.astype(jnp.int32)
+
+    def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
+        """The nearest."""
+        scale, zero_point = fitted
+        offset = 0 if self.symmetric else zero_point.astype(w.dtype)
+        highest = 2 ** (self.bits - 1) - 1
+        lowest = -highest if self.symmetric else -highest - 1
+        relative = scale_fits.in_units(w, scale)
+        codes = scale_fits.nearest_level(relative, lowest - offset, highest - offset) + offset
+        return codes, scale, zero_point
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -297,17 +299,23 @@ class LeastSquaresBinary(Quantizer):
                 f"has one scale for all."
             )
 
-    def _fit(self, w: Array, axes: tuple[int, ...], largest: float) -> Fit:
+    def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
+        """The scale of 1 bit; of more, the levels."""
         if self.bits == 1:
-            return scale_fits.signs(w), scale_fits.mean_magnitude(w, axes), None
+            return scale_fits.mean_magnitude(w, axes)
         magnitude = scale_fits.magnitude(w, axes)
         if self.bits == 2:
             scales = jnp.stack(thresholds.two_signs(w, magnitude, axes))
             scales /= scale_fits.or_one(magnitude)[None]
-            upper = scale_fits.signs(jnp.abs(w) - scales[0] * magnitude)
-            codes = scale_fits.signs(w) * (2 + upper)
         else:
-            codes, scales = bit_scales.least_squares(w, magnitude, self.bits, axes)
+            scales = bit_scales.least_squares(w, magnitude, self.bits, axes)
         reach = scale_fits.or_one(jnp.sum(scales, axis=0))  # of the level whose signs are all +
         fits = jnp.minimum(1, scale_fits.below(largest, magnitude, reach))
-        return codes, scales * (fits * magnitude)[None], None
+        scales *= (fits * magnitude)[None]
+        return bit_scales.levels_at(scales)
+
+    def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
+        """Those of the nearest levels."""
+        if self.bits == 1:
+            return scale_fits.signs(w), fitted, None
+        return bit_scales.codes(w, fitted), fitted.scales, None

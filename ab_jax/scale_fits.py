@@ -74,6 +74,15 @@ def nearest_level(x: Array, lowest: Array | float, highest: Array | float) -> Ar
     return jnp.minimum(jnp.maximum(q, lowest), highest)
 
 
+def in_units(w: Array, scale: Array) -> Array:
+    """`w / scale`, for scales up to the largest of floats.
+
+    Compilers multiply by the inverse, and that of a scale above 1e38 is no normal number.
+    """
+    factor = shrink(scale)
+    return (w * factor) / (scale * factor)
+
+
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
     """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`.
 

@@ -45,26 +45,20 @@ _ROUNDING = 2.0**-20
 Lines = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
-def ternary(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """The threshold and the scale of least squared error for codes -1, 0 and +1.
+def ternary(w: Array, magnitude: Array, axes: tuple[int, ...]) -> Array:
+    """The scale of least squared error for codes -1, 0 and +1.
 
     Args:
       w: floats.
       magnitude: the largest of each block (`scale_fits.magnitude`).
-      axes: those of `w` that run inside a block; results keep them with size 1.
-
-    Returns:
-      A weight has a code other than 0 if its magnitude is above the threshold.
+      axes: those of `w` that run inside a block; the result keeps them with size 1.
     """
     w, magnitude = jax.lax.stop_gradient((w[None], magnitude[None]))
     axes = tuple(axis + 1 for axis in axes)
     t, _ = _best_threshold(w, magnitude, axes, 0.5, lambda t, excess, mean: (t, excess))
     fraction, total = above(w, magnitude, t, axes)
     # A mean of the largest may round to more.
-    scale = jnp.minimum(total / or_one(fraction), UNITS) * (magnitude / UNITS)
-    # What counts as zeros has no code.
-    threshold = select(magnitude == 0, jnp.inf, t * (magnitude / UNITS))
-    return threshold[0], scale[0]
+    return (jnp.minimum(total / or_one(fraction), UNITS) * (magnitude / UNITS))[0]
 
 
 def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -172,9 +166,3 @@ def above(w: Array, magnitude: Array, t: Array, axes: tuple[int, ...]) -> tuple[
     both = jnp.sum(counted, axes, keepdims=True) * (1 / _count(w, axes))
     excess, fraction = both[: t.shape[0]], both[t.shape[0] :]
     return fraction, excess + t * fraction
-
-
-def ternary_codes(w: Array, threshold: Array) -> Array:
-    """-1, 0 or +1: the sign of weights whose magnitude is above a threshold."""
-    # No |w|: XLA on CPUs would write out one that several sums share.
-    return (w > threshold).astype(w.dtype) - (w < -threshold).astype(w.dtype)

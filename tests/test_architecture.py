@@ -25,6 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "thresholds": {"jax", "numpy"},
     "bit_scales": {"jax", "numpy"},
     "quantized": {"jax", "numpy"},
+    "fitting": {"jax"},
     "quantizers": {"jax", "numpy"},
     "moved": set(),
     "schedules": {"jax", "numpy", "optax"},

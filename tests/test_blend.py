@@ -179,6 +179,29 @@ def test_vmap_over_seeds(rng):
         np.testing.assert_array_equal(codes.codes[i], ab.quantize(alone, KERNELS)["kernel"].codes)
 
 
+@pytest.mark.parametrize("estimator", [ab.alpha_blend, ab.straight_through, ab.parq])
+def test_a_compiled_loss_computes_a_weight_once(estimator):
+    """And not at each image, position and tap, in a convolution that is written as multiply-adds.
+
+    That took MobileNet's step a third longer on CPUs, and with PARQ twice as long.
+    """
+
+    def loss(kernel, rows, alpha):
+        taps = ab.blend({"kernel": kernel}, KERNELS, alpha, estimator=estimator)["kernel"]
+        length = len(rows) - len(taps) + 1
+        return jnp.sum(sum(tap[None] * rows[i : i + length] for i, tap in enumerate(taps)) ** 2)
+
+    gradient = jax.jit(jax.grad(loss, (0, 1)))
+    text = gradient.lower(jnp.ones((3, 4)), jnp.ones((50, 4)), 0.5).compile().as_text()
+    assert text.count(" round-nearest-even(") == 1
+
+
+def test_weights_in_full_precision_are_left_as_they_are(params):
+    found = ab.blend(params, KERNELS, 0.5, estimator=ab.full_precision)
+    for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):
+        assert leaf is other
+
+
 # Any tree, any framework
 
 

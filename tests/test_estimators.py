@@ -24,6 +24,7 @@ from ab_jax import (
     soft_straight_through,
     straight_through,
 )
+from ab_jax.estimators import computed_once
 
 # By the factor on the gradient, at an alpha in float32.
 FACTORS = {
@@ -391,6 +392,16 @@ def test_replace_value_sets_the_value_and_keeps_the_gradient(rng):
     for_w, for_value = pull_back(w + 1)
     assert_same_bits(for_w, w + 1)
     np.testing.assert_array_equal(for_value, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, "float8_e4m3fn"])
+def test_computed_once_is_the_same_bits_with_the_same_gradient(dtype):
+    bits = np.random.default_rng(0).integers(0, 256, (64, 32), np.uint8)
+    w = jnp.asarray(bits.view(jnp.dtype(dtype)))  # NaN, infinities and subnormal numbers among them
+    assert_same_bits(computed_once(w), w)
+    assert_same_bits(jax.jit(jax.vmap(computed_once))(w), w)
+    pulled_back = jax.vjp(computed_once, w)[1](w)[0]
+    assert_same_bits(pulled_back, w)
 
 
 @each_estimator

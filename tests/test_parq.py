@@ -143,14 +143,20 @@ class Greedy(Quantizer):
 
     bits: int  # type: ignore[misc]
 
-    def _fit(self, w, axes, largest):
-        codes, scales = jnp.zeros_like(w), []
+    def fit_blocks(self, w, axes, largest):
+        scales = []
         for _ in range(self.bits):
             scale = jnp.mean(jnp.abs(w), axes, keepdims=True)
+            w = w - jnp.where(w >= 0, 1, -1) * scale
+            scales.append(scale)
+        return jnp.stack(scales)
+
+    def code_blocks(self, w, scales):
+        codes = jnp.zeros_like(w)
+        for scale in scales:
             signs = jnp.where(w >= 0, 1, -1)
             w, codes = w - signs * scale, 2 * codes + signs
-            scales.append(scale)
-        return codes, jnp.stack(scales), None
+        return codes, scales, None
 
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4])
