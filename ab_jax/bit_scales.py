@@ -99,6 +99,9 @@ def least_squares(w: Array, magnitude: Array, bits: int, axes: tuple[int, ...]) 
 def levels_at(scales: Array) -> BitLevels:
     """The levels of these scales [bits, ...]."""
     bits = scales.shape[0]
+    if bits == 2:  # v_1 - v_2 and v_1 + v_2 have v_1 between them
+        first, one = scales[:1], jnp.ones_like(scales[:1])
+        return BitLevels(scales, jnp.concatenate([-one, first]), jnp.concatenate([one, 2 * one]))
     magnitudes, of_level = _levels(scales[:, None])
     codes = sum(sign * 2 ** (bits - 1 - i) for i, sign in enumerate(of_level))
     steps = codes - jnp.concatenate([0 * codes[:1], codes[:-1]])

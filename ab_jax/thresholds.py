@@ -28,11 +28,8 @@ from jax import Array
 
 from ab_jax.scale_fits import or_one, select
 
-# Thresholds in each round, for blocks of few weights and of many. With more than 64, XLA on CPUs
-# sums on one core; were two numbers the same, it would share what both rounds begin with, and write
-# it out in the size of all thresholds.
-_EDGES = {True: (32, 31, 30), False: (40, 39, 38)}
-_FEW = 256
+# Thresholds in a round; with more than 64, XLA on CPUs sums on one core.
+_EDGES, _ROUNDS = 40, 3
 # The largest magnitude of a block in what its weights are measured in. Over any magnitude it is a
 # normal number, which 1 is not.
 UNITS = 16.0
@@ -91,15 +88,15 @@ def _best_threshold(
     w: Array, magnitude: Array, axes: tuple[int, ...], end: float, lines: Lines
 ) -> tuple[Array, Array]:
     """Between 0 and this part of the largest magnitude, that which takes off most; and the mean."""
-    # Zeros of the data: XLA on CPUs would write out a constant that kernels of one shape share.
+    # Of the data: what a loop hands on lies on the devices as the data does.
     low = jnp.minimum(magnitude, 0)
-    high = low + end * UNITS
-    mean: Array | None = None
-    for edges in _EDGES[_count(w, axes) < _FEW]:
-        share = np.linspace(0, 1, edges, dtype=w.dtype).reshape(-1, *(1,) * (w.ndim - 1))
+    share = np.linspace(0, 1, _EDGES, dtype=w.dtype).reshape(-1, *(1,) * (w.ndim - 1))
+    mean = mean_excess(w, magnitude, low, axes)
+
+    def narrowed(_: int, found: tuple[Array, ...]) -> tuple[Array, ...]:
+        low, high, _ = found
         t = low + (high - low) * share
         excess = mean_excess(w, magnitude, t, axes)
-        mean = excess[:1] if mean is None else mean  # the excess over 0
         one, other = lines(t, excess, mean)
         taken_off = jnp.max(one * other, axis=0, keepdims=True)
         # What lies below the rounding of a mean is nothing.
@@ -112,10 +109,12 @@ def _best_threshold(
             (0,),
         )
         first, last = first[None], last[None]
-        low, high = select(first < last, first, low), select(first < last, last, high)
-    best = one * other == taken_off
-    assert mean is not None
-    return jnp.min(select(best, t, jnp.inf), axis=0, keepdims=True), mean
+        best = select(one * other == taken_off, t, jnp.inf)
+        best = jnp.min(best, axis=0, keepdims=True)
+        return select(first < last, first, low), select(first < last, last, high), best
+
+    _, _, best = jax.lax.fori_loop(0, _ROUNDS, narrowed, (low, low + end * UNITS, low))
+    return best, mean
 
 
 def _count(w: Array, axes: tuple[int, ...]) -> int:
