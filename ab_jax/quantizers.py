@@ -243,7 +243,7 @@ class Uniform(Quantizer):
             )
 
     def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
-        """Scale and zero point, or None."""
+        """The scale; with a zero point, if affine."""
         magnitude = scale_fits.magnitude(w, axes)
         fit: Callable[..., even_levels.EvenLevels] = even_levels.absmax
         if self.scale == "least_squares":
@@ -254,15 +254,15 @@ class Uniform(Quantizer):
         scale = jnp.minimum(1 / inverse / scale_fits.shrink(magnitude), room)
         scale = scale_fits.select(magnitude == 0, 1, scale)
         if self.symmetric:
-            return scale, None
+            return scale
         # By way of int32: unoptimized programs of XLA on CPUs convert floats to int8 wrongly.
         zero_point = scale_fits.select(magnitude == 0, 0, -(2 ** (self.bits - 1)) - lowest)
         return scale, zero_point.astype(jnp.int32)
 
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
         """The nearest."""
-        scale, zero_point = fitted
-        offset = 0 if self.symmetric else zero_point.astype(w.dtype)
+        scale, zero_point = (fitted, None) if self.symmetric else fitted
+        offset = 0 if zero_point is None else zero_point.astype(w.dtype)
         highest = 2 ** (self.bits - 1) - 1
         lowest = -highest if self.symmetric else -highest - 1
         relative = scale_fits.in_units(w, scale)

@@ -94,7 +94,7 @@ def _best_threshold(
     mean = mean_excess(w, magnitude, low, axes)
 
     def narrowed(_: int, found: tuple[Array, ...]) -> tuple[Array, ...]:
-        low, high, _ = found
+        low, high = found[:2]
         t = low + (high - low) * share
         excess = mean_excess(w, magnitude, t, axes)
         one, other = lines(t, excess, mean)
@@ -113,7 +113,7 @@ def _best_threshold(
         best = jnp.min(best, axis=0, keepdims=True)
         return select(first < last, first, low), select(first < last, last, high), best
 
-    _, _, best = jax.lax.fori_loop(0, _ROUNDS, narrowed, (low, low + end * UNITS, low))
+    *_, best = jax.lax.fori_loop(0, _ROUNDS, narrowed, (low, low + end * UNITS, low))
     return best, mean
 
 

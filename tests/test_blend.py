@@ -196,6 +196,71 @@ def test_a_compiled_loss_computes_a_weight_once(estimator):
     assert text.count(" round-nearest-even(") == 1
 
 
+ANY_QUANTIZER = [
+    *(Binary(), ab.Ternary(), Uniform(bits=3), Uniform(bits=4, symmetric=False), INT4),
+    *(ab.LeastSquaresBinary(bits=1), ab.LeastSquaresBinary(bits=2), ab.LeastSquaresBinary(bits=3)),
+]
+
+
+@pytest.mark.parametrize("quantizer", ANY_QUANTIZER, ids=repr)
+@pytest.mark.parametrize("estimator", [ab.alpha_blend, ab.parq])
+def test_blending_at_what_is_fitted_now_is_what_a_blend_does(rng, quantizer, estimator):
+    rules = Rules([(r"(.*/)?kernel", quantizer), (r".*", None)])
+    tree = {"kernel": rng.normal(size=(12, 3)).astype(np.float32), "bias": np.ones(3, np.float32)}
+    fits = ab.fit(tree, rules)
+    for alpha in (0.0, 0.3, 1.0):
+        at_fits = ab.blend(tree, rules, alpha, estimator=estimator, fits=fits)
+        assert_same_bits(at_fits, ab.blend(tree, rules, alpha, estimator=estimator))
+
+
+@pytest.mark.parametrize("quantizer", ANY_QUANTIZER, ids=repr)
+def test_codes_at_an_older_fit_are_the_nearest_of_its_levels(rng, quantizer):
+    rules = Rules([(r".*", quantizer)])
+    old = {"kernel": rng.normal(size=(50, 3)).astype(np.float32)}
+    new = {"kernel": old["kernel"] + rng.normal(size=(50, 3)).astype(np.float32) / 4}
+    seen = ab.blend(new, rules, 1.0, fits=ab.fit(old, rules))["kernel"]
+    levels = np.asarray(ab.quantize(old, rules)["kernel"].levels()).reshape(-1, 1, 3)
+    nearest = np.abs(new["kernel"] - levels).min(0)
+    np.testing.assert_allclose(np.abs(new["kernel"] - seen), nearest, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fit_is_carried_through_steps(rng):
+    """As a training step does it, under jit; the gradient is that of the blend."""
+    w = {"kernel": jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)}
+    rules = Rules([(r".*", Uniform(bits=3))])
+
+    @jax.jit
+    def step(params, fits, number):
+        fits = jax.lax.cond(number % 2 == 0, lambda: ab.fit(params, rules), lambda: fits)
+
+        def loss(params):
+            return jnp.sum(ab.blend(params, rules, 0.25, fits=fits)["kernel"] ** 2)
+
+        return jax.grad(loss)(params), fits
+
+    first = ab.fit(w, rules)
+    moved = jax.tree.map(lambda x: 1.5 * x, w)
+    gradient, kept = step(moved, first, 1)
+    assert_same_bits(kept, first)
+    seen = ab.blend(moved, rules, 0.25, fits=first)["kernel"]
+    np.testing.assert_allclose(gradient["kernel"], 0.75 * 2 * seen, rtol=1e-5)
+    _, renewed = step(moved, first, 2)
+    np.testing.assert_allclose(renewed["kernel"], 1.5 * first["kernel"], rtol=1e-5)
+
+
+def test_fits_of_other_parameters_are_refused(params):
+    fits = ab.fit(params, KERNELS)
+    with pytest.raises(ValueError, match="no fit for head/kernel, which a rule quantizes"):
+        ab.blend(params, KERNELS, 0.5, fits={p: f for p, f in fits.items() if p != "head/kernel"})
+    with pytest.raises(ValueError, match="a fit for other, which no rule quantizes"):
+        ab.blend(params, KERNELS, 0.5, fits={**fits, "other": fits["head/kernel"]})
+    affine = Rules([(r"(.*/)?kernel", INT8), (r".*", None)])
+    with pytest.raises(ValueError, match="fit for blocks/0/kernel is not one of its quantizer"):
+        ab.blend(params, affine, 0.5, fits=fits)
+    with pytest.raises(ValueError, match="estimator full_precision fits for itself"):
+        ab.blend(params, KERNELS, 0.5, fits=fits, estimator=ab.full_precision)
+
+
 def test_weights_in_full_precision_are_left_as_they_are(params):
     found = ab.blend(params, KERNELS, 0.5, estimator=ab.full_precision)
     for leaf, other in zip(jax.tree.leaves(found), jax.tree.leaves(params), strict=True):

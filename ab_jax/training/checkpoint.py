@@ -164,7 +164,8 @@ class Checkpoints:
         """
         path = self._existing()
         wanted, stored = items_of(like), self._stored(path)
-        for item in ("scales", "network", "rest"):  # whether there are scales decides on the rest
+        # Whether there are scales decides on the rest.
+        for item in ("scales", "fits", "network", "rest"):
             check_same_shapes(self._directory, stored.get(item, {}), wanted.get(item, {}))
         restored = self._restore(path, **{item: where_to(tree) for item, tree in wanted.items()})
         if int(step := to_own(restored["rest"])["step"]) != int(path.name):  # of older ones

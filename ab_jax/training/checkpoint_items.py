@@ -20,6 +20,7 @@ FIELDS = {
     "network": ("params", "model_state"),
     "rest": ("step", "opt_state", "key"),
     "scales": ("scales",),  # of runs that train them
+    "fits": ("fits",),  # of runs that do not fit at each step
 }
 
 
@@ -28,7 +29,7 @@ def items_of(state: TrainState) -> dict[str, dict[str, Any]]:
     return {
         item: {name: getattr(state, name) for name in names}
         for item, names in FIELDS.items()
-        if item != "scales" or state.scales is not None
+        if item not in ("scales", "fits") or getattr(state, item) is not None
     }
 
 

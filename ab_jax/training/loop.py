@@ -56,7 +56,7 @@ class Training:
       keep_checkpoints: how many of the newest to keep, beside the best.
       seed: of the initial weights, the order of the images and their augmentation.
       accumulate: batches in an update (see `make_optimizer`).
-      label_smoothing, latent_limit: see `make_train_step`.
+      label_smoothing, latent_limit, refit_every: see `make_train_step`.
       init_from: what to start from: the directory of a run, for its weights and batch statistics,
         or a file of weights trained elsewhere (`ab_jax.models.pretrained`).
       new_head: whether a head of other classes in that file is left out.
@@ -80,6 +80,7 @@ class Training:
     accumulate: int = 1
     label_smoothing: float = 0.0
     latent_limit: float | None = None
+    refit_every: int = 1
     init_from: Path | None = None
     new_head: bool = False
     activation_alpha: optax.Schedule | None = None
@@ -256,6 +257,7 @@ def compile_train_step(
         preprocessing=training.preprocessing,
         label_smoothing=training.label_smoothing,
         latent_limit=training.latent_limit,
+        refit_every=training.refit_every,
     )
     return parallel.wrap(step, sharded=[False, streamed, streamed, True, True], donate=[0])
 
@@ -272,7 +274,12 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
     image_shape = training.dataset.image_shape
     scale_rules = training.rules if takes_scale(training.estimator) else None
     state = create_state(
-        training.model, training.optimizer, image_shape, training.seed, scale_rules=scale_rules
+        training.model,
+        training.optimizer,
+        image_shape,
+        training.seed,
+        scale_rules=scale_rules,
+        fit_rules=training.rules if training.refit_every > 1 else None,
     )
     if checkpoints.latest_step is not None:
         return checkpoints.restore(state)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from ab_jax.blend import initial_scales
+from ab_jax.blend import fit, initial_scales
 from ab_jax.rules import Rules
 
 
@@ -23,7 +23,7 @@ class Trained(NamedTuple):
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "model_state", "opt_state", "key", "scales"),
+    data_fields=("step", "params", "model_state", "opt_state", "key", "scales", "fits"),
     meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,8 @@ class TrainState:
       key: the key data (uint32) that augmentation derives its random numbers from.
       scales: by path the scales of quantized parameters, where they are trained (see
         `ab_jax.learned_scales`); None: they are not.
+      fits: what was last fitted of the parameters (`ab_jax.fit`), where that serves several steps;
+        None: each step fits for itself.
     """
 
     step: Array
@@ -46,6 +48,7 @@ class TrainState:
     opt_state: Any
     key: Array
     scales: dict[str, Array] | None = None
+    fits: dict[str, Any] | None = None
 
     @property
     def trained(self) -> Any:
@@ -66,6 +69,7 @@ def create_state(
     seed: int,
     *,
     scale_rules: Rules | None = None,
+    fit_rules: Rules | None = None,
 ) -> TrainState:
     """A fresh state; the same seed gives the same weights.
 
@@ -75,6 +79,7 @@ def create_state(
       image_shape: [height, width, channels].
       seed: of the initial weights and the augmentation.
       scale_rules: of the weights whose scales are trained too; None: no scales are.
+      fit_rules: of the weights whose fits serve several steps; None: there are none.
 
     Raises:
       ValueError, TypeError: such rules that do not fit, as `ab_jax.initial_scales`.
@@ -90,5 +95,6 @@ def create_state(
         opt_state=None,
         key=jax.random.key_data(augment_key),
         scales=None if scale_rules is None else initial_scales(params, scale_rules),
+        fits=None if fit_rules is None else fit(params, fit_rules),
     )
     return dataclasses.replace(state, opt_state=optimizer.init(state.trained))

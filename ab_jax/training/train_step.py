@@ -16,7 +16,7 @@ import optax
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from ab_jax.blend import Alpha, AlphaSchedule, blend, clip_latent, mean_alpha
+from ab_jax.blend import Alpha, AlphaSchedule, blend, clip_latent, fit, mean_alpha
 from ab_jax.data.augment import augment, normalize
 from ab_jax.estimators import Estimator, ScaledEstimator
 from ab_jax.learned_scales import keep_scales_positive
@@ -66,6 +66,7 @@ def make_train_step(
     preprocessing: Preprocessing,
     label_smoothing: float = 0.0,
     latent_limit: float | None = None,
+    refit_every: int = 1,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The training step of one device.
 
@@ -83,6 +84,8 @@ def make_train_step(
       preprocessing: of the images.
       label_smoothing: share of the target that goes to all classes alike.
       latent_limit: clip the stored quantized weights to this after each update.
+      refit_every: steps that what the quantizers fit serves, in a state that holds it (`fits`); at
+        alpha 1 every step fits, so that the loss sees the codes that there are in the end.
 
     Returns:
       `(state, images, labels, indices, positions) -> (state, metrics)`, with uint8 images
@@ -102,7 +105,9 @@ def make_train_step(
         of_activations: ArrayLike,
     ) -> tuple[Array, tuple[dict[str, Any], Array]]:
         at = state.with_trained(trained)
-        effective = blend(at.params, rules, alpha_now, estimator=estimator, scales=at.scales)
+        effective = blend(
+            at.params, rules, alpha_now, estimator=estimator, scales=at.scales, fits=at.fits
+        )
         logits, model_state = model.apply(
             {"params": effective, **state.model_state},
             images,
@@ -121,6 +126,14 @@ def make_train_step(
         alpha_now = alpha(state.step)
         mean = mean_alpha(state.params, rules, alpha_now)
         of_activations = mean if activation_alpha is None else activation_alpha(state.step)
+        if state.fits is not None:
+            fits = jax.lax.cond(
+                (state.step % refit_every == 0) | (mean == 1),
+                lambda state: fit(state.params, rules),
+                lambda state: state.fits,
+                state,
+            )
+            state = dataclasses.replace(state, fits=fits)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         batch = preprocessing.augment(key, images[indices], positions)
         targets = labels[indices]

@@ -15,6 +15,7 @@ from ab_jax.activations import ACTIVATIONS
 from ab_jax.blend import AlphaSchedule
 from ab_jax.data import Dataset, steps_per_epoch
 from ab_jax.data.stream import StreamedDataset
+from ab_jax.estimators import rule_of_codes
 from ab_jax.linen import QuantizedInputs, keep_input, layer_paths
 from ab_jax.training.loop import Training
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
@@ -109,6 +110,11 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
     c = config
     method = method_of(c.method)
     rules = weight_rules(c)
+    estimator = estimator_of(method, dataclasses.asdict(c))
+    if c.refit_every > 1 and rule_of_codes(estimator) is None:
+        raise FlagError(
+            f"--method={c.method} has no scales that it could fit less often. Omit --refit_every."
+        )
     size = dataset.image_shape[0]
     streamed = isinstance(dataset, StreamedDataset)
     per_epoch = steps_per_epoch(c.batch_size, len(dataset.train))
@@ -144,7 +150,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
             flip=c.flip and not streamed,
         ),
         rules=rules,
-        estimator=estimator_of(method, dataclasses.asdict(c)),
+        estimator=estimator,
         alpha=alpha,
         activation_alpha=of_activations,
         optimizer=make_optimizer(
@@ -164,6 +170,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         accumulate=c.accumulate,
         label_smoothing=c.label_smoothing,
         latent_limit=c.latent_limit,
+        refit_every=c.refit_every,
         init_from=None if c.init_from is None else Path(c.init_from),
         new_head=c.new_head,
         read_test=c.read_test,

@@ -137,6 +137,7 @@ class Config:
     clip_norm: Positive | None = None  # largest global norm of the gradient; None: not clipped
     accumulate: Annotated[int, Gt(0), Le(2**20)] = 1  # batches averaged for one update
     latent_limit: Positive | None = None  # clip stored weights to +- this; None: do not
+    refit_every: Count = 1  # steps that fitted scales serve; at alpha 1 each step fits anyway
     # Of the initial weights, the order and the augmentation.
     seed: Annotated[int, Ge(0), Lt(2**32)] = 0
 

@@ -26,6 +26,7 @@ ADDED_LATER: dict[str, Any] = {
     "classes": None,
     "new_head": False,
     "latent_limit": None,
+    "refit_every": 1,
     "weight_group_size": None,
     "weight_zero_point": False,
     "float_epochs": 0.0,

@@ -421,6 +421,52 @@ def test_latent_limit_clips_quantized_weights_alone(
     jax.tree.map(np.testing.assert_array_equal, unclipped, before)
 
 
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_scales_are_fitted_anew_when_it_is_time_and_at_alpha_1(
+    rng: np.random.Generator,
+    devices: list[jax.Device],
+    model: nn.Module,
+    preprocessing: Preprocessing,
+    variables: dict[str, Any],
+    images: Images,
+    mode: Any,
+) -> None:
+    rules = ab.Rules([(r"(conv|head)/kernel", ab.Uniform(bits=3, scale="absmax")), (r".*", None)])
+    step = make_train_step(
+        model,
+        OPTIMIZER,
+        rules=rules,
+        estimator=ab.soft_straight_through,  # whose weights still move at alpha 1
+        alpha=optax.linear_schedule(0.25, 1.0, transition_steps=6),
+        preprocessing=preprocessing,
+        refit_every=2,
+    )
+    state = initial_state(variables, OPTIMIZER)
+    # Of other weights: the first step fits.
+    others = jax.tree.map(lambda w: 2 * w, state.params)
+    state = dataclasses.replace(state, fits=ab.fit(others, rules))
+    batches = draw_batches(rng, 9, len(images))
+    results = run_steps(step, Parallel(mode, tuple(devices[:2])), state, images, batches)
+    states = [state, *(after for after, _ in results)]
+    for number, (before, (after, metrics)) in enumerate(zip(states, results, strict=False)):
+        refits = number % 2 == 0 or metrics["alpha"] == 1
+        wanted = ab.fit(before.params, rules) if refits else before.fits
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), after.fits, wanted)
+        if not refits:
+            assert np.any(after.fits["conv/kernel"] != ab.fit(before.params, rules)["conv/kernel"])
+
+    # The loss sees what is carried: of the weights themselves it is the loss without any.
+    at_1 = dataclasses.replace(state, step=jnp.int32(1))
+    losses = [
+        run_steps(
+            step, one_device(devices), dataclasses.replace(at_1, fits=fits), images, batches[:1]
+        )
+        for fits in (None, ab.fit(state.params, rules), state.fits)
+    ]
+    plain, same, other = (float(metrics["loss"]) for ((_, metrics),) in losses)
+    assert plain == same != other
+
+
 # The state
 
 
