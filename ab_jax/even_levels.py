@@ -26,12 +26,9 @@ from jax import Array
 
 from ab_jax.scale_fits import nearest_level, or_one, select, shrink
 
-# By how many levels the largest weight moves on from one scale of the grid to the next: in blocks
-# of few weights, whose minima are narrow; in others, to 4 bits and with more. Found by trial.
-_FEW, _PHASE_OF_FEW = 256, 0.05
-_PHASES = {True: 0.2, False: 0.1}
-# In blocks of few weights the best of so many parts of the grid are followed up, else the best.
-_FOLLOWED = 8
+# Blocks of fewer weights have narrow minima, of which the best in so many parts of the grid are
+# followed up; in others it is the best of all.
+_FEW, _FOLLOWED = 256, 16
 # By how many standard deviations the least error may lie below the usual one, by good luck.
 _LUCK = 5.5
 # So many candidates along one axis at most: with more, XLA on CPUs sums on one core.
@@ -107,7 +104,8 @@ def least_squares(
     """The levels of least squared error: scale and, unless symmetric, zero point together.
 
     The error is never above that of `absmax`; of blocks of 9 weights and more it is at most 1.05
-    times the least there is at 2 to 4 bits, and 1.01 times at 5 to 8.
+    times the least there is at 2 to 4 bits, and 1.01 times at 5 to 8, or below a millionth of the
+    squares.
 
     Args:
       w, magnitude, bits, symmetric, axes: as for `absmax`.
@@ -196,7 +194,9 @@ def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     ratio = steps * math.sqrt((0.02 if bits <= 4 else 0.004) / count)
     last = -math.log(max(1 - cut_off, ratio / (1 + ratio)))
     few = count < _FEW
-    step = (_PHASE_OF_FEW if few else _PHASES[bits <= 4]) / (steps / 2)
+    # By how many levels the largest weight moves on from one scale to the next; found by trial.
+    phase = (0.035 if count < 16 else 0.05) if few else 0.2 if bits <= 4 else 0.1
+    step = phase / (steps / 2)
     powers = range(math.floor(first / step), math.ceil(last / step) + 1)
     windows = 1 if symmetric else 9 if bits <= 3 else 5
     followed = _FOLLOWED if few else 1
