@@ -29,6 +29,9 @@ from ab_jax.scale_fits import nearest_level, or_one, select, shrink
 # Blocks of fewer weights have narrow minima, of which the best in so many parts of the grid are
 # followed up; in others it is the best of all.
 _FEW, _FOLLOWED = 256, 16
+# Scales and shares tried around the best of the grid, where it has only some windows at each scale:
+# so many of each, as far to both sides as each round reaches in the logarithm and in the share.
+_AROUND, _REACHES = 7, ((0.2, 0.22), (0.06, 0.06))
 # By how many standard deviations the least error may lie below the usual one, by good luck.
 _LUCK = 5.5
 # So many candidates along one axis at most: with more, XLA on CPUs sums on one core.
@@ -56,7 +59,7 @@ class _Grid(NamedTuple):
     Attributes:
       first: the power of the ratio that is the largest scale; power 0 is that of absmax.
       step: the logarithm of the ratio.
-      windows: how many; they cut off more and more below and less above.
+      windows: how many; they cut off more and more below and less above. Of few levels all.
       shape: of the candidates, along two axes (see `_ABREAST`).
       followed: of so many parts of them the best is followed up.
     """
@@ -123,9 +126,14 @@ def least_squares(
     top = select(of_shrunk > 0, steps / 2, 0)
 
     def lowest(finer: Any, share: Any) -> Array | float:
-        """The lowest level, if this share of what the levels do not span is cut off below."""
+        """The lowest level, if this share of what the levels do not span is cut off below.
+
+        Of few levels, if this share of them lies below 0.
+        """
         if isinstance(low, float):
             return low
+        if grid.windows == steps + 1:
+            return _lowest(0 * low - share * steps, steps)
         return _lowest(finer * low + share * jnp.maximum(finer * steps - steps, 0), steps)
 
     def error(finer: Any, lowest: Array | float) -> Array:
@@ -144,6 +152,15 @@ def least_squares(
     best = jnp.argmin(of_part, axis=1, keepdims=True)
     starts = column(number.reshape(grid.followed, -1)[:, :1]).astype(best.dtype)
     finer, share = grid.at(starts + best, w.dtype)
+    for reaches in _REACHES if 1 < grid.windows <= steps else ():
+        scales, shares = (column(x[None]).astype(w.dtype) for x in _around(*reaches))
+        errors = error(finer * scales, lowest(finer * scales, share + shares))
+        best = jnp.argmin(errors, axis=1, keepdims=True)
+        scales, shares = (
+            jnp.sum(select(column(np.arange(x.size)[None]) == best, x, 0), 1, keepdims=True)
+            for x in (scales, shares)
+        )
+        finer, share = finer * scales, share + shares
     window = lowest(finer, share)
     finer = _alternated(w, finer, inverse, window, top, axes)
     if grid.followed > 1:  # only at the minima it shows which is the deepest
@@ -198,11 +215,18 @@ def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     phase = (0.035 if count < 16 else 0.05) if few else 0.2 if bits <= 4 else 0.1
     step = phase / (steps / 2)
     powers = range(math.floor(first / step), math.ceil(last / step) + 1)
-    windows = 1 if symmetric else 9 if bits <= 3 else 5
+    windows = 1 if symmetric else 2**bits if bits <= 3 else 5
     followed = _FOLLOWED if few else 1
     stretches = followed * math.ceil(len(powers) * windows / _ABREAST / followed)
     scales = math.ceil(len(powers) / stretches)
     return _Grid(powers[0], step, windows, (stretches, scales * windows), followed)
+
+
+def _around(of_scale: float, of_share: float) -> tuple[np.ndarray, np.ndarray]:
+    """By how much scales and shares are changed to find better ones nearby."""
+    offsets = np.linspace(-1, 1, _AROUND)
+    scales, shares = np.meshgrid(np.exp(of_scale * offsets), of_share * offsets)
+    return scales.ravel(), shares.ravel()
 
 
 def _squared_error(

@@ -17,12 +17,14 @@ order in which `nnx.split` meets it, and remains one in the new module. Paths ar
 file joins.
 """
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
 
 import ab_jax as ab
 from ab_jax.blend import Alpha
+from ab_jax.fitting import Fitted
 from ab_jax.learned_scales import Scales
 from ab_jax.rules import leaves_by_path
 
@@ -36,6 +38,7 @@ def blended(
     *,
     estimator: ab.Estimator | ab.ScaledEstimator = ab.alpha_blend,
     scales: Scales | None = None,
+    fits: Mapping[str, Fitted] | None = None,
     only: Any = nnx.Param,
 ) -> Module:
     """The module with what the loss shall see of its parameters; `model` is left as it is.
@@ -44,7 +47,7 @@ def blended(
 
     Args:
       model: any NNX module.
-      rules, alpha, estimator, scales: as for `ab.blend`, over `nnx.state(model, only)`.
+      rules, alpha, estimator, scales, fits: as for `ab.blend`, over `nnx.state(model, only)`.
       only: an NNX filter, which Variables the rules speak of. `nnx.Param` includes its subclasses,
         such as `nnx.LoRAParam`.
 
@@ -52,7 +55,7 @@ def blended(
       TypeError: `model` is no NNX module. Otherwise as `ab.blend`.
     """
     structure, params, rest = _split(model, only)
-    params = ab.blend(params, rules, alpha, estimator=estimator, scales=scales)
+    params = ab.blend(params, rules, alpha, estimator=estimator, scales=scales, fits=fits)
     return nnx.merge(structure, params, rest)
 
 

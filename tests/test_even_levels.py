@@ -22,18 +22,28 @@ def assert_near(found: np.ndarray, least: np.ndarray, bound: float, w: np.ndarra
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
-@pytest.mark.parametrize("count", [9, 27, 100, 600])
+@pytest.mark.parametrize("count", [9, 27, 100, 600, pytest.param(5000, marks=pytest.mark.long)])
 def test_symmetric_levels_lose_hardly_more_than_the_least(rng, bits, count):
     w = drawn(rng, count)
     found = error_of(w, Uniform(bits=bits).quantize(w))
     assert_near(found, even_levels(w, bits, True), 1.05 if bits <= 4 else 1.01, w)
 
 
-@pytest.mark.parametrize(("bits", "count"), [(2, 9), (2, 600), (3, 27), (3, 300), (4, 9), (4, 100)])
+# The larger the block, the more a good window is worth: those of 4 bits were found wanting first.
+@pytest.mark.parametrize(
+    ("bits", "count"),
+    [
+        *((2, 9), (2, 600), (3, 27), (3, 300), (3, 3000), (4, 9), (4, 100), (4, 3000)),
+        pytest.param(4, 12000, marks=pytest.mark.long),
+        pytest.param(5, 100, marks=pytest.mark.long),
+        pytest.param(5, 3000, marks=pytest.mark.long),
+        pytest.param(6, 1000, marks=pytest.mark.long),
+    ],
+)
 def test_levels_with_a_zero_point_lose_hardly_more_than_the_least_of_all_windows(rng, bits, count):
     w = drawn(rng, count)
     found = error_of(w, Uniform(bits=bits, symmetric=False).quantize(w))
-    assert_near(found, even_levels(w, bits, False), 1.05, w)
+    assert_near(found, even_levels(w, bits, False), 1.05 if bits <= 4 else 1.01, w)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
