@@ -30,8 +30,9 @@ from ab_jax.scale_fits import nearest_level, or_one, select, shrink
 # followed up; in others it is the best of all.
 _FEW, _FOLLOWED = 256, 16
 # Scales and shares tried around the best of the grid, where it has only some windows at each scale:
-# so many of each, as far to both sides as each round reaches in the logarithm and in the share.
-_AROUND, _REACHES = 7, ((0.2, 0.22), (0.06, 0.06))
+# in each round so many of each, so far to both sides of the logarithm and of the share. Were two
+# rounds of one size, XLA on CPUs would share what both begin with, and write it out.
+_AROUND = ((7, 0.2, 0.22), (5, 0.05, 0.06))
 # By how many standard deviations the least error may lie below the usual one, by good luck.
 _LUCK = 5.5
 # So many candidates along one axis at most: with more, XLA on CPUs sums on one core.
@@ -152,8 +153,8 @@ def least_squares(
     best = jnp.argmin(of_part, axis=1, keepdims=True)
     starts = column(number.reshape(grid.followed, -1)[:, :1]).astype(best.dtype)
     finer, share = grid.at(starts + best, w.dtype)
-    for reaches in _REACHES if 1 < grid.windows <= steps else ():
-        scales, shares = (column(x[None]).astype(w.dtype) for x in _around(*reaches))
+    for around in _AROUND if 1 < grid.windows <= steps else ():
+        scales, shares = (column(x[None]).astype(w.dtype) for x in _around(*around))
         errors = error(finer * scales, lowest(finer * scales, share + shares))
         best = jnp.argmin(errors, axis=1, keepdims=True)
         scales, shares = (
@@ -222,9 +223,9 @@ def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     return _Grid(powers[0], step, windows, (stretches, scales * windows), followed)
 
 
-def _around(of_scale: float, of_share: float) -> tuple[np.ndarray, np.ndarray]:
+def _around(count: int, of_scale: float, of_share: float) -> tuple[np.ndarray, np.ndarray]:
     """By how much scales and shares are changed to find better ones nearby."""
-    offsets = np.linspace(-1, 1, _AROUND)
+    offsets = np.linspace(-1, 1, count)
     scales, shares = np.meshgrid(np.exp(of_scale * offsets), of_share * offsets)
     return scales.ravel(), shares.ravel()
 
