@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ab_jax.scale_fits import select, signs
+from ab_jax.scale_fits import signs
 from ab_jax.thresholds import UNITS, above, mean_excess
 
 # Thresholds of the table.
@@ -225,6 +225,6 @@ def _best(scales: Array, of: Above, count: int) -> Array:
     found = []
     for _ in range(count):
         is_best = lost == jnp.min(lost, axis=0, keepdims=True)
-        found.append(jnp.min(select(is_best[None], scales, jnp.inf), axis=1))
-        lost = select(is_best, jnp.inf, lost)
+        found.append(jnp.min(jnp.where(is_best[None], scales, jnp.inf), axis=1))
+        lost = jnp.where(is_best, jnp.inf, lost)
     return jnp.stack(found, axis=1)

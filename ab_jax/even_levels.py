@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ab_jax.scale_fits import nearest_level, or_one, select, shrink
+from ab_jax.scale_fits import nearest_level, or_one, shrink
 
 # Blocks of fewer weights have narrow minima, of which the best in so many parts of the grid are
 # followed up; in others it is the best of all.
@@ -124,7 +124,7 @@ def least_squares(
     # Weights above 1e37, for which this is no normal number and may be 0, get absmax.
     inverse = of_shrunk * shrink(magnitude)
     # Of the data, since XLA on CPUs would write out a constant that kernels of one shape share.
-    top = select(of_shrunk > 0, steps / 2, 0)
+    top = jnp.where(of_shrunk > 0, steps / 2, 0)
 
     def lowest(finer: Any, share: Any) -> Array | float:
         """The lowest level, if this share of what the levels do not span is cut off below.
@@ -158,7 +158,7 @@ def least_squares(
         errors = error(finer * scales, lowest(finer * scales, share + shares))
         best = jnp.argmin(errors, axis=1, keepdims=True)
         scales, shares = (
-            jnp.sum(select(column(np.arange(x.size)[None]) == best, x, 0), 1, keepdims=True)
+            jnp.sum(jnp.where(column(np.arange(x.size)[None]) == best, x, 0), 1, keepdims=True)
             for x in (scales, shares)
         )
         finer, share = finer * scales, share + shares
@@ -170,8 +170,8 @@ def least_squares(
     if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
         reach = jnp.maximum(window + steps, -window)
         usable &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
-        window = select(usable, window, lowest(jnp.ones_like(inverse), 0.0))[0, 0]
-    inverse = (select(usable, finer, 1) * of_shrunk)[0, 0]
+        window = jnp.where(usable, window, lowest(jnp.ones_like(inverse), 0.0))[0, 0]
+    inverse = (jnp.where(usable, finer, 1) * of_shrunk)[0, 0]
     return EvenLevels(inverse, window, window + steps)
 
 
@@ -251,7 +251,7 @@ def _squared_error(
     if center is None:
         level = jax.lax.round(distance, _TO_EVEN)
     else:  # which lies between two levels
-        half = select(top > 0, 0.5, 0)
+        half = jnp.where(top > 0, 0.5, 0)
         level = jax.lax.round(distance - half, _TO_EVEN) + half
     error = distance - jnp.minimum(level, top)
     return jnp.sum(error * error, axes, keepdims=True)
@@ -279,13 +279,15 @@ def _alternated(
         q = nearest_level(x, lowest, lowest + 2 * top)
         xq, qq = (jnp.sum(product, axes, keepdims=True) for product in (x * q, q * q))
     ratio = qq / xq  # not finite where all codes are 0
-    return select(ratio > 0, finer * jnp.minimum(ratio, 2), finer)
+    return jnp.where(ratio > 0, finer * jnp.minimum(ratio, 2), finer)
 
 
 def _best(errors: Array, finer: Array, window: Array | float) -> tuple[Array, Array | float]:
     """Of the candidates along the first axis that of least error."""
     is_best = errors == jnp.min(errors, axis=0, keepdims=True)
-    best = jnp.min(select(is_best, finer, jnp.inf), axis=0, keepdims=True)
+    best = jnp.min(jnp.where(is_best, finer, jnp.inf), axis=0, keepdims=True)
     if not isinstance(window, float):  # of several that tie, one alone
-        window = jnp.max(select(is_best & (finer == best), window, -jnp.inf), axis=0, keepdims=True)
+        window = jnp.max(
+            jnp.where(is_best & (finer == best), window, -jnp.inf), axis=0, keepdims=True
+        )
     return best, window

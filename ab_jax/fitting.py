@@ -36,7 +36,7 @@ class Fitter(Protocol):
 @functools.partial(jax.jit, static_argnames="quantizer")
 def fit(w: Array, quantizer: Fitter) -> Fitted:
     """What a quantizer fits of a weight; jitted, so that every caller gets the same."""
-    shape, shared = _block_axes(w.shape, quantizer)
+    shape, shared = scale_fits.block_axes(w.shape, quantizer.scale_shape(w.shape))
     blocks = jax.lax.stop_gradient(w).astype(scale_fits.compute_dtype(w.dtype)).reshape(shape)
     _, largest = scale_fits.limits(w.dtype)
     return quantizer.fit_blocks(blocks, shared, largest)
@@ -46,7 +46,7 @@ def fit(w: Array, quantizer: Fitter) -> Fitted:
 def codes_at(w: Array, fitted: Fitted, quantizer: Fitter) -> Quantized:
     """The codes of a weight at what `fit` found; jitted, for the same integers everywhere."""
     scale_shape = quantizer.scale_shape(w.shape)
-    shape, _ = _block_axes(w.shape, quantizer)
+    shape, _ = scale_fits.block_axes(w.shape, scale_shape)
     blocks = jax.lax.stop_gradient(w).astype(scale_fits.compute_dtype(w.dtype)).reshape(shape)
     codes, scale, zero_point = quantizer.code_blocks(blocks, fitted)
     of_bits = scale.shape[: scale.ndim - blocks.ndim]
@@ -57,25 +57,3 @@ def codes_at(w: Array, fitted: Fitted, quantizer: Fitter) -> Quantized:
         bits=quantizer.bits,
         dtype=w.dtype.name,
     )
-
-
-def _block_axes(
-    shape: tuple[int, ...], quantizer: Fitter
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape in which blocks are made of whole axes, and which axes run inside a block.
-
-    A grouped axis is split into (groups, weights of one); axes of size 1 go, with which XLA reduces
-    ten times slower on CPUs.
-    """
-    split: list[int] = []
-    shared: list[int] = []
-    for size, count in zip(shape, quantizer.scale_shape(shape), strict=True):
-        if count > 1:
-            split.append(count)
-        if count != size:  # not <, which sizes of exported programs ("batch") cannot tell
-            shared.append(len(split))
-            split.append(size // count)
-    if not shared:  # every weight is a block of its own
-        shared.append(len(split))
-        split.append(1)
-    return tuple(split), tuple(shared)

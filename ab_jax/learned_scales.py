@@ -35,7 +35,7 @@ from jax.typing import ArrayLike
 
 from ab_jax.estimators import replace_value
 from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
-from ab_jax.scale_fits import compute_dtype, limits
+from ab_jax.scale_fits import block_axes, compute_dtype, limits
 
 Scales = Mapping[str, Array]
 
@@ -103,11 +103,11 @@ def initial_scale(w: Array, quantizer: Quantizer) -> Array:
       float32 (float64 for float64 `w`) of shape `quantizer.scale_shape(w.shape)`.
     """
     shape = quantizer.scale_shape(w.shape)
-    split = [n for size, count in zip(w.shape, shape, strict=True) for n in (count, size // count)]
+    split, inside = block_axes(w.shape, shape)
     blocks = jnp.abs(w.astype(compute_dtype(w.dtype))).reshape(split)
     per_block = w.size // math.prod(shape)
     # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
-    mean = jnp.sum(blocks / per_block, tuple(range(1, len(split), 2)))
+    mean = jnp.sum(blocks / per_block, inside).reshape(shape)
     scale = 2 / math.sqrt(highest_level(quantizer)) * mean
     return jnp.where(scale < _SMALLEST, 1, scale)
 

@@ -144,8 +144,8 @@ def with_nan_shown(quantized: Quantized, w: Array) -> Quantized:
     Codes cannot say that they stand for no number, and a scale that was fixed or trained does not.
     """
     blocks = quantized.scale.shape[quantized.scale.ndim - w.ndim :]
-    split = [n for size, count in zip(w.shape, blocks, strict=True) for n in (count, size // count)]
-    finite = jnp.all(jnp.isfinite(w).reshape(split), axis=tuple(range(1, len(split), 2)))
+    split, inside = scale_fits.block_axes(w.shape, blocks)
+    finite = jnp.all(jnp.isfinite(w).reshape(split), axis=inside).reshape(blocks)
     shown = jnp.broadcast_to(finite, quantized.scale.shape) | ~jnp.isfinite(quantized.scale)
     return dataclasses.replace(quantized, scale=jnp.where(shown, quantized.scale, jnp.nan))
 
@@ -164,5 +164,9 @@ def _expand(per_block: Array, shape: tuple[int, ...]) -> Array:
     """Repeat the entries of a scale over their blocks where plain broadcasting does not do."""
     for i, (count, size) in enumerate(zip(per_block.shape, shape, strict=True)):
         if count not in (1, size):
-            per_block = jnp.repeat(per_block, size // count, axis=i)
+            # Not `jnp.repeat`, which wants to be told a sharding where shardings are explicit.
+            repeated = jnp.expand_dims(per_block, i + 1)
+            wanted = (*repeated.shape[: i + 1], size // count, *repeated.shape[i + 2 :])
+            merged = (*per_block.shape[:i], size, *per_block.shape[i + 1 :])
+            per_block = jnp.broadcast_to(repeated, wanted).reshape(merged)
     return per_block

@@ -204,7 +204,7 @@ class Ternary(Quantizer):
         """The scale."""
         magnitude = scale_fits.magnitude(w, axes)
         scale = thresholds.ternary(w, magnitude, axes)
-        return scale_fits.select(magnitude == 0, 1, scale)
+        return jnp.where(magnitude == 0, 1, scale)
 
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
         """-1, 0 or 1, the nearest."""
@@ -252,11 +252,11 @@ class Uniform(Quantizer):
         # Levels of the largest weights may overflow.
         room = largest * (1 - 2**-20) / jnp.maximum(highest, -lowest)
         scale = jnp.minimum(1 / inverse / scale_fits.shrink(magnitude), room)
-        scale = scale_fits.select(magnitude == 0, 1, scale)
+        scale = jnp.where(magnitude == 0, 1, scale)
         if self.symmetric:
             return scale
         # By way of int32: unoptimized programs of XLA on CPUs convert floats to int8 wrongly.
-        zero_point = scale_fits.select(magnitude == 0, 0, -(2 ** (self.bits - 1)) - lowest)
+        zero_point = jnp.where(magnitude == 0, 0, -(2 ** (self.bits - 1)) - lowest)
         return scale, zero_point.astype(jnp.int32)
 
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:

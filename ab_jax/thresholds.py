@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ab_jax.scale_fits import or_one, select
+from ab_jax.scale_fits import or_one
 
 # Thresholds in a round; with more than 64, XLA on CPUs sums on one core.
 _EDGES, _ROUNDS = 40, 3
@@ -79,7 +79,7 @@ def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array,
     )
     # Where all magnitudes are the same, one group is empty. A fraction of all may round to less.
     all_above = fraction > 1 - 0.5 / _count(w, axes)
-    low, high = select(all_above, high, low), select(fraction == 0, low, high)
+    low, high = jnp.where(all_above, high, low), jnp.where(fraction == 0, low, high)
     first, second = ((high + sign * low) / 2 * (magnitude / UNITS) for sign in (1, -1))
     return first[0], second[0]
 
@@ -103,15 +103,15 @@ def _best_threshold(
         enough = jnp.maximum(taken_off * (1 - _ROUNDING), mean * mean * _ROUNDING)
         may_hold = _most_between(one, other) >= enough
         first, last = jax.lax.reduce(
-            (select(may_hold, t[:-1], UNITS), select(may_hold, t[1:], 0)),
+            (jnp.where(may_hold, t[:-1], UNITS), jnp.where(may_hold, t[1:], 0)),
             (np.asarray(UNITS, w.dtype), np.zeros((), w.dtype)),
             lambda a, b: (jnp.minimum(a[0], b[0]), jnp.maximum(a[1], b[1])),
             (0,),
         )
         first, last = first[None], last[None]
-        best = select(one * other == taken_off, t, jnp.inf)
+        best = jnp.where(one * other == taken_off, t, jnp.inf)
         best = jnp.min(best, axis=0, keepdims=True)
-        return select(first < last, first, low), select(first < last, last, high), best
+        return jnp.where(first < last, first, low), jnp.where(first < last, last, high), best
 
     *_, best = jax.lax.fori_loop(0, _ROUNDS, narrowed, (low, low + end * UNITS, low))
     return best, mean
@@ -139,7 +139,7 @@ def _most_between(one: Array, other: Array) -> Array:
     a, b, c, d = one[:-1], jnp.diff(one, axis=0), other[:-1], jnp.diff(other, axis=0)
     slope, curvature = a * d + b * c, -b * d
     u = jnp.minimum(jnp.maximum(slope / or_one(2 * curvature), 0), 1)
-    u = select(curvature > 0, u, select(slope > 0, jnp.ones_like(u), 0))
+    u = jnp.where(curvature > 0, u, jnp.where(slope > 0, jnp.ones_like(u), 0))
     return (a + u * b) * (c + u * d)
 
 

@@ -1,0 +1,66 @@
+"""The benchmark of fits: its references are right, and it counts every round of a loop."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import fits
+from benchmarks.fits import CARRIED, FLOAT, QWIX, Config, run
+from benchmarks.measuring import least_errors
+
+TINY = {
+    **{"sizes": (9,), "channels": 2, "starts": 20, "vocabulary": 32, "width": 16, "layers": 1},
+    **{"heads": 2, "context": 8, "compilations": 1, "rounds": 2},
+}
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, True), (2, False), (3, False)])
+def test_no_scale_of_a_dense_grid_loses_less_than_the_least(rng, bits, symmetric):
+    w = least_errors.drawn(rng, 7, channels=2).astype(np.float64)
+    least = least_errors.even_levels(w, bits, symmetric)
+    found = np.full(w.shape[1], np.inf)
+    half = 2 ** (bits - 1) - 1
+    windows = [(-half, half)] if symmetric else [(-z, 2**bits - 1 - z) for z in range(2**bits)]
+    for scale, (low, high) in itertools.product(np.linspace(1e-3, 5, 5000), windows):
+        codes = np.clip(np.round(w / scale), low, high)
+        found = np.minimum(found, np.square(w - scale * codes).sum(0))
+    squares = np.square(w).sum(0)
+    assert (found >= least - 1e-9 * squares).all()
+    assert (found <= least + 1e-3 * squares).all()
+
+
+def test_the_best_of_alternations_is_that_of_all_codes(rng):
+    """Of four weights and three scales: all codes are tried, each with its best scales."""
+    w = rng.normal(size=(4, 3)).astype(np.float32)
+    signs = list(itertools.product((1, -1), repeat=3))
+    for channel, found in zip(w.T, least_errors.bit_scales(w, 3, 300, rng), strict=True):
+        magnitudes = np.abs(channel).astype(np.float64)
+        least = min(
+            np.square(magnitudes - a @ np.linalg.lstsq(a, magnitudes, rcond=None)[0]).sum()
+            for codes in itertools.product(signs, repeat=4)
+            for a in [np.array(codes, float)]
+        )
+        assert found == pytest.approx(least, abs=1e-6)
+
+
+@pytest.mark.long
+def test_a_run_measures_errors_and_what_steps_take(tmp_path):
+    steps = ("4 bits, absmax", "4 bits", "ternary", f"4 bits{CARRIED}", QWIX)
+    out = tmp_path / "fits.json"
+    record = run(Config(**TINY, steps=steps, out=out))
+    assert record == json.loads(out.read_text())
+    rows = record["errors"]
+    assert len(rows) == len(fits.FITTED) * len(least_errors.KINDS)
+    assert all(len(row["ratios"]) == 2 and min(row["ratios"]) > 0.9 for row in rows)
+    names = {FLOAT, f"{FLOAT}, again", *steps}
+    for of in ("compile_seconds", "seconds", "bytes", "temporaries"):
+        assert set(record[of]) == names
+    assert record["bytes"][f"{FLOAT}, again"] == record["bytes"][FLOAT]
+    # Three rounds of the loop read the weights three times.
+    assert record["bytes"]["ternary"] > record["bytes"]["4 bits, absmax"]
+    for text in (fits.errors([record, record]), fits.costs([record])):
+        assert f"{record['packages']['ab_jax']}" in text
+    lines = fits.costs([record]).splitlines()
+    assert [line.split(" |")[0][2:] for line in lines[2:9]] == list(record["seconds"])

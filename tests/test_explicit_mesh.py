@@ -1,0 +1,55 @@
+"""Weights whose sharding is part of their type, as `jax.make_mesh` makes it by default."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import ab_jax as ab
+
+QUANTIZERS = [
+    *(ab.Binary(), ab.Ternary(), ab.Uniform(bits=3), ab.Uniform(bits=4, scale="absmax")),
+    *(ab.Uniform(bits=4, symmetric=False), ab.LeastSquaresBinary(bits=2)),
+    *(ab.LeastSquaresBinary(bits=3), ab.Uniform(bits=4, axis=None)),
+    *(ab.Uniform(bits=4, group_size=16), ab.Ternary(group_size=8)),
+]
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=str)
+@pytest.mark.parametrize("quantizer", QUANTIZERS, ids=repr)
+def test_weights_of_explicit_sharding_blend_as_whole_ones(rng, devices, quantizer, spec):
+    w = rng.normal(size=(64, 32)).astype(np.float32)
+    rules = ab.Rules([(".*", quantizer)])
+
+    def loss(tree):
+        return jnp.sum(ab.blend(tree, rules, 0.5)["kernel"] ** 2)
+
+    whole = ab.quantize({"kernel": w}, rules)["kernel"]
+    gradient = jax.grad(loss)({"kernel": w})["kernel"]
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), devices=devices[:4])):
+        tree = {"kernel": jax.device_put(w, NamedSharding(jax.sharding.get_mesh(), spec))}
+        assert str(ab.describe(tree, rules)) == str(ab.describe({"kernel": w}, rules))
+        found = ab.quantize(tree, rules)["kernel"]
+        assert found.codes.sharding.spec == spec
+        of_sharded = jax.jit(jax.grad(loss))(tree)["kernel"]
+        assert of_sharded.sharding.spec == spec
+    # Sums in another order: scales differ in their last bits, and codes half way between two.
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1 if one.dtype == np.int8 else 0)
+    assert np.mean(np.asarray(found.codes) != np.asarray(whole.codes)) < 0.01
+    np.testing.assert_allclose(of_sharded, gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_trained_scales_of_groups_too(rng, devices):
+    w = rng.normal(size=(64, 32)).astype(np.float32)
+    rules = ab.Rules([(".*", ab.Uniform(bits=4, group_size=16))])
+    scales = ab.initial_scales({"kernel": w}, rules)
+    value = ab.blend({"kernel": w}, rules, 1.0, estimator=ab.learned_step_size, scales=scales)
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), devices=devices[:4])):
+        tree = {"kernel": jax.device_put(w, P(None, "x"))}
+        own = ab.initial_scales(tree, rules)
+        found = ab.blend(tree, rules, 1.0, estimator=ab.learned_step_size, scales=own)
+    np.testing.assert_allclose(own["kernel"], scales["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(found["kernel"], value["kernel"], rtol=1e-5)
