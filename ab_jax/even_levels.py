@@ -287,7 +287,6 @@ def _best(errors: Array, finer: Array, window: Array | float) -> tuple[Array, Ar
     is_best = errors == jnp.min(errors, axis=0, keepdims=True)
     best = jnp.min(jnp.where(is_best, finer, jnp.inf), axis=0, keepdims=True)
     if not isinstance(window, float):  # of several that tie, one alone
-        window = jnp.max(
-            jnp.where(is_best & (finer == best), window, -jnp.inf), axis=0, keepdims=True
-        )
+        is_best &= finer == best
+        window = jnp.max(jnp.where(is_best, window, -jnp.inf), axis=0, keepdims=True)
     return best, window

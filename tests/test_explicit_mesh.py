@@ -9,11 +9,18 @@ from jax.sharding import PartitionSpec as P
 
 import ab_jax as ab
 
+SLOW = [
+    *(
+        ab.Binary(),
+        ab.Ternary(),
+        ab.Uniform(bits=4, symmetric=False),
+        ab.Uniform(bits=4, axis=None),
+    ),
+    *(ab.LeastSquaresBinary(bits=2), ab.LeastSquaresBinary(bits=3), ab.Ternary(group_size=8)),
+]
 QUANTIZERS = [
-    *(ab.Binary(), ab.Ternary(), ab.Uniform(bits=3), ab.Uniform(bits=4, scale="absmax")),
-    *(ab.Uniform(bits=4, symmetric=False), ab.LeastSquaresBinary(bits=2)),
-    *(ab.LeastSquaresBinary(bits=3), ab.Uniform(bits=4, axis=None)),
-    *(ab.Uniform(bits=4, group_size=16), ab.Ternary(group_size=8)),
+    *(ab.Uniform(bits=4, scale="absmax"), ab.Uniform(bits=3, group_size=16)),
+    *(pytest.param(quantizer, marks=pytest.mark.long) for quantizer in SLOW),
 ]
 
 
