@@ -12,6 +12,7 @@ from experiments.reporting.run_records import Record, read_records
 from experiments.reporting.study_tables import study_tables
 from experiments.settings.build import settled
 from experiments.settings.config import FREE_FLAGS, recorded
+from experiments.settings.old_flags import ADDED_LATER
 from experiments.study_design.choosing import choose
 from experiments.study_design.design import Choice, Study
 from experiments.study_design.expansion import Expanded, Settings, StudyRun, expand
@@ -48,7 +49,8 @@ def records_of(stage: str) -> dict[str, Record]:
 
 def comparable(record: Record) -> dict[str, Any]:
     """The flags that a run reads; of the run that it starts from, its seed."""
-    flags = {flag: record.value(flag) for flag in record.config.keys() - UNREAD}
+    flags = record.config.keys() | ADDED_LATER.keys()  # with the values that they had before
+    flags = {flag: record.value(flag) for flag in flags - UNREAD}
     flags["method"] = record.config["method"]
     start = record.config["init_from"]
     return {**flags, "init_from": None if start is None else start.rpartition("seed")[2]}
