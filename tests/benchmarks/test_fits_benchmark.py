@@ -46,6 +46,7 @@ def test_the_best_of_alternations_is_that_of_all_codes(rng):
         assert found == pytest.approx(least, abs=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Flax, which Qwix sets off
 @pytest.mark.long
 def test_a_run_measures_errors_and_what_steps_take(tmp_path):
     steps = ("4 bits, absmax", "4 bits", "ternary", f"4 bits{CARRIED}", QWIX)
@@ -54,7 +55,9 @@ def test_a_run_measures_errors_and_what_steps_take(tmp_path):
     assert record == json.loads(out.read_text())
     rows = record["errors"]
     assert len(rows) == len(fits.FITTED) * len(least_errors.KINDS)
-    assert all(len(row["ratios"]) == 2 and min(row["ratios"]) > 0.9 for row in rows)
+    assert all(len(row["ratios"]) == 2 for row in rows)
+    exact = [row for row in rows if row["quantizer"] not in ("3 scales", "4 scales")]
+    assert all(min(row["ratios"]) > 0.9999 for row in exact)
     names = {FLOAT, f"{FLOAT}, again", *steps}
     for of in ("compile_seconds", "seconds", "bytes", "temporaries"):
         assert set(record[of]) == names
