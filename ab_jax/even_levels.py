@@ -170,7 +170,7 @@ def least_squares(
     if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
         reach = jnp.maximum(window + steps, -window)
         usable &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
-        window = jnp.where(usable, window, lowest(jnp.ones_like(inverse), 0.0))[0, 0]
+        window = jnp.where(usable, window, _lowest(jnp.asarray(low), steps))[0, 0]
     inverse = (jnp.where(usable, finer, 1) * of_shrunk)[0, 0]
     return EvenLevels(inverse, window, window + steps)
 

@@ -58,6 +58,18 @@ def test_never_above_absmax(rng, count, symmetric):
         assert (fitted <= widest * (1 + 1e-5) + 1e-12 * np.square(w).sum(0)).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_largest_weights_with_a_zero_point_get_absmax(rng, bits):
+    """Whose levels span them: with all levels on one side of 0 they lost up to 20 times as much."""
+    w = rng.uniform(-3.3e38, 3.3e38, size=(40, 4)).astype(np.float32)
+    fitted, widest = (
+        Uniform(bits=bits, symmetric=False, scale=scale).quantize(w)
+        for scale in ("least_squares", "absmax")
+    )
+    np.testing.assert_array_equal(fitted.zero_point, widest.zero_point)
+    np.testing.assert_array_equal(fitted.codes, widest.codes)
+
+
 @pytest.mark.parametrize("bits", [3, 4, 6])
 def test_bfloat16_weights_are_fitted_as_well(rng, bits):
     w = np.asarray(jnp.asarray(drawn(rng, 100), jnp.bfloat16), np.float32)
