@@ -68,10 +68,13 @@ def shifted_depthwise_conv(
     window = rhs.shape[:-2]
     if isinstance(padding, str):
         padding = lax.padtype_to_pads(lhs.shape[1:-1], window, window_strides, padding)
+    # A custom gradient must vary over the devices of a shard_map as its argument does. This zero
+    # makes images and kernel vary alike, and JAX sums the gradient of what had not varied.
+    zero = jnp.zeros_like(lhs, shape=()) + jnp.zeros_like(rhs, lhs.dtype, shape=())
     no_padding = (0, 0, 0)
     padded = lax.pad(
         lhs,
-        jnp.zeros((), lhs.dtype),
+        zero,
         [no_padding, *((low, high, 0) for low, high in padding), no_padding],
     )
     sizes = [
@@ -82,7 +85,7 @@ def shifted_depthwise_conv(
     sum_dtype = jnp.promote_types(dtype, jnp.float32)
     if min(lhs.shape[0], *sizes) == 0:
         return jnp.zeros((lhs.shape[0], *sizes, lhs.shape[-1]), dtype)
-    kernel = rhs.reshape(*window, -1).astype(sum_dtype)
+    kernel = rhs.reshape(*window, -1).astype(sum_dtype) + zero.astype(sum_dtype)
     return _multiply_adds(padded, kernel, tuple(window_strides)).astype(dtype)
 
 
@@ -166,7 +169,8 @@ def _kernel_gradient(
         products = [shifted[0].astype(direction.dtype) * direction for _, shifted in shifts]
         return [total + more for total, more in zip(totals, products, strict=True)], None
 
-    zeros = [jnp.zeros(cotangent.shape[1:], cotangent.dtype)] * math.prod(window)
+    # Like the cotangent, since under a shard_map they vary over devices as the sums do.
+    zeros = [jnp.zeros_like(cotangent, shape=cotangent.shape[1:])] * math.prod(window)
     by_position, _ = lax.scan(add, zeros, (images, cotangent))
     positions = tuple(range(cotangent.ndim - 2))
     of_kernel = jnp.stack([jnp.sum(total, positions) for total in by_position])

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from ab_jax.models.depthwise import shifted_depthwise_conv
-
-pytestmark = pytest.mark.long
 
 CASES = [
     # image shape, window, strides, padding
@@ -49,6 +49,7 @@ def arguments(images: Any, kernel: Any, strides: Any, padding: Any) -> dict[str,
     }
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("shape", "window", "strides", "padding"), CASES)
 def test_equals_the_grouped_convolution(
     rng: np.random.Generator, shape: Any, window: Any, strides: Any, padding: Any
@@ -74,6 +75,39 @@ def test_equals_the_grouped_convolution(
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("of_images", "of_kernel"), [(P("x"), P()), (P(), P("x")), (P("x"), P("x"))], ids=str
+)
+def test_gradients_on_many_devices_are_those_on_one(
+    rng: np.random.Generator, devices: list[jax.Device], of_images: P, of_kernel: P
+) -> None:
+    """A share has the gradient of its device's loss, what all devices have that of the sum."""
+    n = 4
+    images = jnp.asarray(rng.normal(size=(2 * n, 6, 6, 5)), jnp.float32)
+    kernel = jnp.asarray(rng.normal(size=(3 * n if of_kernel else 3, 3, 1, 5)), jnp.float32)
+
+    def loss(function: Any, images: jax.Array, kernel: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(function(**arguments(images, kernel, (2, 2), "SAME"))))
+
+    def on_one(images: jax.Array, kernel: jax.Array) -> Any:
+        def shares(x: jax.Array, spec: P) -> list[jax.Array]:
+            return jnp.split(x, n) if spec else [x] * n
+
+        pairs = zip(shares(images, of_images), shares(kernel, of_kernel), strict=True)
+        return sum(loss(lax.conv_general_dilated, *pair) for pair in pairs)
+
+    on_many = jax.shard_map(
+        jax.grad(partial(loss, shifted_depthwise_conv), (0, 1)),
+        mesh=Mesh(np.array(devices[:n]), ("x",)),
+        in_specs=(of_images, of_kernel),
+        out_specs=(of_images, of_kernel),
+    )
+    expected = jax.jit(jax.grad(on_one, (0, 1)))(images, kernel)
+    for ours, theirs in zip(jax.jit(on_many)(images, kernel), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.long
 def test_bfloat16_rounds_once(rng: np.random.Generator) -> None:
     images = jnp.asarray(rng.normal(size=(2, 8, 8, 16)), jnp.bfloat16)
     kernel = jnp.asarray(rng.normal(size=(3, 3, 1, 16)), jnp.bfloat16)
@@ -87,6 +121,7 @@ def test_bfloat16_rounds_once(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(found, exact, rtol=2**-8, atol=1e-5)
 
 
+@pytest.mark.long
 def test_in_a_flax_convolution(rng: np.random.Generator, key: jax.Array) -> None:
     images = jnp.asarray(rng.normal(size=(2, 9, 9, 6)), jnp.float32)
     conv = partial(nn.Conv, 6, (3, 3), 2, feature_group_count=6)

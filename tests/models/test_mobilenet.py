@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from ab_jax.activations import relu6
 from ab_jax.models.mobilenet import MobileNet
@@ -130,6 +132,31 @@ def test_convolutions_for_cpus_agree_with_those_of_xla(
         for model in (grouped, shifted, default)
     ]
     assert convolutions == [27, 1, 1]  # on the CPU, which tests run on, it is the default
+
+
+@pytest.mark.parametrize("own_params", [False, True])
+def test_devices_share_a_batch(
+    shapes: Callable[..., Any], devices: list[jax.Device], own_params: bool
+) -> None:
+    """With parameters that vary over the devices in type, as in the trainer's step, and without."""
+    model = MobileNet(num_classes=3, width=1 / 32, cpu_convolutions=True)
+    variables = shapes(model, (32, 32, 3))
+
+    def gradient(params: Any, stats: Any, images: jax.Array) -> Any:
+        def loss(params: Any) -> jax.Array:
+            given = {"params": params, "batch_stats": stats}
+            return jnp.sum(model.apply(given, images, train=False))
+
+        if not own_params:
+            return jax.grad(loss)(params)
+        return jax.lax.psum(jax.grad(loss)(jax.lax.pcast(params, "x", to="varying")), "x")
+
+    mapped = jax.shard_map(
+        gradient, mesh=Mesh(np.array(devices), ("x",)), in_specs=(P(), P(), P("x")), out_specs=P()
+    )
+    images = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+    found = jax.eval_shape(mapped, variables["params"], variables["batch_stats"], images)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, variables["params"])
 
 
 def test_training_moves_running_statistics_by_the_momentum(
