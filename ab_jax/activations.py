@@ -1,19 +1,19 @@
 """Activations: functions that follow alpha, and quantizers of what flows through the network.
 
 An activation function here takes `(x, alpha)`, so that it can follow a ramp, and keeps shape and
-dtype. An `ActivationQuantizer` turns the input of a layer into few levels; where it is applied, and
-where its range is kept, is the matter of `ab_jax.linen`.
+dtype. An `ActivationQuantizer` turns the input of a product into few levels, with one scale for all
+of it; a `TokenQuantizer` has a scale a token. Where they are applied, and where ranges are kept, is
+the matter of `ab_jax.products`.
 
-Conventions: unsigned codes run from 0 to 2**bits - 1, signed ones from -(2**(bits-1) - 1) to
-2**(bits-1) - 1; the largest stands for the end of the range, zero for zero: one scale per tensor.
+Conventions: signed codes run from -(2**(bits-1) - 1) to 2**(bits-1) - 1, unsigned ones from 0 to
+2**bits - 1; the largest stands for the end of the range, zero for zero.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,12 +38,12 @@ _SIGN = Binary(axis=None, fixed_scale=1.0)
 
 def relu(x: Array, alpha: ArrayLike) -> Array:
     """`max(x, 0)`, whatever alpha is."""
-    return nn.relu(x)
+    return jax.nn.relu(x)
 
 
 def relu6(x: Array, alpha: ArrayLike) -> Array:
     """`min(max(x, 0), 6)`, whatever alpha is."""
-    return nn.relu6(x)
+    return jax.nn.relu6(x)
 
 
 def sign(x: Array, alpha: ArrayLike, *, estimator: Estimator = soft_straight_through) -> Array:
@@ -59,7 +59,7 @@ def sign(x: Array, alpha: ArrayLike, *, estimator: Estimator = soft_straight_thr
         alpha; `straight_through`: the same with the sign in the forward pass from the start;
         `alpha_blend`: that derivative times `1 - alpha`, as for the weights.
     """
-    return estimator(nn.hard_tanh(x), _SIGN, jnp.asarray(alpha, jnp.float32))
+    return estimator(jax.nn.hard_tanh(x), _SIGN, jnp.asarray(alpha, jnp.float32))
 
 
 #: The activations that experiments offer by name.
@@ -77,7 +77,8 @@ class ActivationQuantizer:
 
     Attributes:
       bits: 2 to 8.
-      signed: whether there are codes below zero. Without them whatever is negative becomes 0.
+      signed: whether there are codes below zero. Without them there are twice as many above it, and
+        whatever is negative becomes 0: for what follows a ReLU.
       limit: end of the range where it is fixed, such as 6 after ReLU6; None: it is measured.
       percentile: what is measured: this percentile of each image's magnitudes, as NumPy has it
         (within 0.8 %), averaged over the batch; None: the largest magnitude in the batch.
@@ -93,7 +94,7 @@ class ActivationQuantizer:
     """
 
     bits: int
-    signed: bool = False
+    signed: bool = True
     limit: float | None = None
     percentile: float | None = None
     momentum: float = 0.99
@@ -158,13 +159,13 @@ class ActivationQuantizer:
             gain = jnp.where(inside, 1, gain)
         return replace_value(jnp.where(measured, gain, 1) * x, blended)
 
-    def measure(self, x: Array, axis_name: str | None = None) -> Array:
+    def measure(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
         """The end of the range that a batch asks for, a float32 scalar; not finite if `x` is not.
 
         Args:
           x: [batch, ...]. The percentile is that of each image, so that the mean over a batch does
             not depend on how the batch is spread over devices.
-          axis_name: the mapped axis over which the batch is spread, if any.
+          axis_name: the mapped axes over which the batch is spread, if any.
         """
         magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
         if self.percentile is None:
@@ -173,7 +174,68 @@ class ActivationQuantizer:
             images = magnitudes.reshape(magnitudes.shape[0], -1)
             measured = jnp.mean(percentile(images, self.percentile / 100))
             over_devices = jax.lax.pmean
-        if axis_name is None:
+        if not axis_name:
             return measured
         # The maximum of devices need not be NaN where one of them is.
         return over_devices(jnp.where(jnp.isfinite(measured), measured, jnp.inf), axis_name)
+
+    def share_cut(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
+        """The share of the magnitudes of `x` that lies below zero where no code does, float32.
+
+        Args:
+          x, axis_name: as for `measure`.
+        """
+        if self.signed:
+            return jnp.zeros((), jnp.float32)
+        x = jax.lax.stop_gradient(x).astype(jnp.float32)
+        # Parts of the largest, so that no sum overflows.
+        largest = jnp.max(jnp.abs(x))
+        part = x / jnp.where(largest > 0, largest, 1)
+        below, both = jnp.sum(jnp.maximum(-part, 0)), jnp.sum(jnp.abs(part))
+        if axis_name:
+            below, both = jax.lax.psum((below * largest, both * largest), axis_name)
+        return below / jnp.where(both > 0, both, 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenQuantizer:
+    """Evenly spaced signed levels, with a scale for each token that is its own largest magnitude.
+
+    Nothing is measured beforehand, kept, or cut off. A token is what one entry of the product's
+    result is made of: the numbers that the product sums over; of a convolution, an image.
+
+    Attributes:
+      bits: 2 to 8.
+
+    Raises:
+      ValueError: a number of bits out of its range.
+    """
+
+    bits: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.bits, bool) or self.bits not in range(2, 9):
+            raise ValueError(f"{self}: bits must be 2 to 8.")
+
+    def __call__(self, x: Array, axes: Sequence[int], alpha: ArrayLike) -> Array:
+        """From `x` at alpha 0 to the value of its codes at alpha 1, both bit for bit.
+
+        The gradient is 1: as nothing is cut off, the rule of straight-through training with
+        clipping.
+
+        Args:
+          x: floating point, any shape.
+          axes: those of a token.
+          alpha: scalar in [0, 1].
+
+        Returns:
+          An array of the shape and dtype of `x`.
+        """
+        highest = 2 ** (self.bits - 1) - 1
+        plain = jax.lax.stop_gradient(x).astype(jnp.float32)
+        limit = jnp.max(jnp.abs(plain), axes, keepdims=True)
+        # Scales of tokens of zeros, or next to them, would be no normal numbers.
+        limit = jnp.where(limit < float(jnp.finfo(jnp.float32).tiny) * 2**10, 1, limit)
+        codes = jnp.round(plain * (highest / limit))
+        values = (codes * (limit * np.float32(1 / highest))).astype(x.dtype)
+        return replace_value(x, blended_value(x, values, alpha))

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -21,6 +21,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.activations import ActivationQuantizer
+from ab_jax.products.ranges import InPass
 
 #: The collection of the ranges, float32 scalars.
 RANGES = "activation_ranges"
@@ -30,47 +31,6 @@ NOT_FINITE = "activations_not_finite"
 _START = f"{RANGES!r}: initial_ranges(layer_paths(model, ...), rules)"
 
 Keys = tuple[str, ...]
-
-
-class InPass(NamedTuple):
-    """A range while a pass is under way.
-
-    Among the variables it takes the place of the range, so that it goes with them through
-    `nn.scan`, `nn.remat` and whatever else Flax lifts.
-
-    Attributes:
-      start: before the pass; 0: never measured.
-      largest: of this pass's measurements; -1: there are none.
-      limit: the range that follows from both.
-      not_finite: int32, how many measurements were not.
-    """
-
-    start: Array
-    largest: Array
-    limit: Array
-    not_finite: Array
-
-    @classmethod
-    def of(cls, limit: ArrayLike) -> "InPass":
-        """Before the first measurement."""
-        limit = jnp.asarray(limit, jnp.float32)
-        # A range that is not finite counts as none: files may hold such.
-        start = jnp.where(jnp.isfinite(limit), limit, 0)
-        return cls(start, jnp.full_like(start, -1), start, jnp.zeros(start.shape, jnp.int32))
-
-    def after(self, measured: Array, momentum: float) -> "InPass":
-        """After one more."""
-        finite = jnp.isfinite(measured)
-        largest = jnp.where(finite, jnp.maximum(self.largest, measured), self.largest)
-        # Selected before the sum, not after it, which would let XLA round it otherwise: a run that
-        # is resumed shall be the same bit for bit. Without a measurement 1 and 0 keep the start.
-        none = largest < 0
-        kept, added = jnp.where(none, 1.0, momentum), jnp.where(none, 0.0, 1 - momentum)
-        asked = jnp.where(none, self.start, largest)
-        moved = kept * self.start + added * asked
-        limit = jnp.where(self.start > 0, moved, asked)
-        count = self.not_finite + (~finite).astype(jnp.int32)
-        return InPass(self.start, largest, limit, count)
 
 
 # What passes under way have measured, by the scope that Flax makes for each, and gone with it: one

@@ -1,8 +1,8 @@
 """Quantized activations in a network: the inputs of its layers, by rules over the layers' paths.
 
     rules = ActivationRules([
-        (r"stem",  ActivationQuantizer(bits=8, signed=True)),   # images have both signs
-        (r".*",    ActivationQuantizer(bits=4)),                # what follows a ReLU has one
+        (r"stem",  ActivationQuantizer(bits=8)),                # images have both signs
+        (r".*",    ActivationQuantizer(bits=4, signed=False)),  # what follows a ReLU has one
     ])
     with quantized_inputs(rules, alpha):                        # any Linen model, left as it is
         logits, state = model.apply(variables, images, mutable=[RANGES])
@@ -32,7 +32,7 @@ mutable too, there they are counted, by layer.
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -41,25 +41,13 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.activations import ActivationQuantizer
 from ab_jax.input_ranges import NOT_FINITE as NOT_FINITE
 from ab_jax.input_ranges import RANGES as RANGES
 from ab_jax.input_ranges import Pass, axes_of, limit_of, split
-from ab_jax.rules import Rules
+from ab_jax.products.input_rules import ActivationRules as ActivationRules
 
 # Layers whose input the interceptor quantizes.
 _LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
-
-
-@dataclasses.dataclass(frozen=True, init=False)
-class ActivationRules(Rules):
-    """Which quantizer the input of a layer gets: the first rule that matches its whole path.
-
-    As `Rules`, but with layers for parameters: `block1/conv2`, not `block1/conv2/kernel`.
-    """
-
-    quantizer_type: ClassVar[type] = ActivationQuantizer
-    noun: ClassVar[str] = "layer"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,6 +7,9 @@
     codes = ab_nnx.quantize(model, rules)            # an nnx.State of integer codes and scales
     deployed = ab_nnx.with_params(model, codes)      # the module that computes with their values
 
+    ranges = ab_nnx.initial_ranges(model, input_rules, images)       # activations: an nnx.Variable
+    logits = ab_nnx.quantize_inputs(model, input_rules, ranges, alpha=1.0, measure=True)(images)
+
 A blended module is a new one around new parameters, and every other Variable in it (batch
 statistics, random streams, caches) is the model's own: what a call writes there reaches the model.
 What a call adds to the module itself, as `sow` does, stays with the blended one.
@@ -17,12 +20,14 @@ order in which `nnx.split` meets it, and remains one in the new module. Paths ar
 file joins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
+from jax.typing import ArrayLike
 
 import ab_jax as ab
+from ab_jax import products
 from ab_jax.blend import Alpha
 from ab_jax.fitting import Fitted
 from ab_jax.learned_scales import Scales
@@ -97,6 +102,92 @@ def with_params(model: Module, params: nnx.State, *, only: Any = nnx.Param) -> M
             f"Give what ab_jax.nnx.quantize or nnx.state makes of the same model and filter."
         )
     return nnx.merge(structure, params, rest)
+
+
+class InputRanges(nnx.Variable[products.Ranges]):
+    """The ranges of the inputs of a module's products, by address."""
+
+
+def initial_ranges(
+    model: nnx.Module,
+    rules: products.ActivationRules,
+    *inputs: Any,
+    method: str = "__call__",
+    only: Any = nnx.Param,
+) -> InputRanges:
+    """Ranges, none measured yet, of the inputs that the rules quantize at a measured range.
+
+    Args:
+      model, rules, method, only: as for `quantize_inputs`.
+      *inputs: as the model is called with; nothing is computed.
+
+    Raises:
+      As `ab_jax.products.initial_ranges`.
+    """
+    forward, params, rest = _forward(model, method, only)
+    of_inputs = products.initial_ranges(forward, rules, params, rest, *inputs)
+    return InputRanges(of_inputs)
+
+
+def quantize_inputs(
+    model: nnx.Module,
+    rules: products.ActivationRules,
+    ranges: InputRanges,
+    *,
+    alpha: ArrayLike = 1.0,
+    measure: bool = False,
+    axis_name: str | None = None,
+    method: str = "__call__",
+    only: Any = nnx.Param,
+) -> Callable[..., Any]:
+    """The call of a module with quantized inputs of its products.
+
+    What a call changes in the module (batch statistics, random streams, caches) reaches `model`;
+    ranges that it measures reach `ranges`.
+
+    Args:
+      model: any NNX module, or what `blended` makes of it.
+      rules: by the addresses of inputs: the paths of the parameters.
+      ranges: of `initial_ranges`.
+      alpha: scalar in [0, 1], see `ab_jax.activations.ActivationQuantizer`.
+      measure: whether ranges are measured, as in training.
+      axis_name: the mapped axis over which batches are spread, if any.
+      method: which one is called.
+      only: an NNX filter, which Variables are parameters; all others count as data.
+
+    Returns:
+      A function of the inputs.
+
+    Raises:
+      TypeError: `model` is no NNX module. From the function as `ab_jax.products.quantize_inputs`.
+    """
+    forward, params, rest = _forward(model, method, only)
+    quantized = products.quantize_inputs(forward, rules, axis_name=axis_name)
+
+    def call(*inputs: Any) -> Any:
+        (outputs, changed), found = quantized(
+            params, rest, *inputs, ranges=ranges.get_value(), alpha=alpha, measure=measure
+        )
+        nnx.update(model, changed)
+        if measure:
+            ranges.set_value(found)
+        return outputs
+
+    return call
+
+
+def _forward(
+    model: nnx.Module, method: str, only: Any
+) -> tuple[Callable[..., Any], nnx.State, nnx.State]:
+    """A method as a function of parameters, other Variables and inputs; gives these back too."""
+    structure, params, rest = _split(model, only)
+
+    def forward(params: nnx.State, rest: nnx.State, *inputs: Any) -> tuple[Any, nnx.State]:
+        module = nnx.merge(structure, params, rest, copy=True)
+        outputs = getattr(module, method)(*inputs)
+        return outputs, nnx.state(module, nnx.Not(only))
+
+    return forward, params, rest
 
 
 def _split(model: Module, only: Any) -> tuple[nnx.GraphDef[Module], nnx.State, nnx.State]:

@@ -30,7 +30,7 @@ class Rules:
     """
 
     # What a rule gives, and what a path leads to; other kinds of rules have others.
-    quantizer_type: ClassVar[type] = Quantizer
+    quantizer_type: ClassVar[type | tuple[type, ...]] = Quantizer
     noun: ClassVar[str] = "parameter"
 
     rules: tuple[tuple[str, Any], ...]
@@ -81,7 +81,16 @@ class Rules:
         return chosen
 
     def _matching(self, path: str) -> list[int]:
-        return [i for i, (pattern, _) in enumerate(self.rules) if re.fullmatch(pattern, path)]
+        names = self._names(path)
+        return [
+            i
+            for i, (pattern, _) in enumerate(self.rules)
+            if any(re.fullmatch(pattern, name) for name in names)
+        ]
+
+    def _names(self, path: str) -> list[str]:
+        """What a pattern may match to mean this path."""
+        return [path]
 
     def _uncovered(self, paths: Sequence[str]) -> ValueError:
         return ValueError(
@@ -101,8 +110,11 @@ class Rules:
                         f"Rule pattern {pattern!r} is no regular expression: {error}."
                     ) from None
                 return pattern, quantizer
+        kinds = self.quantizer_type
+        kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         raise TypeError(
-            f"A rule is a pair of a regular expression and a {self.quantizer_type.__name__} (or "
+            f"A rule is a pair of a regular expression and a "
+            f"{' or '.join(kind.__name__ for kind in kinds)} (or "
             f"None), not {rule!r}. Write {type(self).__name__}([(PATTERN, QUANTIZER), "
             f'(".*", None)]).'
         )

@@ -58,7 +58,7 @@ _RULES = ab.Rules([(r"(.*/)?kernel", ab.Uniform(bits=8, scale="absmax")), (r".*"
 _INPUTS = ActivationRules(
     [
         ("stem", ActivationQuantizer(bits=8, signed=True, limit=4.0)),
-        (r".*", ActivationQuantizer(bits=8, limit=6.0)),
+        (r".*", ActivationQuantizer(bits=8, limit=6.0, signed=False)),
     ]
 )
 _REST = 0.01  # seconds before a measurement, for the threads of the last one to fall asleep

@@ -45,7 +45,7 @@ def test_codes_are_the_nearest_levels(rng, bits, signed):
 @pytest.mark.parametrize("backward", BACKWARD)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_alpha_leads_from_the_activation_to_its_codes(rng, backward, dtype):
-    quantizer = ActivationQuantizer(bits=4, backward=backward)
+    quantizer = ActivationQuantizer(bits=4, backward=backward, signed=False)
     x = rng.normal(size=200)
     x[:3] = np.asarray([3, -0.0, -5]) * float(jnp.finfo(dtype).smallest_subnormal)
     x = jnp.asarray(x.astype(dtype))
@@ -80,7 +80,7 @@ def test_the_blended_rule_dies_out_with_depth_and_the_clipped_one_does_not(rng, 
     alpha, limit = 0.5, 4.0
     x = jnp.asarray(rng.uniform(0.5, 3.5, 100), jnp.float32)
     for backward, factor in (("clipped", 1.0), ("blended", (1 - alpha) ** depth)):
-        quantizer = ActivationQuantizer(bits=8, backward=backward)
+        quantizer = ActivationQuantizer(bits=8, backward=backward, signed=False)
 
         def network(x, quantizer=quantizer):
             for _ in range(depth):
@@ -102,7 +102,7 @@ def test_no_gradient_reaches_the_range(rng):
 def test_a_range_that_was_never_measured_leaves_the_activation_alone(rng, alpha):
     x = jnp.asarray(rng.normal(size=50), jnp.float32)
     for backward in BACKWARD:
-        quantizer = ActivationQuantizer(bits=4, backward=backward)
+        quantizer = ActivationQuantizer(bits=4, backward=backward, signed=False)
         y, pullback = jax.vjp(lambda x, q=quantizer: q(x, 0.0, alpha), x)
         np.testing.assert_array_equal(y, x)
         np.testing.assert_array_equal(pullback(jnp.ones_like(x))[0], 1)
@@ -122,7 +122,7 @@ def test_the_percentile_is_that_of_each_image(rng, percentile, outlier, count):
     if outlier is not None:
         images[:, 0] *= np.float32(outlier)
     exact = np.percentile(np.abs(images.astype(np.float64)), percentile, axis=1)
-    quantizer = ActivationQuantizer(bits=8, percentile=percentile)
+    quantizer = ActivationQuantizer(bits=8, percentile=percentile, signed=False)
     found = [quantizer.measure(jnp.asarray(image[None])) for image in images]
     np.testing.assert_allclose(found, exact, rtol=0.01)
     np.testing.assert_allclose(quantizer.measure(jnp.asarray(images)), np.mean(found), rtol=1e-5)
@@ -134,14 +134,16 @@ def test_the_percentile_of_images_with_zeros(rng):
     images[3] = 0
     for percentile in (20.0, 50.0, 99.0):
         exact = np.percentile(images, percentile, axis=1)
-        found = ActivationQuantizer(bits=4, percentile=percentile).measure(jnp.asarray(images))
+        found = ActivationQuantizer(bits=4, percentile=percentile, signed=False).measure(
+            jnp.asarray(images)
+        )
         np.testing.assert_allclose(found, exact.mean(), rtol=0.01)
 
 
 @pytest.mark.parametrize("percentile", [None, 99.0])
 @pytest.mark.parametrize("count", [2, 8])
 def test_devices_measure_what_one_device_would(rng, devices, percentile, count):
-    quantizer = ActivationQuantizer(bits=8, percentile=percentile)
+    quantizer = ActivationQuantizer(bits=8, percentile=percentile, signed=False)
     x = rng.normal(size=(16, 30)).astype(np.float32)
     shares = x.reshape(count, -1, 30)
     one = quantizer.measure(jnp.asarray(x))
@@ -175,6 +177,6 @@ def test_quantizers_that_make_no_sense_are_refused(arguments, words):
 
 
 def test_a_quantizer_is_hashable_by_value():
-    quantizer = ActivationQuantizer(bits=4)
-    assert hash(quantizer) == hash(ActivationQuantizer(bits=4))
+    quantizer = ActivationQuantizer(bits=4, signed=False)
+    assert hash(quantizer) == hash(ActivationQuantizer(bits=4, signed=False))
     assert quantizer != dataclasses.replace(quantizer, bits=5)

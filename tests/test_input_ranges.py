@@ -212,7 +212,11 @@ def test_a_loop_that_does_not_carry_its_ranges_is_refused(key, options, given, m
 
 def test_initial_ranges_are_of_the_layers_that_are_measured():
     rules = ActivationRules(
-        [("head", None), ("a/b", ActivationQuantizer(bits=4, limit=6.0)), (".*", QUANTIZER)]
+        [
+            ("head", None),
+            ("a/b", ActivationQuantizer(bits=4, limit=6.0, signed=False)),
+            (".*", QUANTIZER),
+        ]
     )
     found = initial_ranges(["a/b", "a/c", "head"], rules)
     assert found == {"a": {"c": {"input": 0}}}
@@ -263,7 +267,7 @@ class One(nn.Module):
 @pytest.mark.parametrize("way", ["intercepted", "injected"])
 @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_leaves_the_range_alone_and_is_counted(rng, key, value, way, percentile):
-    quantizer = ActivationQuantizer(bits=8, percentile=percentile, momentum=MOMENTUM)
+    quantizer = ActivationQuantizer(bits=8, percentile=percentile, momentum=MOMENTUM, signed=False)
     rules = ActivationRules([("dense", quantizer)])
     x = np.abs(rng.normal(size=(4, 5))).astype(np.float32)
     broken = x.copy()
@@ -298,7 +302,9 @@ def test_what_is_not_finite_leaves_the_range_alone_and_is_counted(rng, key, valu
 
 @pytest.mark.parametrize("percentile", [None, 90.0])
 def test_one_device_that_is_not_finite_counts_for_all(rng, key, devices, percentile):
-    rules = ActivationRules([(".*", ActivationQuantizer(bits=8, percentile=percentile))])
+    rules = ActivationRules(
+        [(".*", ActivationQuantizer(bits=8, percentile=percentile, signed=False))]
+    )
     x = rng.normal(size=(4, 2, 5)).astype(np.float32)
     params = One().init(key, x[0])["params"]
 

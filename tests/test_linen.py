@@ -24,8 +24,8 @@ from ab_jax.linen import (
 RULES = ActivationRules(
     [
         ("stem", ActivationQuantizer(bits=8, signed=True, momentum=0.9)),
-        ("block/conv1", ActivationQuantizer(bits=3, limit=6.0)),
-        ("block/.*", ActivationQuantizer(bits=4, percentile=99.0, momentum=0.5)),
+        ("block/conv1", ActivationQuantizer(bits=3, limit=6.0, signed=False)),
+        ("block/.*", ActivationQuantizer(bits=4, percentile=99.0, momentum=0.5, signed=False)),
         ("head", None),
     ]
 )
@@ -167,7 +167,9 @@ def test_keyword_arguments_reach_the_layer(rng, key):
 
     x = rng.normal(size=(4, 5)).astype(np.float32)
     variables = Keyword().init(key, x)
-    with quantized_inputs(ActivationRules([(".*", ActivationQuantizer(bits=2, limit=1.0))]), 1.0):
+    with quantized_inputs(
+        ActivationRules([(".*", ActivationQuantizer(bits=2, limit=1.0, signed=False))]), 1.0
+    ):
         got = Keyword().apply(variables, x)
     kernel, bias = (variables["params"]["head"][name] for name in ("kernel", "bias"))
     rounded = np.round(np.clip(x, 0, 1) * 3) / 3
@@ -190,7 +192,7 @@ def test_a_layer_without_a_rule_is_named(key):
 
 
 def test_a_rule_that_matches_no_layer_is_named(key):
-    int4 = ActivationQuantizer(bits=4)
+    int4 = ActivationQuantizer(bits=4, signed=False)
     with pytest.raises(ValueError, match=r"Rule 'conv9' matches no layer.*stem, block/conv0"):
         apply_with([("conv9", int4), (".*", int4)], key)
 
@@ -205,7 +207,7 @@ def test_a_rule_takes_quantizers_of_activations_only():
 def test_missing_ranges_are_an_error_that_says_how_to_measure_them(key):
     x = np.ones((2, 6, 6, 2), np.float32)
     variables = Network().init(key, x)
-    rules = ActivationRules([(".*", ActivationQuantizer(bits=4))])
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=4, signed=False))])
     with (
         pytest.raises(ValueError, match=r"no range for the input of stem.*mutable=\["),
         quantized_inputs(rules, 1.0),

@@ -94,7 +94,7 @@ def by_ab(estimator: ab.Estimator, scale: Literal["absmax", "least_squares"] = "
         def with_inputs(alpha: ArrayLike) -> contextlib.AbstractContextManager[None]:
             if bits.activations is None:
                 return contextlib.nullcontext()
-            quantizer = ActivationQuantizer(bits=bits.activations)
+            quantizer = ActivationQuantizer(bits=bits.activations, signed=False)
             signed = dataclasses.replace(quantizer, signed=True)  # images have both signs
             inputs = ActivationRules([(r"stem|conv0", signed), (r".*", quantizer)])
             return quantized_inputs(inputs, alpha)

@@ -111,4 +111,5 @@ def _after_relu(config: Config, bits: int) -> ActivationQuantizer:
         limit=6.0 if c.act_range == "fixed" else None,
         percentile=_PERCENTILE if c.act_range == "percentile" else None,
         backward=c.act_backward,
+        signed=False,
     )

@@ -231,7 +231,7 @@ def test_qwix_gets_codes_and_ranges(mobilenet_run: Run, tmp_path: Path) -> None:
     model = plain_convolutions(rebuilt(found.network)[0])
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     _, served = serve(model, found.variables, images, inputs=found.inputs, train=False)
-    expected = ActivationQuantizer(bits=4).scale(ranges["block3"]["pointwise_input"])
+    expected = ActivationQuantizer(bits=4, signed=False).scale(ranges["block3"]["pointwise_input"])
     scale = served["params"]["block3"]["pointwise"]["conv_general_dilated0_lhs_scale"].array
     assert same_bits(scale.reshape(()), expected)
 

@@ -48,8 +48,8 @@ def inputs(bits: int, limit: float | None = None, first: str = "stem") -> Quanti
         ActivationRules(
             [
                 (first, images),
-                ("head", ActivationQuantizer(bits=8, limit=limit)),
-                (r".*", ActivationQuantizer(bits=bits, limit=limit)),
+                ("head", ActivationQuantizer(bits=8, limit=limit, signed=False)),
+                (r".*", ActivationQuantizer(bits=bits, limit=limit, signed=False)),
             ]
         )
     )

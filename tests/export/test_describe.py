@@ -148,7 +148,7 @@ def test_a_range_that_is_not_finite_is_refused_by_name(
 ) -> None:
     """Not left out: the input would stay in float."""
     kernel = jnp.asarray(rng.normal(size=(3, 3, 3, 8)), jnp.float32)
-    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=False))])
     variables = {
         "params": {"conv0": {"kernel": kernel}},
         RANGES: {"conv0_input": jnp.float32(value)},

@@ -37,8 +37,8 @@ def exact(kernel: Quantized) -> tuple[np.ndarray, np.ndarray]:
 
 
 INPUTS = {
-    "unsigned 8": (Quantize(ActivationQuantizer(bits=8), 255 * UNIT), 0, 255),
-    "unsigned 4": (Quantize(ActivationQuantizer(bits=4), 15 * UNIT), 0, 15),
+    "unsigned 8": (Quantize(ActivationQuantizer(bits=8, signed=False), 255 * UNIT), 0, 255),
+    "unsigned 4": (Quantize(ActivationQuantizer(bits=4, signed=False), 15 * UNIT), 0, 15),
     "signed 8": (Quantize(ActivationQuantizer(bits=8, signed=True), 127 * UNIT), -127, 127),
 }
 

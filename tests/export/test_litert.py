@@ -49,7 +49,7 @@ IN_INTEGERS = {
     "resnet, basic": r".*/conv0",
 }
 BATCH = 8
-UNSIGNED = ActivationQuantizer(bits=8)
+UNSIGNED = ActivationQuantizer(bits=8, signed=False)
 
 # Another process, with the interpreter alone. The plain kernels show all tensors; those that run
 # unless one asks for others are XNNPACK's.

@@ -201,7 +201,7 @@ def block(rng: np.random.Generator, limits: tuple[float, float] = (1.0, 1.0)) ->
     """A stem with a pool, whose output two layers take, in codes up to these limits."""
     same, none = ((1, 1), (1, 1)), ((0, 0), (0, 0))
     images = ActivationQuantizer(bits=4, signed=True)
-    codes = ActivationQuantizer(bits=3)
+    codes = ActivationQuantizer(bits=3, signed=False)
 
     def bias(n: int) -> jax.Array:
         return jnp.asarray(rng.normal(scale=0.2, size=n), jnp.float32)

@@ -153,9 +153,9 @@ def test_inputs_have_the_ranges_of_the_variables() -> None:
     rules = ActivationRules(
         [
             ("stem", ActivationQuantizer(bits=8, signed=True)),
-            ("block/fixed", ActivationQuantizer(bits=4, limit=6.0)),
+            ("block/fixed", ActivationQuantizer(bits=4, limit=6.0, signed=False)),
             (".*/float", None),
-            (".*", ActivationQuantizer(bits=3)),
+            (".*", ActivationQuantizer(bits=3, signed=False)),
         ]
     )
     ranges = {
@@ -176,7 +176,7 @@ def test_inputs_have_the_ranges_of_the_variables() -> None:
 
 
 def test_a_stack_of_layers_has_a_range_a_layer(tmp_path: Path, quantized: dict[str, Any]) -> None:
-    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=False))])
     ranges = {"stack": {"input": jnp.asarray([1.5, 0.25, 2.0])}, "never": {"input": jnp.zeros(3)}}
     inputs = input_codes({RANGES: ranges}, rules, ["stack", "never"])
     assert inputs == {"stack": InputCodes(bits=8, signed=False, limit=(1.5, 0.25, 2.0))}
@@ -195,7 +195,7 @@ def test_a_stack_of_layers_has_a_range_a_layer(tmp_path: Path, quantized: dict[s
     ],
 )
 def test_ranges_that_cannot_be_exported_are_named(found: Any, message: str) -> None:
-    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=False))])
     with pytest.raises(ValueError, match=message):
         input_codes({RANGES: {"a": {"b": {"input": jnp.asarray(found)}}}}, rules, ["a/b"])
 

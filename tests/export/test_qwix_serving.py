@@ -135,7 +135,7 @@ def test_a_network_with_quantized_inputs_gives_our_outputs(
             ("stem", ActivationQuantizer(bits=8, signed=True)),
             ("hidden", None),
             ("depthwise", ActivationQuantizer(bits=4, signed=True)),
-            (".*", ActivationQuantizer(bits=8)),
+            (".*", ActivationQuantizer(bits=8, signed=False)),
         ]
     )
     images = draw(rng)

@@ -30,7 +30,10 @@ RULES = ab.Rules(
     ]
 )
 INPUTS = ActivationRules(
-    [("stem", ActivationQuantizer(bits=8, signed=True)), (".*", ActivationQuantizer(bits=8))]
+    [
+        ("stem", ActivationQuantizer(bits=8, signed=True)),
+        (".*", ActivationQuantizer(bits=8, signed=False)),
+    ]
 )
 SHAPE = (16, 16, 3)
 

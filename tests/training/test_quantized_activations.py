@@ -28,7 +28,7 @@ OPTIMIZER = make_optimizer("sgd", optax.constant_schedule(0.1))
 RULES = ActivationRules(
     [
         ("conv", ActivationQuantizer(bits=4, signed=True, momentum=0.5)),
-        ("head", ActivationQuantizer(bits=3, percentile=90.0, momentum=0.5)),
+        ("head", ActivationQuantizer(bits=3, percentile=90.0, momentum=0.5, signed=False)),
     ]
 )
 

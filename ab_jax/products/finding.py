@@ -1,0 +1,249 @@
+"""The first pass over a function's jaxpr: which products are there, and what enters them.
+
+Nothing is computed. Each equation gets the origins of its results (`origins`); those of loops are
+what they settle at.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from ab_jax.products.addresses import Found, named
+from ab_jax.products.marks import address_of
+from ab_jax.products.origins import (
+    INPUT,
+    NOWHERE,
+    Key,
+    Origin,
+    derived,
+    joined,
+    of_parameter,
+    sliced,
+    stacked,
+)
+from ab_jax.products.product import Product
+from ab_jax.rules import leaves_by_path
+
+PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
+#: Calls whose bodies are as good as written out.
+CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+# Their bodies are theirs to differentiate: operands in there cannot be replaced.
+_CUSTOM = {
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
+    *("custom_vmap_call",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Traced:
+    """A function as a jaxpr, and what was found in it.
+
+    Attributes:
+      jaxpr: closed; takes the leaves of the parameters and then those of the inputs.
+      structure: of what the function returns.
+      products: all there are, in the order of the program.
+      lookups: parameters of which the inputs pick entries, by path; where.
+    """
+
+    jaxpr: Any
+    structure: Any
+    products: tuple[Product, ...]
+    lookups: Mapping[str, str]
+
+
+def find_products(f: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Product, ...]:
+    """The products of `f(params, *inputs)`, in the order of the program; nothing is computed.
+
+    Give the forward function: in that of a gradient the products of the backward pass are found
+    too. Products of integers are not listed.
+
+    Args:
+      f: any function that JAX can trace.
+      params: a tree of arrays or `jax.ShapeDtypeStruct`, by whose paths products are named.
+      *inputs: likewise; what depends on them is data.
+
+    Raises:
+      ValueError: two parameters of one path.
+    """
+    return traced(f, params, *inputs).products
+
+
+def traced(f: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
+    """The function as a jaxpr with its products; as `find_products`."""
+    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(params, *inputs)
+    leaves = leaves_by_path(params)
+    walk = _Walk()
+    origins = [of_parameter(path, jnp.ndim(leaf)) for path, leaf in leaves]
+    walk.body(jaxpr, [*origins, *[INPUT] * (len(jaxpr.in_avals) - len(leaves))], ())
+    products = named(walk.found, {path: jnp.shape(leaf) for path, leaf in leaves})
+    return Traced(jaxpr, jax.tree.structure(shape), products, walk.lookups)
+
+
+def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
+    """A jaxpr, open or closed, with its constants."""
+    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
+
+
+def called(params: Mapping[str, Any]) -> Any:
+    """The body of one of `CALLS`."""
+    return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+
+
+def mesh_axes(params: Mapping[str, Any]) -> tuple[str, ...]:
+    """The axes of the mesh over which a `shard_map` maps."""
+    return tuple(params.get("manual_axes") or params["mesh"].axis_names)
+
+
+class _Walk:
+    """Gathers products on the way through a jaxpr.
+
+    Where an equation stands is told by a key, the scans, the mesh axes and the opaque body around
+    it.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Key, Found] = {}
+        self.lookups: dict[str, str] = {}
+        self.scans: tuple[tuple[Key, int], ...] = ()
+        self.mesh_axes: tuple[str, ...] = ()
+        self.opaque: str | None = None
+
+    def body(self, jaxpr: Any, origins: Sequence[Origin], key: Key) -> list[Origin]:
+        """The origins of a jaxpr's results."""
+        jaxpr, _ = opened(jaxpr)
+        known = dict(zip(jaxpr.invars, origins, strict=True))
+
+        def read(value: Any) -> Origin:  # constants of the jaxpr and literals come from nowhere
+            return NOWHERE if isinstance(value, core.Literal) else known.get(value, NOWHERE)
+
+        for i, equation in enumerate(jaxpr.eqns):
+            results = self.equation(equation, [read(v) for v in equation.invars], (*key, i))
+            known.update(zip(equation.outvars, results, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
+        """The origins of an equation's results."""
+        name, params = equation.primitive.name, equation.params
+        is_product = name in PRODUCTS and all(_floating(v.aval) for v in equation.invars[:2])
+        if is_product or (name == "name" and address_of(params["name"]) is not None):
+            return self.note(equation, origins, key)
+        if name in CALLS:
+            return self.body(called(params), origins, key)
+        if name == "shard_map":
+            return self.within(
+                equation, origins, key, mesh_axes=(*self.mesh_axes, *mesh_axes(params))
+            )
+        if name == "cond":
+            return self.branches(equation, origins, key)
+        if name == "scan":
+            return self.scan(params, origins, key)
+        if name == "while":
+            return self.loop(params, origins, key)
+        if not any(_has_products(sub) for sub in core.jaxprs_in_params(params)):
+            if name in ("gather", "dynamic_slice"):
+                self.note_lookup(equation, origins)
+            return self.plain(equation, origins)
+        if name in _CUSTOM:
+            return self.within(equation, origins, key, opaque=self.opaque or name)
+        outer, self.opaque = self.opaque, self.opaque or name
+        results = self.note(equation, origins, key)
+        self.opaque = outer
+        return results
+
+    def plain(self, equation: Any, origins: list[Origin]) -> list[Origin]:
+        """Of an equation without products."""
+        shapes, results = (
+            [v.aval.shape if hasattr(v.aval, "shape") else () for v in values]
+            for values in (equation.invars, equation.outvars)
+        )
+        return derived(equation.primitive.name, equation.params, shapes, origins, results)
+
+    def within(self, equation: Any, origins: list[Origin], key: Key, **around: Any) -> list[Origin]:
+        """Of a body that has something special around it."""
+        outer = {name: getattr(self, name) for name in around}
+        vars(self).update(around)
+        results = self.body(called(equation.params), origins, key)
+        vars(self).update(outer)
+        return results
+
+    def branches(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
+        chosen_by, *operands = origins
+        branches = equation.params["branches"]
+        results = [self.body(branch, operands, (*key, k)) for k, branch in enumerate(branches)]
+        by_data = [INPUT] if chosen_by.data else []
+        return [joined([*of_branches, *by_data]) for of_branches in zip(*results, strict=True)]
+
+    def scan(self, params: Mapping[str, Any], origins: list[Origin], key: Key) -> list[Origin]:
+        first = params["num_consts"]
+        last = first + params["num_carry"]
+        slices = [sliced(origin, key) for origin in origins[last:]]
+        outer, self.scans = self.scans, (*self.scans, (key, params["length"]))
+        carry, results = self.settled(
+            lambda carry: self.body(params["jaxpr"], [*origins[:first], *carry, *slices], key),
+            origins[first:last],
+        )
+        self.scans = outer
+        return [*carry, *map(stacked, results[len(carry) :])]
+
+    def loop(self, params: Mapping[str, Any], origins: list[Origin], key: Key) -> list[Origin]:
+        of_test = params["cond_nconsts"]
+        first = of_test + params["body_nconsts"]
+        carry, _ = self.settled(
+            lambda carry: self.body(params["body_jaxpr"], [*origins[of_test:first], *carry], key),
+            origins[first:],
+        )
+        outer, self.opaque = self.opaque, self.opaque or "while"
+        self.body(params["cond_jaxpr"], [*origins[:of_test], *carry], (*key, -1))
+        self.opaque = outer
+        return carry
+
+    def settled(
+        self, body: Callable[[list[Origin]], list[Origin]], carry: list[Origin]
+    ) -> tuple[list[Origin], list[Origin]]:
+        """What a loop carries in the end, and the results of its body then."""
+        while True:
+            results = body(carry)
+            grown = [joined(pair) for pair in zip(carry, results[: len(carry)], strict=True)]
+            if grown == carry:
+                return carry, results
+            carry = grown
+
+    def note(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
+        """Of a product or a mark: kept, by its key."""
+        self.found[key] = Found(
+            equation, tuple(origins), key, self.scans, self.mesh_axes, self.opaque
+        )
+        if not any(origin.data for origin in origins):
+            return self.plain(equation, origins)
+        return [Origin(data=True, above=frozenset({key}))] * len(equation.outvars)
+
+    def note_lookup(self, equation: Any, origins: list[Origin]) -> None:
+        picked, *indices = origins
+        if not picked.data and any(origin.data for origin in indices):
+            for path in picked.leaves:
+                self.lookups.setdefault(path, Found.line_of(equation))
+
+
+def _floating(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _has_products(jaxpr: Any) -> bool:
+    return any(_is_product(equation) for equation in _equations(jaxpr))
+
+
+def _is_product(equation: Any) -> bool:
+    name = equation.primitive.name
+    return name in PRODUCTS or (name == "name" and address_of(equation.params["name"]) is not None)
+
+
+def _equations(jaxpr: Any) -> Iterator[Any]:
+    """All equations, those of bodies too."""
+    for equation in opened(jaxpr)[0].eqns:
+        yield equation
+        for sub in core.jaxprs_in_params(equation.params):
+            yield from _equations(sub)

@@ -1,0 +1,34 @@
+"""Rules that say which inputs of products are quantized, and how."""
+
+import dataclasses
+from typing import ClassVar
+
+from ab_jax.activations import ActivationQuantizer, TokenQuantizer
+from ab_jax.products.product import LEFT_RIGHT
+from ab_jax.rules import Rules
+
+_KERNEL = "/kernel"
+
+
+@dataclasses.dataclass(frozen=True, init=False)
+class ActivationRules(Rules):
+    """Which quantizer the input of a product gets: the first rule that matches its whole address.
+
+    An address is the path of the weight that enters (`block1/conv2/kernel`), or
+    `attention/product/left` where two activations meet; `find_products` lists them. A pattern may
+    also leave out what tells several uses (`#1`) and operands (`/left`) apart, and the `/kernel` of
+    a Flax layer: `block1/conv2`.
+    """
+
+    quantizer_type: ClassVar[tuple[type, ...]] = (ActivationQuantizer, TokenQuantizer)
+    noun: ClassVar[str] = "layer"
+
+    def _names(self, path: str) -> list[str]:
+        product, _, side = path.rpartition("/")
+        names = [path, product] if side in LEFT_RIGHT else [path]
+        names += [base for name in names if (base := name.partition("#")[0]) != name]
+        # Layers are what rules spoke of before they spoke of products.
+        if "/product" not in path:
+            last = names[-1]
+            names.append(last.removesuffix(_KERNEL) if last.endswith(_KERNEL) else last + _KERNEL)
+        return names

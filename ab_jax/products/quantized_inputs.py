@@ -1,0 +1,245 @@
+"""Quantized activations in any function: the inputs of its products, by rules over their addresses.
+
+    rules = ActivationRules([
+        (r"head/kernel", ActivationQuantizer(bits=8)),
+        (r".*",          ActivationQuantizer(bits=4)),
+    ])
+    quantized = quantize_inputs(forward, rules)                  # forward(params, images)
+    ranges = initial_ranges(forward, rules, params, images)
+    logits, ranges = quantized(params, images, ranges=ranges, alpha=alpha, measure=True)
+
+The function may be of any framework, as long as it takes its parameters as a tree. It is evaluated
+product by product (`ab_jax.products.intercept`); the blend of its weights (`ab_jax.blend`) belongs
+inside it, or before it.
+
+Ranges are a dictionary by address. They are measured where `measure` says so, as batch norm's
+statistics are in training, and stay as they are elsewhere.
+"""
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+from ab_jax.activations import ActivationQuantizer, TokenQuantizer
+from ab_jax.products.finding import find_products
+from ab_jax.products.input_rules import ActivationRules
+from ab_jax.products.intercepting import intercept
+from ab_jax.products.product import Product
+from ab_jax.products.ranges import InPass, Range
+
+Ranges = dict[str, Range]
+
+
+class CutOffWarning(UserWarning):
+    """An unsigned range cuts off negative values."""
+
+
+def quantize_inputs(
+    f: Callable[..., Any],
+    rules: ActivationRules,
+    *,
+    axis_name: str | None = None,
+    one_range_a_weight: bool = False,
+) -> Callable[..., tuple[Any, Ranges]]:
+    """`f` with quantized inputs of its products.
+
+    Args:
+      f: `f(params, *inputs)`, the forward function, that JAX can trace.
+      rules: by the addresses of inputs (see `ActivationRules`).
+      axis_name: the mapped axis over which batches are spread, if any (`jax.pmap`).
+      one_range_a_weight: whether several products of one weight have one range; else each its own.
+
+    Returns:
+      `(params, *inputs, ranges, alpha=1.0, measure=False) -> (outputs, ranges)`. `ranges` are those
+      of `initial_ranges` or of an earlier call; they come back as they are unless `measure` (a
+      Python bool) is set. An input whose range was never measured is left as it is. It raises a
+      ValueError: rules that do not fit the products (see `Rules.assign`); a product that a rule
+      quantizes, but whose operands cannot be replaced; ranges of other products.
+    """
+
+    def quantized(
+        params: Any,
+        *inputs: Any,
+        ranges: Mapping[str, Range],
+        alpha: ArrayLike = 1.0,
+        measure: bool = False,
+    ) -> tuple[Any, Ranges]:
+        by_input: dict[str, Any] = {}
+
+        def chosen(products: Sequence[Product]) -> list[Product]:
+            listed = _addressed(products, one_range_a_weight)
+            by_input.update(_quantizers(listed, rules))
+            _check_ranges(ranges, by_input)
+            return [p for p in listed if any(by_input.get(a) for a in _ruled(p))]
+
+        def handler(product: Product, side: int, x: Array, found: Any) -> tuple[Array, Any]:
+            quantizer = by_input[product.inputs[side]]
+            if quantizer is None:
+                return x, None
+            if isinstance(quantizer, TokenQuantizer):
+                return quantizer(x, product.contracted[side], alpha), None
+            if quantizer.limit is not None:
+                return quantizer(x, quantizer.limit, alpha), None
+            if measure:
+                axes = (*([axis_name] if axis_name else []), *product.mesh_axes)
+                found = found.after(
+                    quantizer.measure(x, axes), quantizer.momentum, quantizer.share_cut(x, axes)
+                )
+            return quantizer(x, found.limit, alpha), found
+
+        state = {address: InPass.of(found.limit) for address, found in ranges.items()}
+        outputs, state = intercept(f, handler, chosen=chosen)(state, params, *inputs)
+        if not measure:
+            return outputs, dict(ranges)
+        return outputs, {path: state[path].ended(found) for path, found in ranges.items()}
+
+    return quantized
+
+
+def initial_ranges(
+    f: Callable[..., Any],
+    rules: ActivationRules,
+    params: Any,
+    *inputs: Any,
+    one_range_a_weight: bool = False,
+) -> Ranges:
+    """Ranges, none measured yet, of the inputs that the rules quantize at a measured range.
+
+    Args:
+      f, rules, one_range_a_weight: as for `quantize_inputs`.
+      params, *inputs: arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+
+    Raises:
+      ValueError: rules that do not fit the products.
+    """
+    products = _addressed(find_products(f, params, *inputs), one_range_a_weight)
+    by_input = _quantizers(products, rules)
+    return {
+        address: Range.unmeasured(product.stack)
+        for product in products
+        for address in product.inputs.values()
+        if _is_measured(by_input[address])
+    }
+
+
+def measure_ranges(
+    f: Callable[..., Any],
+    rules: ActivationRules,
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    one_range_a_weight: bool = False,
+) -> Ranges:
+    """Ranges measured on some batches, of a network that is trained already.
+
+    Args:
+      f, rules, one_range_a_weight: as for `quantize_inputs`.
+      params: of `f`.
+      batches: the further arguments of `f`, a tuple each. The ranges are the largest of maxima and
+        the mean of percentiles over them, measured while no input is quantized.
+
+    Raises:
+      ValueError: rules that do not fit the products; no batch; an input that was never finite.
+
+    Warns:
+      CutOffWarning: see `check_ranges`.
+    """
+    quantized = jax.jit(
+        quantize_inputs(f, rules, one_range_a_weight=one_range_a_weight), static_argnames="measure"
+    )
+    measured: list[Ranges] = []
+    for inputs in batches:
+        start = initial_ranges(f, rules, params, *inputs, one_range_a_weight=one_range_a_weight)
+        _, found = quantized(params, *inputs, ranges=start, alpha=0.0, measure=True)
+        measured.append(found)
+    if not measured:
+        raise ValueError("There is no batch to measure ranges on.")
+    ranges = {address: _of_batches(address, rules, measured) for address in measured[0]}
+    check_ranges(ranges)
+    return ranges
+
+
+def _of_batches(address: str, rules: ActivationRules, measured: Sequence[Ranges]) -> Range:
+    """The mean of percentiles, but the largest of maxima."""
+    found = jax.tree.map(lambda *of_batch: jnp.stack(of_batch), *(m[address] for m in measured))
+    is_mean = rules.of(address).percentile is not None
+    limit = jnp.mean(found.limit, axis=0) if is_mean else jnp.max(found.limit, axis=0)
+    return Range(limit, jnp.max(found.cut, axis=0), jnp.sum(found.not_finite, axis=0))
+
+
+def check_ranges(ranges: Mapping[str, Range], *, tolerance: float = 0.001) -> None:
+    """Look at measured ranges: not inside a compiled function.
+
+    Args:
+      ranges: of `quantize_inputs`.
+      tolerance: the share of an input's magnitudes that may lie below an unsigned range.
+
+    Raises:
+      ValueError: an input whose range was never measured; names its address.
+
+    Warns:
+      CutOffWarning: an unsigned range cuts off more; names the address and the share.
+    """
+    for address, found in ranges.items():
+        if not np.all(np.asarray(found.limit) > 0):
+            raise ValueError(
+                f"The range of the input of {address} is {found.limit}: it was never measured, or "
+                f"all that was seen were zeros, or numbers that are not finite. Call the function "
+                f"with measure=True on data."
+            )
+        cut = float(np.max(np.asarray(found.cut)))
+        if cut > tolerance:
+            warnings.warn(
+                f"The unsigned range of the input of {address} cuts off {cut:.1%} of it, which is "
+                f"negative. Give it a quantizer with signed=True.",
+                CutOffWarning,
+                stacklevel=2,
+            )
+
+
+def _ruled(product: Product) -> list[str]:
+    """What the rules have to say something about."""
+    if product.opaque and product.kind in ("weight", "activation"):
+        return [product.address]
+    return list(product.inputs.values())
+
+
+def _is_measured(quantizer: Any) -> bool:
+    return isinstance(quantizer, ActivationQuantizer) and quantizer.limit is None
+
+
+def _addressed(products: Sequence[Product], one_range_a_weight: bool) -> Sequence[Product]:
+    if not one_range_a_weight:
+        return products
+    return [product.without_count() if product.weight else product for product in products]
+
+
+def _quantizers(products: Sequence[Product], rules: ActivationRules) -> dict[str, Any]:
+    """The quantizer, or None, of each input."""
+    addresses = list(dict.fromkeys(a for product in products for a in _ruled(product)))
+    if not addresses:
+        raise ValueError(
+            "The function has no product whose inputs could be quantized: none of its inputs "
+            "meets a parameter in a matrix product or a convolution."
+        )
+    chosen = rules.assign(addresses)
+    return {a: rules.rules[index][1] for a, index in zip(addresses, chosen, strict=True)}
+
+
+def _check_ranges(ranges: Mapping[str, Range], by_input: Mapping[str, Any]) -> None:
+    measured = {address for address, quantizer in by_input.items() if _is_measured(quantizer)}
+    for address in sorted(measured ^ ranges.keys()):
+        what = (
+            f"There is no range for the input of {address}"
+            if address in measured
+            else f"There is a range for the input of {address}, which no rule measures"
+        )
+        raise ValueError(
+            f"{what}. Make them by ab_jax.products.initial_ranges, of the same function and rules."
+        )

@@ -1,0 +1,79 @@
+"""Ranges of the inputs of products, and what a pass makes of its measurements.
+
+A pass is one evaluation of the function. It asks for the largest measurement of an input in it: a
+product in a loop, or called several times under one address, sees those up to its own. Momentum is
+between passes. A measurement that is not finite leaves the range alone, and is counted.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+
+class Range(NamedTuple):
+    """The range of an input; in a scan over layers each entry has an axis in front, for these.
+
+    Attributes:
+      limit: float32, the end of the range; 0: never measured, and the input stays as it is.
+      cut: float32, the share of the input's magnitudes that lay below an unsigned range in the last
+        pass that measured: what was lost of the input.
+      not_finite: int32, how many measurements of the last pass were not finite.
+    """
+
+    limit: Array
+    cut: Array
+    not_finite: Array
+
+    @classmethod
+    def unmeasured(cls, shape: tuple[int, ...] = ()) -> "Range":
+        """Of an input that was not measured yet."""
+        return cls(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
+
+
+class InPass(NamedTuple):
+    """A range while a pass is under way.
+
+    Attributes:
+      start: before the pass; 0: never measured.
+      largest: of this pass's measurements; -1: there are none.
+      limit: the range that follows from both.
+      cut: the largest share that lay below the range.
+      not_finite: int32, how many measurements were not.
+    """
+
+    start: Array
+    largest: Array
+    limit: Array
+    cut: Array
+    not_finite: Array
+
+    @classmethod
+    def of(cls, limit: ArrayLike) -> "InPass":
+        """Before the first measurement."""
+        limit = jnp.asarray(limit, jnp.float32)
+        # A range that is not finite counts as none: files may hold such.
+        start = jnp.where(jnp.isfinite(limit), limit, 0)
+        none = jnp.zeros(start.shape, jnp.int32)
+        return cls(start, jnp.full_like(start, -1), start, jnp.zeros_like(start), none)
+
+    def after(self, measured: Array, momentum: float, cut: ArrayLike = 0.0) -> "InPass":
+        """After one more."""
+        finite = jnp.isfinite(measured)
+        largest = jnp.where(finite, jnp.maximum(self.largest, measured), self.largest)
+        # Selected before the sum, not after it, which would let XLA round it otherwise: a run that
+        # is resumed shall be the same bit for bit. Without a measurement 1 and 0 keep the start.
+        none = largest < 0
+        kept, added = jnp.where(none, 1.0, momentum), jnp.where(none, 0.0, 1 - momentum)
+        asked = jnp.where(none, self.start, largest)
+        moved = kept * self.start + added * asked
+        limit = jnp.where(self.start > 0, moved, asked)
+        cut = jnp.maximum(self.cut, jnp.where(finite, cut, 0))
+        count = self.not_finite + (~finite).astype(jnp.int32)
+        return InPass(self.start, largest, limit, cut, count)
+
+    def ended(self, before: Range) -> Range:
+        """After the pass; `before` it."""
+        cut = jnp.where(self.largest < 0, before.cut, self.cut)
+        return Range(self.limit, cut, self.not_finite)
