@@ -192,23 +192,42 @@ class Binary(Quantizer):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ternary(Quantizer):
-    """Codes -1, 0 and +1 with threshold and scale at the least-squares optimum.
+    """Codes -1, 0 and +1: the level nearest to the weight.
 
-    The optimum is found exactly, where Ternary Weight Networks (arXiv 1605.04711) use the constant
-    0.7 mean |w|.
+    Attributes:
+      scale: `least_squares` minimizes the squared error of the weights. The optimum of scale and
+        threshold is found exactly, where Ternary Weight Networks (arXiv 1605.04711) use the
+        constant 0.7 mean |w| for a threshold. `absmean` is the mean of |w|, the ternary of BitNet
+        b1.58 (arXiv 2402.17764, section 2): half of the mean is the threshold. BitNet has one scale
+        a tensor, `axis=None`.
+
+    Raises:
+      ValueError: an unknown scale.
     """
 
     bits: ClassVar[int] = 2
+    scale: Literal["least_squares", "absmean"] = "least_squares"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.scale not in ("least_squares", "absmean"):
+            raise ValueError(
+                f"Ternary takes scale='least_squares' or 'absmean', not scale={self.scale!r}."
+            )
 
     def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
         """The scale."""
         magnitude = scale_fits.magnitude(w, axes)
+        if self.scale == "absmean":
+            # A mean of equal magnitudes may round to more than they are, and to infinity.
+            scale = jnp.minimum(scale_fits.mean_magnitude(w, axes), magnitude)
+            return jnp.where(scale == 0, 1, scale)
         scale = thresholds.ternary(w, magnitude, axes)
         return jnp.where(magnitude == 0, 1, scale)
 
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
         """-1, 0 or 1, the nearest."""
-        # At the optimum the threshold is half the scale: else a code could move and lose less.
+        # Of least squares the threshold is half the scale: else a code could move and lose less.
         return scale_fits.nearest_level(scale_fits.in_units(w, fitted), -1, 1), fitted, None
 
 

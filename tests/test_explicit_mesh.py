@@ -13,6 +13,7 @@ SLOW = [
     *(
         ab.Binary(),
         ab.Ternary(),
+        ab.Ternary(scale="absmean", group_size=8),
         ab.Uniform(bits=4, symmetric=False),
         ab.Uniform(bits=4, axis=None),
     ),
@@ -20,6 +21,7 @@ SLOW = [
 ]
 QUANTIZERS = [
     *(ab.Uniform(bits=4, scale="absmax"), ab.Uniform(bits=3, group_size=16)),
+    ab.Ternary(scale="absmean"),
     *(pytest.param(quantizer, marks=pytest.mark.long) for quantizer in SLOW),
 ]
 

@@ -33,6 +33,7 @@ KINDS = [
     Binary(),
     Binary(fixed_scale=1.0),
     Ternary(),
+    Ternary(scale="absmean"),
     Uniform(bits=4),
     Uniform(bits=8, symmetric=False),
     Uniform(bits=3, scale="absmax"),
@@ -161,6 +162,36 @@ def test_ternary_against_all_codes_there_are(rng):
             best = np.minimum(best, np.sum((w - q * scale) ** 2, axis=0))
     found = squared_error(w, Ternary().quantize(w))
     np.testing.assert_allclose(found, best, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("sharing", [{}, {"axis": None}, {"group_size": 32}], ids=str)
+def test_absmean_is_the_ternary_of_bitnet(weights, sharing):
+    """`clip(round(w / gamma), -1, 1) * gamma` with `gamma = mean |w|` (arXiv 2402.17764)."""
+    quantizer = Ternary(scale="absmean", **sharing)
+    quantized = quantizer.quantize(weights)
+    w = weights.astype(np.float64)
+    for i, block in enumerate(blocks_of(SHAPE, quantizer.scale_shape(SHAPE))):
+        gamma = np.abs(w[block]).mean()
+        np.testing.assert_allclose(np.ravel(quantized.scale)[i], gamma, rtol=1e-6)
+        steps = w[block] / gamma
+        clear = np.abs(np.abs(steps) - 0.5) > 1e-5  # else either code, to within rounding
+        codes = np.clip(np.round(steps), -1, 1)
+        np.testing.assert_array_equal(np.asarray(quantized.codes)[block][clear], codes[clear])
+        assert clear.mean() > 0.9
+    # Least squares are another scale and, of some distributions, other codes.
+    fitted = dataclasses.replace(quantizer, scale="least_squares").quantize(weights)
+    assert (np.asarray(fitted.scale) > np.asarray(quantized.scale) * 1.01).any()
+    assert (np.asarray(fitted.codes) != np.asarray(quantized.codes)).any()
+
+
+def test_an_absmean_of_equal_weights_is_no_larger_than_they_are():
+    """Sums of equal magnitudes round; of the largest float they would be infinite."""
+    w = np.full((6, 3), np.finfo(np.float32).max)
+    w[:, 1], w[:, 2] = -0.1, [np.nan, *[1.0] * 5]
+    quantized = Ternary(scale="absmean").quantize(w)
+    np.testing.assert_allclose(quantized.scale, [[w[0, 0], 0.1, np.nan]], rtol=1e-6)
+    np.testing.assert_allclose(quantized.dequantize()[:, :2], w[:, :2], rtol=1e-6)
+    assert (np.asarray(quantized.scale)[0, :2] <= np.abs(w[0, :2])).all()
 
 
 # Uniform
@@ -345,7 +376,7 @@ def test_runs_without_implicit_dtype_promotion(rng, quantizer, strict_dtypes):
 # Which weights share a scale
 
 
-@pytest.mark.parametrize("quantizer", [*KINDS[:1], *KINDS[2:5]], ids=repr)
+@pytest.mark.parametrize("quantizer", [*KINDS[:1], *KINDS[2:6]], ids=repr)
 def test_per_channel_is_per_tensor_vmapped_over_the_channels(weights, quantizer):
     per_tensor = dataclasses.replace(quantizer, axis=None)
     mapped = jax.vmap(per_tensor.quantize, in_axes=1, out_axes=1)(weights)
@@ -493,7 +524,7 @@ def test_extreme_channels_are_finite_and_as_good_as_ever(rng, quantizer):
             np.testing.assert_allclose(found[name], given[name], rtol=1e-6)
         if getattr(quantizer, "symmetric", True):
             np.testing.assert_allclose(found["1e30"], given["1e30"], rtol=1e-6)
-        if not isinstance(quantizer, Binary):
+        if not isinstance(quantizer, Binary) and quantizer != Ternary(scale="absmean"):
             np.testing.assert_allclose(found["one weight"], given["one weight"], rtol=1e-6)
         if quantizer.bits == 8:
             np.testing.assert_allclose(found["1e-30"], given["1e-30"], atol=6e-32)
@@ -515,7 +546,7 @@ ALL_KINDS += [Uniform(bits=4, symmetric=False)]
     ("quantizer", "dtype"),
     [
         *itertools.product(ALL_KINDS, ["float32"]),
-        *itertools.product(ALL_KINDS[4:6] + ALL_KINDS[-2:], ["float16"]),
+        *itertools.product(ALL_KINDS[5:7] + ALL_KINDS[-2:], ["float16"]),
         (ALL_KINDS[-1], "bfloat16"),
     ],
     ids=repr,
@@ -708,10 +739,11 @@ def test_quantizers_are_hashable_by_value_and_static_arguments():
         assert pickle.loads(pickle.dumps(one)) == one
     different = {
         *(Binary(), Binary(fixed_scale=1.0), Binary(axis=0), Ternary(), Uniform(bits=2)),
+        Ternary(scale="absmean"),
         *(Uniform(bits=4), Uniform(bits=4, symmetric=False), Uniform(bits=4, scale="absmax")),
         *(Uniform(bits=4, group_size=2), Uniform(bits=4, group_size=2, group_axis=0)),
     }
-    assert len(different) == 10
+    assert len(different) == 11
 
     traced = []
 
@@ -754,6 +786,11 @@ W = np.ones((4, 6), np.float32)
             lambda: Uniform(bits=4, scale="max"),
             ValueError,
             ["least_squares", "absmax", "scale='max'"],
+        ),
+        (
+            lambda: Ternary(scale="absmax"),
+            ValueError,
+            ["Ternary", "'least_squares' or 'absmean'", "scale='absmax'"],
         ),
         (lambda: Binary(group_size=0), ValueError, ["group_size", "at least 1", "not 0"]),
         (lambda: Binary(axis=2).quantize(W), ValueError, ["axis 2", "(4, 6)", "axis=None"]),

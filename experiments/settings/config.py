@@ -67,9 +67,9 @@ class Config:
     # What weights become: binary, ternary, int2 to int8, or least_squares_binary1 to 4 (the levels
     # +-v1 +-v2 ..., a scale a bit).
     weights: str = "binary"
-    # Scales of least squared error, at the largest magnitude (absmax, of int2 to int8), or 1 (one,
-    # of binary).
-    weight_scale: Literal["least_squares", "absmax", "one"] = "least_squares"
+    # Scales of least squared error, at the largest magnitude (absmax, of int2 to int8), at the mean
+    # magnitude (absmean, of ternary: BitNet's), or 1 (one, of binary).
+    weight_scale: Literal["least_squares", "absmax", "absmean", "one"] = "least_squares"
     # A scale for each output channel, one for the tensor, or one for each group of input channels.
     weight_granularity: Literal["channel", "tensor", "group"] = "channel"
     weight_group_size: Count | None = None  # input channels in a group; None: there are no groups

@@ -30,7 +30,8 @@ def weight_quantizer(config: Config, weights: str) -> ab.Quantizer:
     if weights not in WEIGHTS:
         raise FlagError(f"--weights={weights} is not known. Choose one of {', '.join(WEIGHTS)}.")
     allowed = {"least_squares"}
-    allowed |= {"one"} if weights == "binary" else {"absmax"} if weights in _UNIFORM else set()
+    allowed |= {"binary": {"one"}, "ternary": {"absmean"}}.get(weights, set())
+    allowed |= {"absmax"} if weights in _UNIFORM else set()
     if c.weight_scale not in allowed:
         raise FlagError(
             f"--weight_scale={c.weight_scale} is not for --weights={weights}, which takes "
@@ -49,10 +50,11 @@ def weight_quantizer(config: Config, weights: str) -> ab.Quantizer:
         fixed = 1.0 if c.weight_scale == "one" else None
         return ab.Binary(axis=axis, group_size=size, fixed_scale=fixed)
     if weights == "ternary":
-        return ab.Ternary(axis=axis, group_size=size)
+        assert c.weight_scale in ("least_squares", "absmean")
+        return ab.Ternary(axis=axis, group_size=size, scale=c.weight_scale)
     if weights in _BIT_PLANES:
         return ab.LeastSquaresBinary(axis=axis, group_size=size, bits=_BIT_PLANES[weights])
-    assert c.weight_scale != "one"
+    assert c.weight_scale in ("least_squares", "absmax")
     return ab.Uniform(
         axis=axis,
         group_size=size,

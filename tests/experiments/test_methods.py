@@ -1,5 +1,6 @@
 """Methods by name: their estimators, and layers in the order in which a network calls them."""
 
+import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ import ab_jax as ab
 from ab_jax.models.binarynet import BinaryNet
 from experiments.settings.build import layerwise_schedule, settled
 from experiments.settings.config import Config, FlagError
-from experiments.settings.levels import WEIGHTS, weight_quantizer
+from experiments.settings.levels import WEIGHTS, weight_quantizer, weight_rules
 from experiments.settings.methods import METHODS, estimator_of
 
 RULES = ab.Rules([(r"(.*/)?kernel", ab.Binary()), (r".*", None)])
@@ -60,6 +61,10 @@ def test_every_name_of_weights_is_its_quantizer() -> None:
     }
     assert {name: weight_quantizer(Config(), name) for name in WEIGHTS} == expected
     assert weight_quantizer(Config(weight_scale="one"), "binary") == ab.Binary(fixed_scale=1.0)
+    bitnet = Config(weights="ternary", weight_scale="absmean", weight_granularity="tensor")
+    assert weight_quantizer(bitnet, "ternary") == ab.Ternary(scale="absmean", axis=None)
+    outer, *_ = weight_rules(dataclasses.replace(bitnet, outer_bits=8)).rules
+    assert outer[1] == ab.Uniform(bits=8, axis=None)
     groups = Config(weight_granularity="group", weight_group_size=32, weight_zero_point=True)
     assert weight_quantizer(groups, "int3") == ab.Uniform(bits=3, symmetric=False, group_size=32)
 
@@ -69,7 +74,8 @@ def test_every_name_of_weights_is_its_quantizer() -> None:
     [
         ({"weights": "int9"}, "--weights=int9 is not known. Choose one of binary"),
         ({"weights": "binary", "weight_scale": "absmax"}, "takes least_squares or one"),
-        ({"weights": "ternary", "weight_scale": "one"}, "takes least_squares"),
+        ({"weights": "ternary", "weight_scale": "one"}, "takes absmean or least_squares"),
+        ({"weights": "int4", "weight_scale": "absmean"}, "takes absmax or least_squares"),
         ({"weights": "int4", "weight_scale": "one"}, "takes absmax or least_squares"),
         ({"weight_granularity": "group"}, "give group and a size, or neither"),
         ({"weight_group_size": 4}, "give group and a size, or neither"),

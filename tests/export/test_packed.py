@@ -29,6 +29,7 @@ from tests.export.forging import forged, forged_text, opened
 QUANTIZERS: list[ab.Quantizer] = [
     ab.Binary(),
     ab.Ternary(group_size=3),
+    ab.Ternary(scale="absmean", axis=None),
     ab.Uniform(bits=4, scale="absmax", axis=(0, -1)),
     ab.Uniform(bits=3, scale="absmax", symmetric=False, axis=None),
     ab.LeastSquaresBinary(bits=3, group_size=3),
