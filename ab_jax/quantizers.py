@@ -47,26 +47,32 @@ class Quantizer(abc.ABC):
       group_size: if given, a scale is shared by only so many neighbouring weights along
         `group_axis`, whose size it must divide.
       group_axis: the axis that is split into groups; the default is the input channels of a Flax
-        kernel.
+        kernel. Several axes side by side, in their order, are split as one axis that has all their
+        weights, the last axis changing fastest: `(-3, -2)` of an attention output [heads, head
+        size, features]. Groups are then parts of the last axis, or several whole ones.
 
     Raises:
       ValueError: an axis or a group size that is no integer; from `quantize` also an axis that the
-        weight does not have, or a group size that does not fit. TypeError: a weight that is not
-        floating point.
+        weight does not have, group axes that are not side by side, or a group size that does not
+        fit. TypeError: a weight that is not floating point.
     """
 
     bits: ClassVar[int]  # width of a packed code; `Uniform` makes it a field
 
     axis: int | Sequence[int] | None = -1
     group_size: int | None = None
-    group_axis: int = -2
+    group_axis: int | Sequence[int] = -2
 
     def __post_init__(self) -> None:
-        if isinstance(self.axis, Sequence):  # a list would not be hashable
-            object.__setattr__(self, "axis", tuple(self.axis))
-        axes = self.axis if isinstance(self.axis, tuple) else (self.axis,)
-        if not all(axis is None or isinstance(axis, int) for axis in (*axes, self.group_axis)):
-            raise ValueError(f"{self}: axis and group_axis must be integers (or axis=None).")
+        for name in ("axis", "group_axis"):
+            if isinstance(axes := getattr(self, name), Sequence):  # a list would not be hashable
+                object.__setattr__(self, name, tuple(axes))
+        axes = () if self.axis is None else _each(self.axis)
+        groups = _each(self.group_axis)
+        if not groups or not all(isinstance(axis, int) for axis in (*axes, *groups)):
+            raise ValueError(
+                f"{self}: axis and group_axis must be integers, or several (or axis=None)."
+            )
         if self.group_size is not None and not (
             isinstance(self.group_size, int) and self.group_size >= 1
         ):
@@ -113,22 +119,36 @@ class Quantizer(abc.ABC):
         """The shape of the scale of a weight of this shape."""
         if 0 in shape:
             raise ValueError(f"{self} cannot quantize an empty weight of shape {shape}.")
-        axes = (
-            () if self.axis is None else (self.axis,) if isinstance(self.axis, int) else self.axis
-        )
+        axes = () if self.axis is None else _each(self.axis)
         channels = [self._checked(axis, shape) for axis in axes]
         sizes = [size if i in channels else 1 for i, size in enumerate(shape)]
         if self.group_size is not None:
-            i = self._checked(self.group_axis, shape)
-            if i in channels or shape[i] % self.group_size:
-                reason = "is a channel axis already" if i in channels else f"has size {shape[i]}"
-                raise ValueError(
-                    f"{self} cannot split axis {self.group_axis} of shape {shape} into groups of "
-                    f"{self.group_size}: it {reason}. Give a group_axis that is no channel axis, "
-                    f"and a group_size that divides its size."
-                )
-            sizes[i] = shape[i] // self.group_size
+            for i, count in self._groups(shape, channels, self.group_size):
+                sizes[i] = count
         return tuple(sizes)
+
+    def _groups(
+        self, shape: tuple[int, ...], channels: Sequence[int], group_size: int
+    ) -> list[tuple[int, int]]:
+        """The axes that are split, each with its number of groups."""
+        axes = [self._checked(axis, shape) for axis in _each(self.group_axis)]
+        sizes = [shape[i] for i in axes]
+        counts = scale_fits.group_counts(sizes, group_size)
+        if axes != list(range(axes[0], axes[0] + len(axes))):
+            reason = "they are not side by side, in rising order"
+        elif any(i in channels for i in axes):
+            reason = f"{'it' if len(axes) == 1 else 'one of them'} is a channel axis already"
+        elif counts is None:
+            found = " x ".join(map(str, sizes))
+            reason = f"{'it has size' if len(axes) == 1 else 'they have sizes'} {found}"
+        else:
+            return list(zip(axes, counts, strict=True))
+        several = "" if len(axes) == 1 else " (parts of the last axis, or several whole ones)"
+        raise ValueError(
+            f"{self} cannot split axis {self.group_axis} of shape {shape} into groups of "
+            f"{group_size}: {reason}. Give a group_axis that is no channel axis, and a group_size "
+            f"that divides its size{several}."
+        )
 
     def _checked(self, axis: int, shape: tuple[int, ...]) -> int:
         """An axis counted from the front."""
@@ -138,6 +158,10 @@ class Quantizer(abc.ABC):
                 f"{len(shape)} axes. Give an axis that exists, or axis=None for one scale in all."
             )
         return axis % len(shape)
+
+
+def _each(axes: int | Sequence[int]) -> Sequence[int]:
+    return axes if isinstance(axes, Sequence) else (axes,)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

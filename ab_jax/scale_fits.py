@@ -9,6 +9,7 @@ makes its scale NaN.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +56,34 @@ def block_axes(
         shared.append(len(split))
         split.append(1)
     return tuple(split), tuple(shared)
+
+
+def group_counts(sizes: Sequence[int], group_size: int) -> list[int] | None:
+    """How many groups each of these axes has if they are split as one, in C order.
+
+    Groups are blocks of whole axes but for one: parts of the last axis, or so many whole ones.
+
+    >>> group_counts([8, 64], 16), group_counts([8, 64], 128), group_counts([8, 64], 96)
+    ([8, 4], [4, 1], None)
+
+    Args:
+      sizes: of the axes.
+      group_size: how many neighbours share a scale.
+
+    Returns:
+      A number that divides the size, for each axis; None: there are no such groups.
+    """
+    counts: list[int] = []
+    for size in reversed(sizes):
+        if size % group_size == 0:
+            counts.append(size // group_size)
+            group_size = 1
+        elif group_size % size == 0:
+            counts.append(1)
+            group_size //= size
+        else:
+            return None
+    return counts[::-1] if group_size == 1 else None
 
 
 def magnitude(w: Array, axes: tuple[int, ...]) -> Array:

@@ -51,6 +51,20 @@ def test_weights_of_explicit_sharding_blend_as_whole_ones(rng, devices, quantize
     np.testing.assert_allclose(of_sharded, gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [P("x", None, None), P(None, None, "x")], ids=str)
+def test_groups_of_several_axes_too(rng, devices, spec):
+    """Groups of two heads, on devices that hold two each, or a part of the features."""
+    w = rng.normal(size=(8, 4, 32)).astype(np.float32)
+    quantizer = ab.Uniform(bits=4, scale="absmax", group_size=8, group_axis=(0, 1))
+    whole = quantizer.quantize(w)
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), devices=devices[:4])):
+        found = quantizer.quantize(jax.device_put(w, spec))
+        values = found.dequantize()
+    assert found.codes.sharding.spec == spec
+    np.testing.assert_array_equal(found.codes, whole.codes)
+    np.testing.assert_allclose(values, whole.dequantize(), rtol=1e-6)
+
+
 def test_trained_scales_of_groups_too(rng, devices):
     w = rng.normal(size=(64, 32)).astype(np.float32)
     rules = ab.Rules([(".*", ab.Uniform(bits=4, group_size=16))])

@@ -26,6 +26,7 @@ from ab_jax import (
     alpha_blend,
     describe,
     quantize,
+    scale_fits,
 )
 
 # One of each kind that the tests of conventions, layouts and extremes go through.
@@ -393,6 +394,13 @@ LAYOUTS = [  # shape of the weight, which weights share a scale, shape of the sc
     ((2, 2, 12, 5), {"group_size": 6}, (1, 1, 2, 5)),
     ((5, 12), {"axis": 0, "group_size": 3, "group_axis": 1}, (5, 4)),
     ((12, 5), {"axis": None, "group_size": 4, "group_axis": 0}, (3, 1)),
+    ((4, 6, 5), {"group_size": 3, "group_axis": (0, 1)}, (4, 2, 5)),  # an attention output, parts
+    ((4, 6, 5), {"group_size": 12, "group_axis": (0, 1)}, (2, 1, 5)),  # of a head, two heads
+    ((4, 6, 5), {"group_size": 24, "group_axis": [-3, -2]}, (1, 1, 5)),
+    ((5, 4, 6), {"axis": 0, "group_size": 2, "group_axis": (1, -1)}, (5, 4, 3)),
+    ((2, 3, 4, 5), {"group_size": 12, "group_axis": (0, 1, 2)}, (2, 1, 1, 5)),
+    ((2, 2, 3, 5), {"group_size": 6, "group_axis": (-4, -3, -2)}, (2, 1, 1, 5)),
+    ((7, 1, 5), {"group_size": 7, "group_axis": (0, 1)}, (1, 1, 5)),
     ((), {"axis": None}, ()),
     ((7,), {}, (7,)),  # a scale for each weight: a vector by its last axis,
     ((12, 5), {"group_size": 1}, (12, 5)),  # groups of one,
@@ -437,6 +445,7 @@ def test_each_block_spans_its_own_range(rng, shape, sharing, scale_shape):
         (Ternary(axis=(1, 2)), (6, 3, 4)),
         (Ternary(axis=0, group_size=3, group_axis=2), (4, 2, 6)),
         (Ternary(group_size=1), (4, 3)),
+        (Ternary(group_size=24, group_axis=(0, 1)), (6, 8, 3)),
         (Uniform(bits=4, group_size=32), (64, 5)),
         (Uniform(bits=4), (7,)),
     ],
@@ -461,6 +470,36 @@ def test_blocks_are_quantized_as_rows_of_a_matrix_would_be(rng, quantizer, shape
     )
     assert_same_fit(in_rows, plain.quantize(by_rows(w)), by_rows(w))
     np.testing.assert_array_equal(quantized.dequantize(), values(quantized).astype(np.float32))
+
+
+def test_several_group_axes_are_one_that_holds_all_their_weights(rng):
+    """As for a weight whose axes were flattened before, whatever the size of a group."""
+    w = rng.normal(size=(8, 16, 6)).astype(np.float32)  # heads, head size, features
+    for size in (1, 2, 8, 16, 32, 64, 128):
+        quantizer = Uniform(bits=4, scale="absmax", group_size=size, group_axis=(0, 1))
+        quantized = quantizer.quantize(w)
+        flat = Uniform(bits=4, scale="absmax", group_size=size).quantize(w.reshape(128, 6))
+        np.testing.assert_array_equal(quantized.codes, np.reshape(flat.codes, w.shape))
+        np.testing.assert_array_equal(
+            np.reshape(quantized.scale, (-1, 6)), np.reshape(flat.scale, (-1, 6))
+        )
+        np.testing.assert_array_equal(quantized.dequantize(), flat.dequantize().reshape(w.shape))
+
+
+@hypothesis.given(
+    sizes=st.lists(st.integers(1, 6), min_size=1, max_size=4), size=st.integers(1, 60)
+)
+def test_groups_of_several_axes_are_found_wherever_there_are_some(sizes, size):
+    """Against a search through all numbers of groups that divide the sizes."""
+    ids = np.arange(np.prod(sizes)) // size
+    wanted = None
+    for counts in itertools.product(*([n for n in range(1, s + 1) if s % n == 0] for s in sizes)):
+        blocks = np.arange(np.prod(counts)).reshape(counts)
+        for axis, (whole, count) in enumerate(zip(sizes, counts, strict=True)):
+            blocks = np.repeat(blocks, whole // count, axis)
+        if np.array_equal(blocks.ravel(), ids) and np.prod(counts) * size == np.prod(sizes):
+            wanted = list(counts)
+    assert scale_fits.group_counts(sizes, size) == wanted
 
 
 # Extremes
@@ -731,6 +770,7 @@ def test_quantizers_are_hashable_by_value_and_static_arguments():
     same = [
         (Binary(), Binary(fixed_scale=None)),
         (Ternary(axis=(0, 1)), Ternary(axis=[0, 1])),
+        (Binary(group_size=6, group_axis=(0, 1)), Binary(group_size=6, group_axis=[0, 1])),
         (Uniform(bits=4), Uniform(bits=4, symmetric=True, scale="least_squares", axis=-1)),
     ]
     for one, other in same:
@@ -806,6 +846,38 @@ W = np.ones((4, 6), np.float32)
             lambda: Ternary(group_size=3, group_axis=5).quantize(W),
             ValueError,
             ["axis 5", "(4, 6)"],
+        ),
+        (lambda: Ternary(group_axis=(0, "1")), ValueError, ["group_axis=(0, '1')", "integers"]),
+        (lambda: Ternary(group_axis=()), ValueError, ["group_axis=()", "integers"]),
+        (
+            lambda: Ternary(group_size=8, group_axis=(0, 1)).quantize(np.ones((4, 6, 3))),
+            ValueError,
+            ["axis (0, 1)", "(4, 6, 3)", "groups of 8", "sizes 4 x 6", "parts of the last"],
+        ),
+        (
+            lambda: Ternary(group_size=48, group_axis=(0, 1)).quantize(np.ones((4, 6, 3))),
+            ValueError,
+            ["groups of 48", "sizes 4 x 6"],
+        ),
+        (
+            lambda: Ternary(group_size=6, group_axis=(1, 2)).quantize(np.ones((4, 6, 3))),
+            ValueError,
+            ["one of them is a channel axis already"],
+        ),
+        (
+            lambda: Ternary(axis=1, group_size=6, group_axis=(0, 2)).quantize(np.ones((4, 6, 3))),
+            ValueError,
+            ["(0, 2)", "not side by side"],
+        ),
+        (
+            lambda: Ternary(group_size=6, group_axis=(1, 0)).quantize(np.ones((4, 6, 3))),
+            ValueError,
+            ["(1, 0)", "rising order"],
+        ),
+        (
+            lambda: Ternary(group_size=6, group_axis=(0, 4)).quantize(np.ones((4, 6, 3))),
+            ValueError,
+            ["axis 4", "(4, 6, 3)"],
         ),
         (
             lambda: Uniform(bits=4).quantize(np.ones((0, 3), np.float32)),

@@ -30,6 +30,7 @@ QUANTIZERS: list[ab.Quantizer] = [
     ab.Binary(),
     ab.Ternary(group_size=3),
     ab.Ternary(scale="absmean", axis=None),
+    ab.Ternary(group_size=6, group_axis=(0, 1)),
     ab.Uniform(bits=4, scale="absmax", axis=(0, -1)),
     ab.Uniform(bits=3, scale="absmax", symmetric=False, axis=None),
     ab.LeastSquaresBinary(bits=3, group_size=3),
