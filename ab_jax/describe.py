@@ -12,7 +12,10 @@ from ab_jax.rules import Rules, assigned, check_fits
 
 @dataclasses.dataclass(frozen=True)
 class Described:
-    """What the rules do to one parameter; `bytes_after` counts packed codes and their scales."""
+    """What the rules do to one parameter; `bytes_after` counts packed codes and their scales.
+
+    They are those of a packed file, where codes of three levels take 1.6 bits.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -79,7 +82,7 @@ def describe(params: Any, rules: Rules) -> Description:
         if quantizer is not None:
             check_fits(path, leaf, pattern, quantizer)
             quantized = jax.eval_shape(quantizer.quantize, leaf)
-            after = math.ceil(quantized.codes.size * quantized.bits / 8)
+            after = quantized.packed_size()
             after += _nbytes(quantized.scale) + _nbytes(quantized.zero_point)
         shape = tuple(getattr(leaf, "shape", ()))
         rows.append(Described(path, shape, pattern, quantizer, before, after))

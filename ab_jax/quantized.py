@@ -13,6 +13,9 @@ from jax import Array
 
 from ab_jax import scale_fits
 
+#: Ternary codes in a byte.
+TERNARY_DIGITS = 5
+
 _as_tree = functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "scale", "zero_point"),
@@ -31,7 +34,7 @@ class Quantized:
         divides the size of `codes` there: an entry serves a block of neighbouring codes, in the
         plain cases all of them (size 1) or a single index (same size).
       zero_point: int8 of the shape of `scale`, or None where it is 0.
-      bits: width of a code once packed (Ternary codes take 2 bits). Static.
+      bits: width of a code. Static.
       dtype: name of the weight's dtype, which `dequantize` returns. Static.
     """
 
@@ -88,6 +91,13 @@ class Quantized:
         """The scale of each code, to measure weights in: broadcasts against `codes`."""
         return _expand(self.scale, self.codes.shape)
 
+    def packed_size(self) -> int:
+        """Bytes of the codes in a packed file (`ab_jax.export.packed`); scales come on top.
+
+        Shapes are all it needs: what `jax.eval_shape` gives will do.
+        """
+        return packed_size(self.codes.size, self.bits, affine=self.zero_point is not None)
+
     def _range(self) -> tuple[int, int, int]:
         """The lowest and the highest code, and the step between codes."""
         if self.bits == 1:
@@ -132,9 +142,32 @@ class BinaryCoded(Quantized):
             above = jnp.where(level >= w, level, above)
         return below, above
 
+    def packed_size(self) -> int:
+        """As `Quantized.packed_size`: codes of 2 bits have four values, each its 2 bits."""
+        return packed_size(self.codes.size, self.bits, affine=True)
+
     def unit(self) -> Array:
         """The first scale, that of the largest part, of each code: broadcasts against `codes`."""
         return _expand(self.scale[0], self.codes.shape)
+
+
+def packed_size(count: int, bits: int, *, affine: bool) -> int:
+    """Bytes of so many codes of this width, packed without gaps.
+
+    Codes of 2 bits without zero points have three values, -1, 0 and +1: five of them share a byte,
+    since 3**5 = 243.
+
+    >>> packed_size(64, 2, affine=False), packed_size(64, 2, affine=True)
+    (13, 16)
+
+    Args:
+      count: of codes.
+      bits: width of a code, 1 to 8.
+      affine: whether there are zero points, and with them all codes of the width.
+    """
+    if bits == 2 and not affine:
+        return -(-count // TERNARY_DIGITS)
+    return -(-count * bits // 8)
 
 
 @jax.jit

@@ -74,6 +74,35 @@ def test_what_quantizers_make_comes_back_bit_for_bit(
     assert "Uniform(bits=4, axis=(0, -1), group_size=None," in str(found.rules)
 
 
+@pytest.mark.parametrize("shape", [(3, 6, 5), (4, 6, 7)], ids=str)
+def test_describe_counts_the_bytes_of_the_file(
+    tmp_path: Path, rng: np.random.Generator, shape: tuple[int, ...]
+) -> None:
+    """Each parameter's, for every quantizer, width and dtype: from the offsets in the header."""
+    quantizers = [
+        *QUANTIZERS[:3],
+        *(ab.Uniform(bits=bits, scale="absmax") for bits in range(2, 9)),
+        *(ab.Uniform(bits=bits, scale="absmax", symmetric=False) for bits in (2, 3, 8)),
+        ab.Uniform(bits=2, scale="absmax", group_size=6 * shape[0], group_axis=(0, 1)),
+        *(ab.LeastSquaresBinary(bits=bits) for bits in (1, 2)),
+    ]
+    params = {f"w{i}": rng.normal(size=shape).astype(np.float32) for i in range(len(quantizers))}
+    params |= {"half": params["w1"].astype(jnp.bfloat16), "bias": params["w0"][0, 0]}
+    rules = ab.Rules(
+        [(f"w{i}", q) for i, q in enumerate(quantizers)]
+        + [("half", ab.Ternary(scale="absmean")), ("bias", None)]
+    )
+    write_packed(tmp_path / "net", ab.quantize(params, rules))
+    header, _, body = opened((tmp_path / "net").read_bytes())
+    written: dict[str, int] = dict.fromkeys(params, 0)
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        written[name.partition("/")[0]] += end - begin
+    described = ab.describe(params, rules)
+    assert {row.path: row.bytes_after for row in described.rows} == written
+    assert described.bytes_after == len(body)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_codes_of_every_width_come_back_bit_for_bit(
     tmp_path: Path, rng: np.random.Generator, dtype: str

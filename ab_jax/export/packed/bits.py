@@ -14,11 +14,12 @@ from typing import Literal
 
 import numpy as np
 
+from ab_jax.quantized import TERNARY_DIGITS, packed_size
+
 Kind = Literal["binary", "ternary", "uniform"]
 
-_DIGITS = 5  # of base 3 in a byte: 3**5 = 243
-_POWERS = (3 ** np.arange(_DIGITS)).astype(np.uint8)
-_CODES_OF_BYTE = (np.arange(3**_DIGITS)[:, None] // _POWERS % 3 - 1).astype(np.int8)
+_POWERS = (3 ** np.arange(TERNARY_DIGITS)).astype(np.uint8)
+_CODES_OF_BYTE = (np.arange(3**TERNARY_DIGITS)[:, None] // _POWERS % 3 - 1).astype(np.int8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +65,7 @@ class Packing:
 
     def size(self, count: int) -> int:
         """Bytes of so many codes."""
-        if self.kind == "ternary":
-            return -(-count // _DIGITS)
-        return -(-count * self.bits // 8)
+        return packed_size(count, self.bits, affine=self.affine)
 
     def pack(self, codes: np.ndarray) -> np.ndarray:
         """Codes (int8, any shape) in C order as uint8 of shape [size].
@@ -77,7 +76,7 @@ class Packing:
         codes = codes.reshape(-1)
         self._check(codes)
         if self.kind == "ternary":
-            digits = np.zeros((self.size(codes.size), _DIGITS), np.uint8)
+            digits = np.zeros((self.size(codes.size), TERNARY_DIGITS), np.uint8)
             digits.reshape(-1)[: codes.size] = codes + 1
             return digits @ _POWERS
         if self.kind == "binary":
