@@ -38,6 +38,7 @@ from ab_jax.schedules import (
     linear_ramp,
     sigmoid_ramp,
 )
+from ab_jax.weight_decay import decay_with_gradient
 
 __version__ = "0.2.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "compensated_alpha_blend",
     "cosine_ramp",
     "cubic_ramp",
+    "decay_with_gradient",
     "dequantize",
     "describe",
     "fit",

@@ -84,7 +84,7 @@ def blend(
         floating point; an alpha that is no number.
     """
     if not callable(alpha):
-        _check_alpha(alpha, "")
+        check_alpha(alpha, "")
     check_takes_scale(estimator, scales is not None)
     layers = _quantized_layers(params, rules)
     if scales is not None:
@@ -102,7 +102,7 @@ def blend(
         own_alpha = alpha
         if callable(own_alpha):
             own_alpha = own_alpha(path)
-            _check_alpha(own_alpha, f" for {path}")
+            check_alpha(own_alpha, f" for {path}")
         if fits is not None and rule is not None:
             effective = rule(w, codes_at(w, fits[path], quantizer), own_alpha)
         else:
@@ -235,7 +235,16 @@ def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
-def _check_alpha(alpha: ArrayLike, where: str) -> None:
+def check_alpha(alpha: ArrayLike, where: str) -> None:
+    """Refuse an alpha that is no scalar in [0, 1].
+
+    Args:
+      alpha: one that is traced is not looked at.
+      where: what the message says of its place, such as " for dense/kernel".
+
+    Raises:
+      ValueError: it is not in [0, 1], or no scalar. TypeError: it is no number.
+    """
     if not isinstance(alpha, (Array, np.ndarray, np.number, int, float)):
         raise TypeError(f"alpha{where} must be a scalar in [0, 1], not {alpha!r}.")
     if jnp.shape(alpha) != ():

@@ -34,6 +34,7 @@ ROOMS: dict[str, set[str]] = {
     "rules": {"jax"},
     "describe": {"jax"},
     "blend": {"jax", "numpy", "optax"},
+    "weight_decay": {"jax", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered
     "percentiles": {"jax"},
     "activations": {"jax", "numpy"},

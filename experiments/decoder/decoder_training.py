@@ -28,7 +28,8 @@ def make_optimizer(
     rate = optax.warmup_cosine_decay_schedule(
         0.0, learning_rate, warmup_steps=max(1, round(warmup * steps)), decay_steps=steps
     )
-    # The usual choice for transformers; no weight decay, which would move weights at alpha 1.
+    # The usual choice for transformers; no weight decay, which would move weights at alpha 1
+    # (unless by ab.decay_with_gradient).
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.99))
     return nnx.Optimizer(model, adam, wrt=nnx.Param)
 
