@@ -3,16 +3,20 @@
 The nearest level of each weight gives its signs; for these the best scales follow from how many
 weights there are at each level, and from their sums (least-squares binary quantization, arXiv
 2001.02786). The two in turn never raise the error, but they end in the minimum nearest to where
-they begin. So they begin many times, on a table of how many magnitudes lie above each of a row of
-thresholds, which one pass over the weights gives. The best end then goes on with the weights.
+they begin, of which there are hundreds. So several lanes begin in several places, and each goes on
+from near the best that it has found, again and again (iterated local search). This is done on a
+table of how many magnitudes lie above each of a row of thresholds, which one pass over the weights
+gives; being smooth, it has fewer minima. The best ends then go on with the weights. Of few weights
+a table tells too little: there all lanes do, for as long.
 
 A level and its negative are one magnitude, named by its signs with v_1's taken as positive. Arrays
-here have these 2**(bits - 1) magnitudes, or the bits, in front; then the starts; then the axes of
+here have these 2**(bits - 1) magnitudes, or the bits, in front; then the lanes; then the axes of
 the blocks. Lengths are in units of a block (`thresholds.UNITS`).
 """
 
 import itertools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +31,9 @@ from ab_jax.thresholds import UNITS, above, mean_excess
 _EDGES = 64
 # Where to begin, in mean magnitudes: the best scales there are for normal weights, for Laplace's,
 # even ones, a gamma distribution of shape 1/2, and two heaps, narrow and wide; twice, where minima
-# of much the same depth lie apart. Each in several sizes; one more begins with even levels up to
-# the largest magnitude.
+# of much the same depth lie apart.
 _STARTS = {
+    2: ((1.23, 0.66),),
     3: (
         *((1.24, 0.94, 0.57), (1.9, 1.44, 0.83), (1.0, 0.5, 0.25), (3.0, 2.2, 1.1)),
         *((1.0, 0.1, 0.05), (1.0, 0.3, 0.16)),
@@ -40,11 +44,14 @@ _STARTS = {
         *((3.6, 3.1, 1.4, 1.0), (1.0, 0.1, 0.075, 0.045), (1.0, 0.3, 0.22, 0.135)),
     ),
 }
-_SIZES = (0.9, 1.1)
-# Of which so many are followed up.
-_KEPT = 3
-# Rounds of alternation on the table, and on the weights.
-_ON_TABLE, _ON_WEIGHTS = 12, 4
+# Rounds of alternation from each place, and by how much the logarithms of the scales of the next
+# place differ from the best found.
+_ROUNDS, _JUMP = 4, 0.2
+# In a block of fewer weights than this all lanes go on with the weights, else so many.
+_FEW, _KEPT = 32, 2
+# Places of a lane, by bits: on the table and on the weights, of many and of few.
+_OF_MANY = {3: (8, 1), 4: (14, 1)}
+_OF_FEW = {3: (5, 8), 4: (5, 40)}
 
 # From edges [magnitudes, starts, *blocks] to the fraction of weights whose magnitude is above each,
 # and the sum of these over the number of all.
@@ -68,8 +75,10 @@ class BitLevels(NamedTuple):
 def least_squares(w: Array, magnitude: Array, bits: int, axes: tuple[int, ...]) -> Array:
     """Scales of least squared error, or near it.
 
-    For normal weights the error is within 1.05 of the least at 3 bits; at 4 bits it is 1.02 to 1.06
-    times the least on the average over blocks, and up to 1.2 in a block of 64.
+    Of 100 blocks of 27 to 4096 normal weights, 98 have at most 1.05 times the least error known,
+    and the average is 1.00 to 1.01 times. Of 9 weights at 3 bits too; at 4 bits 95, the average is
+    1.03 times, and a block in some hundred has 2 to 4 times. Other distributions are much the same,
+    but for two narrow heaps: there 80 blocks of 64 and more at 4 bits, and others up to 1.2 times.
 
     Args:
       w: floats.
@@ -82,18 +91,20 @@ def least_squares(w: Array, magnitude: Array, bits: int, axes: tuple[int, ...]) 
     """
     w, magnitude = jax.lax.stop_gradient((w, magnitude))
     of_table, mean = _table(w, magnitude, axes)
-    scales = _best(_starts(bits, mean), of_table, _KEPT)
-    scales = jax.lax.fori_loop(0, _ON_TABLE, lambda _, v: _improved(v, of_table), scales)
-    scales = _best(scales, of_table, 1)
     inside = tuple(axis + 1 for axis in axes)
 
     def of_weights(edge: Array) -> tuple[Array, Array]:
-        fraction, total = above(w[None], magnitude[None], edge[:, 0], inside)
-        return fraction[:, None], total[:, None]
+        found = above(w[None], magnitude[None], edge.reshape(-1, *edge.shape[2:]), inside)
+        fraction, total = (x.reshape(edge.shape) for x in found)
+        return fraction, total
 
-    scales = jax.lax.fori_loop(0, _ON_WEIGHTS, lambda _, v: _improved(v, of_weights), scales)
-    scales = -jnp.sort(-jnp.abs(scales), axis=0)
-    return scales[:, 0] / UNITS
+    few = math.prod(w.shape[axis] for axis in axes) < _FEW
+    on_table, on_weights = (_OF_FEW if few else _OF_MANY)[bits]
+    scales, lost = _searched(_starts(bits, mean), of_table, on_table)
+    if not few:
+        scales = _best(scales, lost, _KEPT)
+    scales = _best(*_searched(scales, of_weights, on_weights), 1)
+    return -jnp.sort(-jnp.abs(scales[:, 0]), axis=0) / UNITS
 
 
 def levels_at(scales: Array) -> BitLevels:
@@ -133,8 +144,8 @@ def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Ar
         index = jnp.floor(position)
         share, at = position - index, index.astype(int)
         found = (
-            jnp.take_along_axis(x, at, axis=0) * (1 - share)
-            + jnp.take_along_axis(x, at + 1, axis=0) * share
+            jnp.take_along_axis(x, at, axis=0, mode="clip") * (1 - share)
+            + jnp.take_along_axis(x, at + 1, axis=0, mode="clip") * share
             for x in (fractions, sums)
         )
         first, second = (x.reshape(edge.shape) for x in found)
@@ -144,14 +155,49 @@ def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Ar
 
 
 def _starts(bits: int, mean: Array) -> Array:
-    """[bits, starts, *blocks]"""
-    sizes = [np.multiply(row, size) for row in _STARTS[bits] for size in _SIZES]
-    rows = np.asarray(sizes, mean.dtype)
-    of_mean = rows.T.reshape(bits, len(rows), *(1,) * mean.ndim) * mean[None, None]
+    """[bits, lanes, *blocks]"""
     halves = 0.5 ** np.arange(1, bits + 1)
-    even = (UNITS * halves / halves.sum()).astype(mean.dtype)
-    even = even.reshape(bits, 1, *(1,) * mean.ndim)
-    return jnp.concatenate([of_mean, even + jnp.zeros_like(mean)[None, None]], axis=1)
+    first, *others = _STARTS[bits - 1][0]
+    of_mean = [*_STARTS[bits], np.zeros(bits), (first / 2, -first / 2, *others)]
+    # Two more: even levels up to the largest magnitude; and that magnitude and its negative beside
+    # levels for normal weights, between which v_1 and v_2 nearly cancel.
+    of_largest = np.zeros((len(of_mean), bits))
+    of_largest[-2], of_largest[-1, :2] = halves / halves.sum(), 0.5
+    shape = bits, len(of_mean), *(1,) * mean.ndim
+    relative, fixed = (
+        np.asarray(rows, mean.dtype).T.reshape(shape) for rows in (of_mean, UNITS * of_largest)
+    )
+    return jnp.asarray(relative) * mean[None, None] + jnp.asarray(fixed)
+
+
+def _searched(scales: Array, of: Above, places: int) -> tuple[Array, Array]:
+    """The best scales that each lane finds, beginning in so many places; and what they lose.
+
+    The first place is given, and each other one is near the best found before.
+    """
+    # Any numbers would do, if always the same.
+    jumps = np.random.default_rng(0).normal(0, _JUMP, (places, *scales.shape[:2]))
+    jumps = jumps.reshape(*jumps.shape, *(1,) * (scales.ndim - 2))
+    factors = jnp.asarray(np.exp(jumps), scales.dtype)
+
+    def one_round(i: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        scales, best, least = state
+        improved, lost = _improved(scales, of)
+        # What follows loses no more, even where rounding hides by how much less.
+        best = jnp.where((lost < least)[None], improved, best)
+        nearby = best * jax.lax.dynamic_index_in_dim(factors, i // _ROUNDS, keepdims=False)
+        leaves = (i + 1) % _ROUNDS == 0
+        return jnp.where(leaves, nearby, improved), best, jnp.minimum(lost, least)
+
+    state = scales, scales, jnp.maximum(scales[0], jnp.inf)
+    _, best, least = jax.lax.fori_loop(0, places * _ROUNDS, one_round, state)
+    return best, least
+
+
+def _best(scales: Array, lost: Array, count: int) -> Array:
+    """The scales of so many lanes, those that lose least: [bits, count, *blocks]."""
+    order = jnp.argsort(lost, axis=0)[:count]
+    return jnp.take_along_axis(scales, order[None], axis=1, mode="clip")
 
 
 def _levels(scales: Array) -> tuple[Array, Array]:
@@ -163,10 +209,12 @@ def _levels(scales: Array) -> tuple[Array, Array]:
     count = 2 ** (bits - 1)
     numbers = np.arange(count, dtype=np.int32).reshape(-1, *(1,) * (scales.ndim - 1))
     levels = jnp.abs(_signed(scales, _signs_of(numbers, bits)))
-    # Sorted with their numbers in the last bits, which are sorted along.
-    kept = np.int32(-count)
+    # Sorted with their numbers in the last bits. By comparing each with each, as XLA on CPUs sorts
+    # so few ten times slower.
     keys = jax.lax.bitcast_convert_type(levels.astype(jnp.float32), jnp.int32)
-    number = jnp.sort((keys & kept) | numbers, axis=0) & ~kept
+    keys = (keys & np.int32(-count)) | numbers
+    rank = jnp.sum(keys[None] < keys[:, None], axis=1, dtype=jnp.int32)
+    number = jnp.sum(jnp.where(rank[None] == numbers[:, None], numbers, 0), axis=1, dtype=jnp.int32)
     of_number = _signs_of(number, bits)
     levels = _signed(scales, of_number)
     # Where scales cancel, programs that compute the level twice may round it to either side of 0.
@@ -199,32 +247,32 @@ def _groups(magnitudes: Array, of: Above) -> tuple[Array, Array]:
     return counts, sums
 
 
-def _improved(scales: Array, of: Above) -> Array:
-    """The scales after one round of alternation: of no larger error."""
+def _improved(scales: Array, of: Above) -> tuple[Array, Array]:
+    """The scales after one round of alternation; and the error before, less the mean square."""
     magnitudes, of_level = _levels(scales)
     counts, sums = _groups(magnitudes, of)
     bits = range(scales.shape[0])
-    target = [jnp.sum(of_level[i] * sums, axis=0) for i in bits]
-    overlap = {
-        (i, j): jnp.sum(of_level[i] * of_level[j] * counts, axis=0)
-        for i, j in itertools.combinations(bits, 2)
-    }
+    pairs = tuple(itertools.combinations(bits, 2))
+    lost, *found = _sums(
+        (counts * magnitudes - 2 * sums) * magnitudes,
+        *(of_level[i] * sums for i in bits),
+        *(of_level[i] * of_level[j] * counts for i, j in pairs),
+    )
+    target, overlap = found[: len(bits)], dict(zip(pairs, found[len(bits) :], strict=True))
     v = list(scales)
     for _ in range(4):  # one scale at a time, given the others, as two may be of no account
         for i in bits:
             others = (overlap[min(i, j), max(i, j)] * v[j] for j in bits if j != i)
             v[i] = target[i] - sum(others)
-    return jnp.stack(v)
+    return jnp.stack(v), lost
 
 
-def _best(scales: Array, of: Above, count: int) -> Array:
-    """The starts of least error, so many: [bits, count, *blocks]."""
-    magnitudes, _ = _levels(scales)
-    counts, sums = _groups(magnitudes, of)
-    lost = jnp.sum((counts * magnitudes - 2 * sums) * magnitudes, axis=0)  # less a constant
-    found = []
-    for _ in range(count):
-        is_best = lost == jnp.min(lost, axis=0, keepdims=True)
-        found.append(jnp.min(jnp.where(is_best[None], scales, jnp.inf), axis=1))
-        lost = jnp.where(is_best, jnp.inf, lost)
-    return jnp.stack(found, axis=1)
+def _sums(*terms: Array) -> Sequence[Array]:
+    """Each summed over its first axis; all in one go, which XLA on CPUs does eight times faster."""
+    zeros = (np.zeros((), terms[0].dtype),) * len(terms)
+
+    def add(one: Sequence[Array], other: Sequence[Array]) -> list[Array]:
+        return [a + b for a, b in zip(one, other, strict=True)]
+
+    summed: Sequence[Array] = jax.lax.reduce(terms, zeros, add, (0,))
+    return summed

@@ -321,9 +321,10 @@ class LeastSquaresBinary(Quantizer):
     and `LSBQuantizer` of its authors' code in torchao). With 1 bit it is `Binary`, with 2 bits the
     two scales of least squared error (of two choices far apart that are equally good to 0.1 %,
     either). With more there is no sure way to the least: codes and scales are optimized in turn,
-    from many starts (our choice; the sources begin greedily, with the mean magnitude of what is
-    left over, which has up to three times the error at 4 bits). Zero counts as positive. A channel
-    of zeros has scales 0.
+    again and again from near the best found (our choice; the sources begin greedily, with the mean
+    magnitude of what is left over, which has up to three times the error at 4 bits). Of 100
+    channels of 27 normal weights and more, 98 then have at most 1.05 times the least error known,
+    of 9 weights 95 (`ab_jax.bit_scales`). Zero counts as positive. A channel of zeros has scales 0.
 
     Attributes:
       bits: width of a code, 1 to 4.

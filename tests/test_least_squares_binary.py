@@ -19,6 +19,7 @@ from ab_jax import (
     describe,
     quantize,
 )
+from benchmarks.measuring import least_errors
 
 SHAPE = (60, 5)
 each_width = pytest.mark.parametrize("bits", [2, 3, 4])
@@ -133,7 +134,7 @@ def alternated_from_anywhere(
     return float(np.square(off).sum(1).min())
 
 
-@pytest.mark.parametrize(("bits", "mean", "most"), [(3, 1.02, 1.2), (4, 1.12, 1.5)])
+@pytest.mark.parametrize(("bits", "mean", "most"), [(3, 1.02, 1.2), (4, 1.03, 1.3)])
 def test_more_bits_lose_little_more_than_the_least(rng, bits, mean, most):
     w = rng.normal(size=(64, 16)).astype(np.float32)
     found = ((w - values(LeastSquaresBinary(bits=bits).quantize(w))) ** 2).sum(0)
@@ -147,6 +148,21 @@ def test_more_bits_lose_little_more_than_the_least(rng, bits, mean, most):
     assert (found / (rest**2).sum(0)).mean() < (0.8 if bits == 3 else 0.5)
 
 
+# Of how many blocks the error is near the least. The fewer weights, the more minima are as narrow.
+@pytest.mark.parametrize(
+    ("bits", "count", "share"),
+    [(3, 9, 0.9), (4, 9, 0.8), (3, 27, 0.9), (4, 27, 0.85), (4, 64, 0.8)],
+)
+def test_most_blocks_of_any_kind_lose_little_more_than_the_least(rng, bits, count, share):
+    w = least_errors.drawn(rng, count, channels=8)
+    value = np.asarray(LeastSquaresBinary(bits=bits).quantize(w).dequantize(), np.float64)
+    found, squares = np.square(w - value).sum(0), np.square(w.astype(np.float64)).sum(0)
+    least = least_errors.bit_scales(w, bits, 200, rng)
+    near = (found <= 1.05 * least) | (found <= 1e-6 * squares)
+    assert near.mean() >= share
+    assert (found <= least + 0.01 * squares).all()
+
+
 @each_width
 def test_the_levels_taken_are_the_nearest(weights, bits):
     quantized = LeastSquaresBinary(bits=bits).quantize(weights)
@@ -157,12 +173,12 @@ def test_the_levels_taken_are_the_nearest(weights, bits):
 
 @each_width
 def test_values_of_codes_are_quantized_to_themselves(rng, bits):
-    """Of normal weights; in a few channels of a hundred, alternation ends elsewhere at 4 bits."""
+    """Of normal weights; in a channel of some hundred, another end may seem as good."""
     w = rng.normal(size=(512, 32)).astype(np.float32)
     once = np.asarray(LeastSquaresBinary(bits=bits).quantize(w).dequantize())
     twice = np.asarray(LeastSquaresBinary(bits=bits).quantize(once).dequantize())
     moved = (np.abs(twice - once) > 1e-4 * np.abs(once).max(0)).any(0)
-    assert moved.mean() <= (0 if bits == 2 else 0.15)
+    assert moved.sum() <= (0 if bits == 2 else 1)
 
 
 def test_more_bits_lose_less(weights):
