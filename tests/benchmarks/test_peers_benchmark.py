@@ -134,7 +134,7 @@ def test_gradients_are_read_where_no_tie_falls_otherwise(
     bits: Bits, errors: list[float], images: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     left = iter(errors)
-    nothing = lambda *_: {}  # noqa: E731
+    nothing = lambda *_: {}
     for name in ("kernel_gradients", "defined_gradients"):
         monkeypatch.setattr(gradients, name, nothing)
     monkeypatch.setattr(gradients, "relative_errors", lambda *_: {"kernel": next(left)})

@@ -198,7 +198,7 @@ def test_a_network_starts_from_one_with_or_without_ranges(
 ) -> None:
     def used(model: nn.Module) -> TrainState:
         state = create_state(model, OPTIMIZER, SHAPE, seed=3)
-        draw: Callable[[Any], Any] = lambda x: jnp.asarray(rng.random(x.shape), x.dtype)  # noqa: E731
+        draw: Callable[[Any], Any] = lambda x: jnp.asarray(rng.random(x.shape), x.dtype)
         return dataclasses.replace(
             state,
             params=jax.tree.map(draw, state.params),
