@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     "estimators": {"jax", "numpy"},
     "learned_scales": {"jax", "numpy"},
     "rules": {"jax"},
-    "describe": {"jax"},
+    "describe": {"jax", "numpy"},
     "blend": {"jax", "numpy", "optax"},
     "weight_decay": {"jax", "optax"},
     "__init__": set(),  # the package itself: the core's public names, gathered

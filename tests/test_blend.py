@@ -668,7 +668,7 @@ def test_describe_counts_bytes(rng):
             (".*", None),
         ]
     )
-    description = ab.describe(params, rules)
+    description = ab.describe(params, rules, errors=False)
     found = {row.path: row for row in description.rows}
     # Packed codes, then 4 bytes a scale and 1 byte a zero point.
     wanted = {
@@ -719,6 +719,49 @@ def test_describe_counts_bytes(rng):
 
 
 @pytest.mark.parametrize("jit", [False, True], ids=["eager", "jitted"])
+def test_describe_tells_what_is_lost_of_all_and_of_the_worst_slice(rng):
+    sizes = np.array([1, 0.5, 0.2, 0.05])
+    layers = (rng.normal(size=(4, 64, 8)) * sizes[:, None, None]).astype(np.float32)
+    params = {"layers": {"kernel": layers, "scale": np.ones(8, np.float32)}, "head": layers[0]}
+    rules = Rules([(".*", ab.Uniform(bits=4))])
+    found = {row.path: row for row in ab.describe(params, rules).rows}
+
+    row = found["layers/kernel"]
+    value = rules.of("layers/kernel").quantize(layers).dequantize()
+    lost, squares = (np.square(x.astype(np.float64)) for x in (layers - value, layers))
+    np.testing.assert_allclose(row.error, lost.sum() / squares.sum(), rtol=1e-4)
+    of_layers = lost.sum((1, 2)) / squares.sum((1, 2))
+    np.testing.assert_allclose(row.worst[0], of_layers.max(), rtol=1e-4)
+    assert row.worst[1] == 0
+    assert row.note == "a slice of axis 0 is mostly lost"
+    assert found["layers/scale"].note == "a vector: a norm or a bias?"
+    assert found["head"].note == ""
+    assert "worst" in str(ab.describe(params, rules))
+
+    # A scale for each layer as well, and nothing is lost of any.
+    by_layer = Rules([(".*kernel", ab.Uniform(bits=4, axis=(0, -1))), (".*", None)])
+    row, *_ = (r for r in ab.describe(params, by_layer).rows if r.path == "layers/kernel")
+    assert row.worst[0] < 0.05
+    assert row.note == ""
+
+
+def test_describe_computes_nothing_where_there_is_nothing_to_compute_with(rng):
+    params = {"w": rng.normal(size=(8, 4)).astype(np.float32)}
+    rules = Rules([("w", ab.Uniform(bits=4))])
+    for given in (jax.eval_shape(lambda: params), params):
+        found = ab.describe(given, rules, errors=False)
+        assert (found.rows[0].error, found.rows[0].worst) == (None, None)
+    traced = []
+    jax.jit(lambda params: traced.append(ab.describe(params, rules)))(params)
+    assert traced[0].rows[0].error is None
+    row = ab.describe(
+        {"w": jnp.zeros((8, 4)), "v": jnp.full((8, 4), 3e38)},
+        Rules([(".*", ab.Uniform(bits=4, scale="absmax"))]),
+    ).rows[1]
+    assert row.error == 0
+    assert row.path == "w"
+
+
 def test_clip_latent_clips_what_is_quantized_after_an_update(jit):
     params = {"kernel": jnp.array([[0.5, -0.9], [1.0, 0.2]]), "bias": jnp.array([5.0, -5.0])}
     gradients = {"kernel": jnp.array([[-1.0, 1.0], [1.0, 0.1]]), "bias": jnp.array([-1.0, 1.0])}

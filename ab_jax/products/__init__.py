@@ -13,6 +13,7 @@ from ab_jax.products.input_rules import ActivationRules
 from ab_jax.products.intercepting import intercept
 from ab_jax.products.marks import mark
 from ab_jax.products.product import Product
+from ab_jax.products.product_table import ProductDescription, describe_products
 from ab_jax.products.quantized_inputs import (
     CutOffWarning,
     Ranges,
@@ -27,9 +28,11 @@ __all__ = [
     "ActivationRules",
     "CutOffWarning",
     "Product",
+    "ProductDescription",
     "Range",
     "Ranges",
     "check_ranges",
+    "describe_products",
     "find_products",
     "initial_ranges",
     "intercept",

@@ -9,15 +9,18 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jax.extend import source_info_util
-
 from ab_jax.products.marks import address_of
 from ab_jax.products.origins import Key, Origin
-from ab_jax.products.product import Kind, Product
+from ab_jax.products.product import LEFT_RIGHT, Kind, Product
 
 # Frames of these packages are not where a model calls its layers.
 _FRAMEWORKS = ("jax", "jaxlib", "flax", "equinox", "haiku", "jaxtyping")
 _NOT_OF_MODELS = (*(f"/site-packages/{name}/" for name in _FRAMEWORKS), "/ab_jax/products/")
+
+
+_WEIGHTS = {"kernel", "weight", "w", "embedding"}
+# Layers in the name of an operand that comes from several, as a cache of keys and values does.
+_MOST_NAMES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Found:
       key: of the equation.
       scans: around it, the outermost first, with their lengths.
       mesh_axes, opaque: see `Product`.
+      line: file and line of the model.
     """
 
     equation: Any
@@ -38,6 +42,7 @@ class Found:
     scans: tuple[tuple[Key, int], ...]
     mesh_axes: tuple[str, ...]
     opaque: str | None
+    line: str
 
     @property
     def mark(self) -> str | None:
@@ -45,14 +50,19 @@ class Found:
         is_name = self.equation.primitive.name == "name"
         return address_of(self.equation.params["name"]) if is_name else None
 
-    @staticmethod
-    def line_of(equation: Any) -> str:
-        """File and line of the model that an equation stems from, as far as known."""
-        traceback = equation.source_info.traceback
-        for frame in traceback.frames if traceback else ():
-            if not any(part in frame.file_name for part in _NOT_OF_MODELS):
-                return f"{frame.file_name}:{frame.line_num}"
-        return str(source_info_util.summarize(equation.source_info))
+
+def in_framework(file: str) -> bool:
+    """Whether a file is one of a framework, and not of a model."""
+    return any(part in file for part in _NOT_OF_MODELS)
+
+
+def model_line(equation: Any) -> str:
+    """File and line of the model that an equation stems from; empty if that is unknown."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not in_framework(frame.file_name):
+            return f"{frame.file_name}:{frame.line_num}"
+    return ""
 
 
 def named(found: Mapping[Key, Found], shapes: Mapping[str, tuple[int, ...]]) -> tuple[Product, ...]:
@@ -76,7 +86,8 @@ def named(found: Mapping[Key, Found], shapes: Mapping[str, tuple[int, ...]]) -> 
             continue
         count = uses[base] = uses.get(base, -1) + 1
         address = f"{base}#{count}" if count else base
-        by_key[key] = dataclasses.replace(product, address=address)
+        operands = _operands(found[key], product, by_key)
+        by_key[key] = dataclasses.replace(product, address=address, operands=operands)
         listed.append(by_key[key])
     return tuple(listed)
 
@@ -122,9 +133,10 @@ def _unnamed(found: Found, shapes: Mapping[str, tuple[int, ...]], layers: set[Ke
         channel_axes=channels,
         contracted=contracted,
         stack=tuple(length for _, length in scans),
-        where=found.line_of(equation),
+        where=found.line,
         opaque=found.opaque,
         mesh_axes=found.mesh_axes,
+        operands=LEFT_RIGHT,
         params=equation.params,
         key=found.key,
         stacked_by=tuple(scan for scan, _ in scans),
@@ -230,6 +242,31 @@ def _weights_above(
         own = product.weight or (product.address if product.kind == "marked" else None)
         paths |= {own} if own else _weights_above(above, found, by_key, seen | {key})
     return paths
+
+
+def _operands(found: Found, product: Product, by_key: Mapping[Key, Product]) -> tuple[str, ...]:
+    """Names of the operands: of two activations what each comes from, where that differs.
+
+    As `query` and `key`, or `product` and `value`: which of them a function writes first a jaxpr
+    does not tell.
+    """
+    if product.kind != "activation" or len(product.data) != 2:
+        return LEFT_RIGHT
+    names = []
+    for side in product.data:
+        above = {
+            by_key[key].address.partition("#")[0]
+            for key in found.origins[side].above
+            if key in by_key
+        }
+        names.append("_".join(sorted(map(_layer, above))[:_MOST_NAMES]))
+    return tuple(names) if all(names) and len(set(names)) == 2 else LEFT_RIGHT
+
+
+def _layer(address: str) -> str:
+    """The last name in an address, but for what frameworks call the weight of a layer."""
+    *parents, last = address.split("/")
+    return parents[-1] if parents and last in _WEIGHTS else last
 
 
 def _common(paths: Sequence[Sequence[str]]) -> list[str]:

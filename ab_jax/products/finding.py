@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from ab_jax.products.addresses import Found, named
+from ab_jax.products.addresses import Found, in_framework, model_line, named
 from ab_jax.products.marks import address_of
 from ab_jax.products.origins import (
     INPUT,
@@ -111,6 +111,7 @@ class _Walk:
         self.scans: tuple[tuple[Key, int], ...] = ()
         self.mesh_axes: tuple[str, ...] = ()
         self.opaque: str | None = None
+        self.line = ""
 
     def body(self, jaxpr: Any, origins: Sequence[Origin], key: Key) -> list[Origin]:
         """The origins of a jaxpr's results."""
@@ -132,11 +133,10 @@ class _Walk:
         if is_product or (name == "name" and address_of(params["name"]) is not None):
             return self.note(equation, origins, key)
         if name in CALLS:
-            return self.body(called(params), origins, key)
+            return self.call(equation, origins, key)
         if name == "shard_map":
-            return self.within(
-                equation, origins, key, mesh_axes=(*self.mesh_axes, *mesh_axes(params))
-            )
+            around = {"mesh_axes": (*self.mesh_axes, *mesh_axes(params))}
+            return self.within(equation, origins, key, **around)
         if name == "cond":
             return self.branches(equation, origins, key)
         if name == "scan":
@@ -153,6 +153,14 @@ class _Walk:
         results = self.note(equation, origins, key)
         self.opaque = outer
         return results
+
+    def call(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
+        """Of a call that is as good as written out."""
+        jaxpr, _ = opened(called(equation.params))
+        # A function of a framework is traced once: only the call itself tells where in the model.
+        of_framework = in_framework(getattr(jaxpr.debug_info, "func_filename", None) or "")
+        line = self.line or (model_line(equation) if of_framework else "")
+        return self.within(equation, origins, key, line=line)
 
     def plain(self, equation: Any, origins: list[Origin]) -> list[Origin]:
         """Of an equation without products."""
@@ -214,8 +222,9 @@ class _Walk:
 
     def note(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
         """Of a product or a mark: kept, by its key."""
+        line = self.line or model_line(equation)
         self.found[key] = Found(
-            equation, tuple(origins), key, self.scans, self.mesh_axes, self.opaque
+            equation, tuple(origins), key, self.scans, self.mesh_axes, self.opaque, line
         )
         if not any(origin.data for origin in origins):
             return self.plain(equation, origins)
@@ -225,7 +234,7 @@ class _Walk:
         picked, *indices = origins
         if not picked.data and any(origin.data for origin in indices):
             for path in picked.leaves:
-                self.lookups.setdefault(path, Found.line_of(equation))
+                self.lookups.setdefault(path, self.line or model_line(equation))
 
 
 def _floating(aval: Any) -> bool:

@@ -29,9 +29,11 @@ class Product:
       channel_axes: the axes of that parameter that are not summed over; None: unknown.
       contracted: for each operand, the axes that are summed over.
       stack: lengths of the scans that hand out its weight slice by slice: layers.
-      where: file and line of the function that is called, if known.
+      where: file and line of the model, not of its framework; empty if unknown.
       opaque: the primitive in whose body it lies, where operands cannot be replaced.
       mesh_axes: those of the `shard_map`s around it.
+      operands: names of its operands: of two activations the layers they come from (`query` and
+        `key`), if those differ; else `left` and `right`.
       params: of the equation, such as its dimension numbers.
       key: where its equation stands.
       stacked_by: the keys of the scans in `stack`.
@@ -50,6 +52,7 @@ class Product:
     where: str
     opaque: str | None
     mesh_axes: tuple[str, ...]
+    operands: tuple[str, ...]
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     key: Key = dataclasses.field(repr=False)
     stacked_by: tuple[Key, ...] = dataclasses.field(repr=False)
@@ -61,7 +64,7 @@ class Product:
             return {}
         if len(self.data) == 1:
             return {self.data[0]: self.address}
-        return {side: f"{self.address}/{LEFT_RIGHT[side]}" for side in self.data}
+        return {side: f"{self.address}/{self.operands[side]}" for side in self.data}
 
     def without_count(self) -> "Product":
         """The same under the address that it shares with other uses of its weight."""

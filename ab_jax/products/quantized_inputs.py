@@ -28,7 +28,7 @@ from jax.typing import ArrayLike
 
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.products.finding import find_products
-from ab_jax.products.input_rules import ActivationRules
+from ab_jax.products.input_rules import ActivationRules, addresses_with_rules
 from ab_jax.products.intercepting import intercept
 from ab_jax.products.product import Product
 from ab_jax.products.ranges import InPass, Range
@@ -76,7 +76,7 @@ def quantize_inputs(
             listed = _addressed(products, one_range_a_weight)
             by_input.update(_quantizers(listed, rules))
             _check_ranges(ranges, by_input)
-            return [p for p in listed if any(by_input.get(a) for a in _ruled(p))]
+            return [p for p in listed if any(by_input.get(a) for a in addresses_with_rules(p))]
 
         def handler(product: Product, side: int, x: Array, found: Any) -> tuple[Array, Any]:
             quantizer = by_input[product.inputs[side]]
@@ -203,13 +203,6 @@ def check_ranges(ranges: Mapping[str, Range], *, tolerance: float = 0.001) -> No
             )
 
 
-def _ruled(product: Product) -> list[str]:
-    """What the rules have to say something about."""
-    if product.opaque and product.kind in ("weight", "activation"):
-        return [product.address]
-    return list(product.inputs.values())
-
-
 def _is_measured(quantizer: Any) -> bool:
     return isinstance(quantizer, ActivationQuantizer) and quantizer.limit is None
 
@@ -222,7 +215,9 @@ def _addressed(products: Sequence[Product], one_range_a_weight: bool) -> Sequenc
 
 def _quantizers(products: Sequence[Product], rules: ActivationRules) -> dict[str, Any]:
     """The quantizer, or None, of each input."""
-    addresses = list(dict.fromkeys(a for product in products for a in _ruled(product)))
+    addresses = list(
+        dict.fromkeys(a for product in products for a in addresses_with_rules(product))
+    )
     if not addresses:
         raise ValueError(
             "The function has no product whose inputs could be quantized: none of its inputs "

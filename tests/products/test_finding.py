@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ab_jax.products import find_products, mark
-from tests.products.networks import NETWORKS, drawn
+from tests.products.networks_of_frameworks import NETWORKS, drawn
 
 X = drawn(9, 4, 8)
 
@@ -59,7 +59,7 @@ def test_the_line_of_the_model_is_told_not_that_of_its_framework():
     f, params, inputs = NETWORKS["linen_convolutions"]()
     for product in find_products(f, params, *inputs):
         path, _, line = product.where.rpartition(":")
-        assert path.endswith("networks.py")
+        assert path.endswith("networks_of_frameworks.py")
         name = product.address.split("/")[0]
         assert f'name="{name}"' in Path(path).read_text().splitlines()[int(line) - 1]
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ab_jax.products import find_products, intercept, mark
-from tests.products.networks import NETWORKS, drawn
+from tests.products.networks_of_frameworks import NETWORKS, drawn
 
 
 def unchanged(product, side, x, state):

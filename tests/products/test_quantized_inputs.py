@@ -17,7 +17,7 @@ from ab_jax.products import (
     measure_ranges,
     quantize_inputs,
 )
-from tests.products.networks import NETWORKS, Pictures, drawn
+from tests.products.networks_of_frameworks import NETWORKS, Pictures, drawn
 
 EIGHT = ActivationRules([(".*", ActivationQuantizer(bits=8))])
 
@@ -131,7 +131,7 @@ def test_a_stack_of_layers_has_a_range_a_layer_and_a_loop_over_time_one():
     f, params, inputs = NETWORKS["plain_scan"]()
     ranges = measure_ranges(f, EIGHT, params, [inputs])
     assert ranges["layers/in"].limit.shape == (3,)
-    assert ranges["layers/product#1/left"].limit.shape == (3,)
+    assert ranges["layers/product#1/product"].limit.shape == (3,)
     assert ranges["head"].limit.shape == ()
     f, params, inputs = NETWORKS["linen_lstm"]()
     ranges = measure_ranges(f, EIGHT, params, [inputs])
@@ -155,13 +155,13 @@ def test_each_operand_of_two_activations_has_a_rule_and_a_range():
     f, params, inputs = NETWORKS["plain_scan"]()
     rules = ActivationRules(
         [
-            (r".*/product#1/left", ActivationQuantizer(bits=8, signed=False, limit=1.0)),
+            (r".*/product#1/product", ActivationQuantizer(bits=8, signed=False, limit=1.0)),
             (r".*/product", ActivationQuantizer(bits=4)),
             (".*", None),
         ]
     )
     ranges = initial_ranges(f, rules, params, *inputs)
-    names = ("layers/product/left", "layers/product/right", "layers/product#1/right")
+    names = ("layers/product/left", "layers/product/right", "layers/product#1/in")
     assert ranges.keys() == set(names)
 
 
