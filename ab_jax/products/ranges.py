@@ -5,8 +5,10 @@ product in a loop, or called several times under one address, sees those up to i
 between passes. A measurement that is not finite leaves the range alone, and is counted.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
@@ -58,6 +60,8 @@ class InPass(NamedTuple):
         none = jnp.zeros(start.shape, jnp.int32)
         return cls(start, jnp.full_like(start, -1), start, jnp.zeros_like(start), none)
 
+    # Compiled apart, since it is traced once for all inputs of a network.
+    @functools.partial(jax.jit, static_argnames="momentum")
     def after(self, measured: Array, momentum: float, cut: ArrayLike = 0.0) -> "InPass":
         """After one more."""
         finite = jnp.isfinite(measured)
