@@ -61,6 +61,8 @@ Above = Callable[[Array], tuple[Array, Array]]
 class BitLevels(NamedTuple):
     """The scales of the bits, and what the codes at them follow from.
 
+    Axes are as in this file; what a quantizer fits has the first of each array as its last.
+
     Attributes:
       scales: [bits, ...], falling.
       edges: [2**(bits - 1), ...], from where on each of the rising magnitudes is the nearest.

@@ -46,13 +46,21 @@ def fit(w: Array, quantizer: Fitter) -> Fitted:
 def codes_at(w: Array, fitted: Fitted, quantizer: Fitter) -> Quantized:
     """The codes of a weight at what `fit` found; jitted, for the same integers everywhere."""
     scale_shape = quantizer.scale_shape(w.shape)
-    shape, _ = scale_fits.block_axes(w.shape, scale_shape)
+    shape, shared = scale_fits.block_axes(w.shape, scale_shape)
     blocks = jax.lax.stop_gradient(w).astype(scale_fits.compute_dtype(w.dtype)).reshape(shape)
     codes, scale, zero_point = quantizer.code_blocks(blocks, fitted)
-    of_bits = scale.shape[: scale.ndim - blocks.ndim]
+    of_bits = scale.shape[blocks.ndim :]
+    if of_bits:
+        wanted = tuple(1 if i in shared else size for i, size in enumerate(shape))
+        if scale.shape != (*wanted, quantizer.bits):
+            raise ValueError(
+                f"{quantizer} gives a scale of shape {scale.shape} for blocks of shape {wanted}. "
+                f"Where each bit has a scale of its own, their axis is the last: "
+                f"{(*wanted, quantizer.bits)}."
+            )
     return (BinaryCoded if of_bits else Quantized)(
         codes=codes.astype(jnp.int8).reshape(w.shape),
-        scale=scale.reshape((*of_bits, *scale_shape)),
+        scale=scale.reshape((*scale_shape, *of_bits)),
         zero_point=None if zero_point is None else zero_point.astype(jnp.int8).reshape(scale_shape),
         bits=quantizer.bits,
         dtype=w.dtype.name,

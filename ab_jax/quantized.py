@@ -115,21 +115,25 @@ class BinaryCoded(Quantized):
     from `-(2**bits - 1)` to `2**bits - 1`. It stands for `sum of s_i * scale[i - 1]`.
 
     Attributes:
-      scale: as that of `Quantized`, with an axis of `bits` scales before the others.
+      scale: as that of `Quantized`, with an axis of `bits` scales behind the others. So the axes in
+        front are those of the codes, also where codes are stacked by `jax.vmap` or `jax.lax.scan`.
       zero_point: None.
+
+    Raises:
+      ValueError: from all that reads a scale, where its last axis is not that of the bits.
     """
 
     def dequantize(self) -> Array:
         """The signed sum of each code's scales, in the weight's shape and dtype."""
-        scales = [_expand(scale, self.codes.shape) for scale in self.scale]
+        scales = [_expand(scale, self.codes.shape) for scale in self._by_bit()]
         return _signed_sum(self.codes, scales).astype(self.dtype)
 
     def levels(self) -> Array:
-        """The values that a code of each block can have, rising: `[2**bits, *scale.shape[1:]]`."""
+        """The values that a code of each block can have, rising: `[2**bits, *scale.shape[:-1]]`."""
         codes = jnp.arange(1 - 2**self.bits, 2**self.bits, 2)
         codes = codes.reshape(-1, *(1,) * (self.scale.ndim - 1))
         # Scales that do not fall by half from one to the next change the order.
-        return jnp.sort(_signed_sum(codes, [scale[None] for scale in self.scale]), axis=0)
+        return jnp.sort(_signed_sum(codes, [scale[None] for scale in self._by_bit()]), axis=0)
 
     def beside(self, w: Array) -> tuple[Array, Array]:
         """As `Quantized.beside`."""
@@ -148,7 +152,18 @@ class BinaryCoded(Quantized):
 
     def unit(self) -> Array:
         """The first scale, that of the largest part, of each code: broadcasts against `codes`."""
-        return _expand(self.scale[0], self.codes.shape)
+        return _expand(self._by_bit()[0], self.codes.shape)
+
+    def _by_bit(self) -> tuple[Array, ...]:
+        """The scale of each bit, of as many axes as the codes."""
+        if self.scale.ndim != self.codes.ndim + 1 or self.scale.shape[-1] != self.bits:
+            raise ValueError(
+                f"Codes of shape {self.codes.shape} and {self.bits} bits have a scale of shape "
+                f"{self.scale.shape}, whose last axis is not that of the bits. Stack codes along "
+                f"an axis in front (out_axes=0 of jax.vmap), and quantize anew what a version "
+                f"before 0.2 left in memory or in a pickle."
+            )
+        return jnp.unstack(self.scale, axis=-1)
 
 
 def packed_size(count: int, bits: int, *, affine: bool) -> int:
@@ -176,9 +191,10 @@ def with_nan_shown(quantized: Quantized, w: Array) -> Quantized:
 
     Codes cannot say that they stand for no number, and a scale that was fixed or trained does not.
     """
-    blocks = quantized.scale.shape[quantized.scale.ndim - w.ndim :]
+    blocks = quantized.scale.shape[: w.ndim]
     split, inside = scale_fits.block_axes(w.shape, blocks)
     finite = jnp.all(jnp.isfinite(w).reshape(split), axis=inside).reshape(blocks)
+    finite = finite.reshape(*blocks, *(1,) * (quantized.scale.ndim - w.ndim))
     shown = jnp.broadcast_to(finite, quantized.scale.shape) | ~jnp.isfinite(quantized.scale)
     return dataclasses.replace(quantized, scale=jnp.where(shown, quantized.scale, jnp.nan))
 

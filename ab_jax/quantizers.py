@@ -88,7 +88,7 @@ class Quantizer(abc.ABC):
         Args:
           w: float32 or float64.
           axes: those over which a scale is shared. Each array keeps them with size 1, and may have
-            more axes in front of those of `w`.
+            more axes behind those of `w`: axes in front are where stacks of weights are split.
           largest: no level is above this, the largest number of the weights' dtype.
         """
 
@@ -96,7 +96,7 @@ class Quantizer(abc.ABC):
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
         """Codes, scale and zero point of `w`, of which `fitted` is what `fit_blocks` found.
 
-        Scales with one axis more, the first, are those of the bits of `BinaryCoded`.
+        Scales with one axis more, the last, are those of the bits of `BinaryCoded`.
         """
 
     def quantize(self, w: ArrayLike) -> Quantized:
@@ -356,10 +356,13 @@ class LeastSquaresBinary(Quantizer):
         reach = scale_fits.or_one(jnp.sum(scales, axis=0))  # of the level whose signs are all +
         fits = jnp.minimum(1, scale_fits.below(largest, magnitude, reach))
         scales *= (fits * magnitude)[None]
-        return bit_scales.levels_at(scales)
+        levels = bit_scales.levels_at(scales)
+        # Behind the axes of the weights, where no stack of weights is split.
+        return bit_scales.BitLevels(*(jnp.moveaxis(x, 0, -1) for x in levels))
 
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
         """Those of the nearest levels."""
         if self.bits == 1:
             return scale_fits.signs(w), fitted, None
-        return bit_scales.codes(w, fitted), fitted.scales, None
+        levels = bit_scales.BitLevels(*(jnp.moveaxis(x, -1, 0) for x in fitted))
+        return bit_scales.codes(w, levels), fitted.scales, None

@@ -129,5 +129,5 @@ def test_a_group_of_zeros_has_the_level_zero(rng):
         w = rng.uniform(1, 3, size=(60, 28)).astype(np.float32)
         w[:6] = 0
         scales = np.asarray(LeastSquaresBinary(bits=2).quantize(w).scale)
-        assert (scales[0] >= scales[1]).all()
-        assert (scales[1] >= 0).all()
+        assert (scales[..., 0] >= scales[..., 1]).all()
+        assert (scales[..., 1] >= 0).all()

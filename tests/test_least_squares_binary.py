@@ -56,7 +56,7 @@ def signs_of(codes: np.ndarray, bits: int) -> np.ndarray:
 
 def values(quantized: Quantized) -> np.ndarray:
     """The signed sums of the scales in float64; one scale a channel."""
-    scales = np.asarray(quantized.scale, np.float64)
+    scales = np.moveaxis(np.asarray(quantized.scale, np.float64), -1, 0)
     return (signs_of(np.asarray(quantized.codes), quantized.bits) * scales).sum(0)
 
 
@@ -75,7 +75,7 @@ def test_codes_are_odd_and_their_digits_are_signs(weights, bits):
     assert isinstance(quantized, BinaryCoded)
     codes = np.asarray(quantized.codes)
     assert (codes.dtype, codes.shape, quantized.bits) == (np.int8, SHAPE, bits)
-    assert (quantized.scale.dtype, quantized.scale.shape) == (np.float32, (bits, 1, SHAPE[1]))
+    assert (quantized.scale.dtype, quantized.scale.shape) == (np.float32, (1, SHAPE[1], bits))
     assert quantized.zero_point is None
     found = np.asarray(quantized.dequantize())
     assert (found[7] >= 0).all()
@@ -88,7 +88,7 @@ def test_two_bits_lose_the_least_that_any_two_scales_lose(weights):
     quantized = LeastSquaresBinary(bits=2).quantize(weights)
     w = weights.astype(np.float64)
     found = ((w - values(quantized)) ** 2).sum(0)
-    v1, v2 = np.asarray(quantized.scale, np.float64)[:, 0]
+    v1, v2 = np.asarray(quantized.scale, np.float64)[0].T
     assert (v1 >= v2).all()
     assert (v2 >= 0).all()
     for channel, error in enumerate(found):
@@ -195,10 +195,10 @@ def test_blocks_are_quantized_as_columns_of_a_matrix_would_be(rng):
     bits = 2
     w = rng.normal(size=(2, 6, 4)).astype(np.float32)
     found = LeastSquaresBinary(bits=bits, group_size=3).quantize(w)
-    assert found.scale.shape == (bits, 1, 2, 4)
+    assert found.scale.shape == (1, 2, 4, bits)
     columns = w.reshape(2, 2, 3, 4).transpose(0, 2, 1, 3).reshape(6, 8)
     wanted = LeastSquaresBinary(bits=bits).quantize(columns)
-    np.testing.assert_allclose(found.scale.reshape(bits, 8), wanted.scale[:, 0], rtol=1e-6)
+    np.testing.assert_allclose(found.scale.reshape(8, bits), wanted.scale[0], rtol=1e-6)
     back = np.asarray(wanted.dequantize()).reshape(2, 3, 2, 4).transpose(0, 2, 1, 3)
     np.testing.assert_allclose(found.dequantize(), back.reshape(w.shape), rtol=1e-5, atol=1e-6)
 

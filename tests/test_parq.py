@@ -149,11 +149,11 @@ class Greedy(Quantizer):
             scale = jnp.mean(jnp.abs(w), axes, keepdims=True)
             w = w - jnp.where(w >= 0, 1, -1) * scale
             scales.append(scale)
-        return jnp.stack(scales)
+        return jnp.stack(scales, axis=-1)
 
     def code_blocks(self, w, scales):
         codes = jnp.zeros_like(w)
-        for scale in scales:
+        for scale in jnp.unstack(scales, axis=-1):
             signs = jnp.where(w >= 0, 1, -1)
             w, codes = w - signs * scale, 2 * codes + signs
         return codes, scales, None

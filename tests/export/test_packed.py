@@ -127,7 +127,7 @@ def test_codes_of_signs_are_those_of_their_width(tmp_path: Path, rng: np.random.
         codes = 2 * rng.integers(-(2 ** (bits - 1)), 2 ** (bits - 1), (3, 7)) + 1
         leaf = ab.BinaryCoded(
             codes=jnp.asarray(codes, jnp.int8),
-            scale=jnp.asarray(rng.uniform(0, 1, (bits, 3, 1)), jnp.float32),
+            scale=jnp.asarray(rng.uniform(0, 1, (3, 1, bits)), jnp.float32),
             zero_point=None,
             bits=bits,
             dtype="bfloat16",
@@ -135,6 +135,10 @@ def test_codes_of_signs_are_those_of_their_width(tmp_path: Path, rng: np.random.
         write_packed(tmp_path / "net", {"params": {"w": leaf}})
         assert_same_bits(read_packed(tmp_path / "net").variables, {"params": {"w": leaf}})
         stored = load_file(tmp_path / "net")
+        # As files always had it: the bits in front.
+        np.testing.assert_array_equal(
+            stored["params/w/scale"], np.moveaxis(leaf.scale, -1, 0), strict=True
+        )
         assert stored["params/w/codes"].size == -(-21 * bits // 8)
         stream = int.from_bytes(stored["params/w/codes"].tobytes(), "little")
         digits = [(stream >> bits * i) % 2**bits for i in range(21)]
@@ -142,7 +146,7 @@ def test_codes_of_signs_are_those_of_their_width(tmp_path: Path, rng: np.random.
         wrong = dataclasses.replace(leaf, codes=leaf.codes.at[1, 2].set(0))
         with pytest.raises(ValueError, match=r"params/w cannot be packed: .* not all odd"):
             write_packed(tmp_path / "net", {"params": {"w": wrong}})
-        wrong = dataclasses.replace(leaf, scale=leaf.scale[1:])
+        wrong = dataclasses.replace(leaf, scale=leaf.scale[..., 1:])
         with pytest.raises(ValueError, match=r"has not one for each of its bits"):
             write_packed(tmp_path / "net", {"params": {"w": wrong}})
 

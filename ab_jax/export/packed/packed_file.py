@@ -12,7 +12,7 @@ has three arrays, all others have one of their own name:
     params/conv/kernel/zero_point   int8, where there are zero points
 
 Codes of `BinaryCoded`, of the kind `signs`, are packed as those of their width with zero points, as
-(code - 1) / 2, and their scale has an axis of bits before the others.
+(code - 1) / 2. In a file the axis of bits of their scale stands before the others.
 
 The text `ab_jax` among the header's metadata is JSON: `format` and `version`; `quantized`, with the
 kind of codes, bits, shape and dtype of each quantized leaf; `rules`, to be read by people; and
@@ -153,7 +153,7 @@ def _pack(leaf: Quantized) -> tuple[Packing, dict[str, np.ndarray]]:
     if of_signs:
         if (codes % 2 == 0).any():
             raise ValueError("its codes of signs are not all odd")
-        codes = (codes - 1) // 2
+        codes, scale = (codes - 1) // 2, np.moveaxis(scale, -1, 0)
     parts = {"codes": packing.pack(codes), "scale": scale}
     return packing, parts if zero_point is None else {**parts, "zero_point": zero_point}
 
@@ -176,9 +176,9 @@ def _check(
     if of_signs:
         if not 2 <= packing.bits <= 7:  # so that an odd code fits into int8
             raise ValueError(f"codes of signs have 2 to 7 bits, not {packing.bits}")
-        if blocks[:1] != (packing.bits,):
+        if blocks[-1:] != (packing.bits,):
             raise ValueError(f"a scale of shape {blocks} has not one for each of its bits")
-        blocks = blocks[1:]
+        blocks = blocks[:-1]
     if len(blocks) != len(shape) or any(
         count == 0 or size % count for count, size in zip(blocks, shape, strict=True)
     ):
@@ -237,6 +237,8 @@ def _unpack(name: str, entry: Any, arrays: dict[str, np.ndarray]) -> Quantized:
     of_signs = entry["kind"] == "signs"
     if of_signs and zero_point is not None:
         raise PackedError("its kind is signs, which have no zero points")
+    if of_signs and scale.ndim:
+        scale = np.moveaxis(scale, 0, -1)
     packing = Packing(entry["bits"], affine=of_signs or zero_point is not None)
     if entry["kind"] != _kind(packing, of_signs):
         raise PackedError(
