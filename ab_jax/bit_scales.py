@@ -14,12 +14,14 @@ here have these 2**(bits - 1) magnitudes, or the bits, in front; then the lanes;
 the blocks. Lengths are in units of a block (`thresholds.UNITS`).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -58,6 +60,9 @@ _OF_FEW = {3: (5, 8), 4: (5, 40)}
 Above = Callable[[Array], tuple[Array, Array]]
 
 
+@functools.partial(
+    jax.export.register_namedtuple_serialization, serialized_name="ab_jax.BitLevels"
+)
 class BitLevels(NamedTuple):
     """The scales of the bits, and what the codes at them follow from.
 

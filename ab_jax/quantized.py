@@ -2,12 +2,21 @@
 
 `Quantized` has one scale a block and evenly spaced levels, `BinaryCoded` one scale for each bit of
 a code. The integer conventions are those of `ab_jax.quantizers`, which makes both.
+
+Both are trees of arrays to JAX, so a function that is exported may take them as arguments:
+
+    exported = jax.export.export(jax.jit(lambda codes, x: x @ codes.dequantize()))(codes, x)
+    program = jax.export.deserialize(exported.serialize())    # elsewhere, after `import ab_jax`
+    program.call(codes, x)
 """
 
 import dataclasses
 import functools
+import json
+from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 from jax import Array
 
@@ -16,11 +25,18 @@ from ab_jax import scale_fits
 #: Ternary codes in a byte.
 TERNARY_DIGITS = 5
 
-_as_tree = functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("codes", "scale", "zero_point"),
-    meta_fields=("bits", "dtype"),
-)
+
+def _as_tree(kind: type) -> Any:
+    """A tree of arrays to JAX, also in the signature of an exported program."""
+    jax.tree_util.register_dataclass(
+        kind, data_fields=("codes", "scale", "zero_point"), meta_fields=("bits", "dtype")
+    )
+    return jax.export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"ab_jax.{kind.__name__}",
+        serialize_auxdata=lambda static: json.dumps(static).encode(),
+        deserialize_auxdata=lambda text: tuple(json.loads(text)),
+    )
 
 
 @_as_tree
