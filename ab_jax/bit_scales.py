@@ -60,9 +60,7 @@ _OF_FEW = {3: (5, 8), 4: (5, 40)}
 Above = Callable[[Array], tuple[Array, Array]]
 
 
-@functools.partial(
-    jax.export.register_namedtuple_serialization, serialized_name="ab_jax.BitLevels"
-)
+@functools.partial(jax.export.register_namedtuple_serialization, serialized_name="ab_jax.BitLevels")
 class BitLevels(NamedTuple):
     """The scales of the bits, and what the codes at them follow from.
 

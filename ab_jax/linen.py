@@ -41,10 +41,13 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from jax.typing import ArrayLike
 
+from ab_jax import flax_codes
 from ab_jax.input_ranges import NOT_FINITE as NOT_FINITE
 from ab_jax.input_ranges import RANGES as RANGES
 from ab_jax.input_ranges import Pass, axes_of, limit_of, split
 from ab_jax.products.input_rules import ActivationRules as ActivationRules
+
+flax_codes.register()
 
 # Layers whose input the interceptor quantizes.
 _LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)

@@ -27,11 +27,13 @@ from flax import nnx
 from jax.typing import ArrayLike
 
 import ab_jax as ab
-from ab_jax import products
+from ab_jax import flax_codes, products
 from ab_jax.blend import Alpha
 from ab_jax.fitting import Fitted
 from ab_jax.learned_scales import Scales
 from ab_jax.rules import leaves_by_path
+
+flax_codes.register()
 
 Module = TypeVar("Module", bound=nnx.Module)
 

@@ -8,6 +8,8 @@ Both are trees of arrays to JAX, so a function that is exported may take them as
     exported = jax.export.export(jax.jit(lambda codes, x: x @ codes.dequantize()))(codes, x)
     program = jax.export.deserialize(exported.serialize())    # elsewhere, after `import ab_jax`
     program.call(codes, x)
+
+Flax's state dicts know them once `ab_jax.linen` or `ab_jax.nnx` is imported (`ab_jax.flax_codes`).
 """
 
 import dataclasses

@@ -39,6 +39,7 @@ ROOMS: dict[str, set[str]] = {
     "percentiles": {"jax"},
     "activations": {"jax", "numpy"},
     "products": {"jax", "numpy"},
+    "flax_codes": {"jax", "numpy", "flax"},
     "input_ranges": {"jax", "numpy", "flax"},
     "linen": {"jax", "numpy", "flax"},
     "nnx": {"jax", "flax"},
