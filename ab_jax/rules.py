@@ -152,10 +152,10 @@ def leaves_by_path(
       ValueError: two leaves have one path; names it.
     """
     leaves: dict[str, Any] = {}
-    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or _is_box(node))
+    nodes = jax.tree.leaves_with_path(tree, is_leaf=lambda node: is_leaf(node) or is_box(node))
     for keys, node in nodes:
         for inner, leaf in jax.tree.leaves_with_path(node, is_leaf=is_leaf):
-            if inner[:1] == (GetAttrKey("value"),) and _is_box(node):
+            if inner[:1] == (GetAttrKey("value"),) and is_box(node):
                 inner = inner[1:]
             path = keystr((*keys, *inner), simple=True, separator="/")
             if path in leaves:
@@ -167,7 +167,7 @@ def leaves_by_path(
     return list(leaves.items())
 
 
-def _is_box(node: Any) -> bool:
+def is_box(node: Any) -> bool:
     """Whether Flax put it around a parameter; by name, since the core does not load Flax."""
     return any(
         base.__module__.startswith("flax.") and base.__name__ in ("Variable", "AxisMetadata")

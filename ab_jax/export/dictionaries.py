@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import jax
 
 from ab_jax.quantized import Quantized
-from ab_jax.rules import leaves_by_path
+from ab_jax.rules import is_box, leaves_by_path
 
 Tree = TypeVar("Tree")
 
@@ -70,6 +70,22 @@ def from_dictionaries(dictionaries: Mapping[str, Any], like: Tree) -> Tree:
             )
     structure = jax.tree.structure(like, is_leaf=_is_quantized)
     return jax.tree.unflatten(structure, [leaves[path] for path in paths])
+
+
+def check_unboxed(tree: Any) -> None:
+    """Refuse what Flax has put around arrays: no file has a place for it.
+
+    Raises:
+      ValueError: names the first such box and what takes all of them off.
+    """
+    for keys, node in jax.tree.leaves_with_path(tree, is_leaf=is_box):
+        if is_box(node):
+            kind, path = type(node), jax.tree_util.keystr(keys, simple=True, separator="/")
+            if any(base.__name__ == "Variable" for base in kind.__mro__):
+                fix = "Make arrays of the state by to_dictionaries of ab_jax.export.dictionaries."
+            else:
+                fix = "Unbox the variables first: flax.linen.unbox(variables)."
+            raise ValueError(f"{path} is a {kind.__name__}, which Flax puts around an array. {fix}")
 
 
 def _leaves(tree: Any) -> list[tuple[str, Any]]:

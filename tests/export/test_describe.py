@@ -136,6 +136,10 @@ def test_what_cannot_be_described_is_named(rng: np.random.Generator) -> None:
     missing = {**variables, "batch_stats": {}}
     with pytest.raises(ValueError, match="no conv0_norm in the batch_stats"):
         describe(model, missing, shape)
+    kernel = nn.LogicallyPartitioned(variables["params"]["conv0"]["kernel"], (None,) * 4)
+    boxed = {"params": {**variables["params"], "conv0": {"kernel": kernel}}}
+    with pytest.raises(ValueError, match=r"params/conv0/kernel is a Log.*flax\.linen\.unbox"):
+        describe(model, {**variables, **boxed}, shape)
     with pytest.raises(ValueError, match=r"conv0 does not take an input \[1, 8, 8, 4\]"):
         describe(model, variables, (8, 8, 4))
     with pytest.raises(ValueError, match=r"takes normalized images \[batch, 8, 8, 3\], not uint8"):

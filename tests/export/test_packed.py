@@ -8,14 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors
+from flax import nnx
 from safetensors.numpy import load_file
 
 import ab_jax as ab
+from ab_jax.export.dictionaries import to_dictionaries
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.export.packed.bits import Packing
 from ab_jax.export.packed.container import PackedError
@@ -238,6 +241,17 @@ def test_the_same_network_gives_the_same_bytes_and_replaces_a_file_whole(
         write_packed(tmp_path / "one" / "below", variables)
 
 
+def test_what_flax_puts_around_parameters_is_taken_off_as_said(tmp_path: Path) -> None:
+    initial = nn.with_logical_partitioning(nn.initializers.normal(), ("in", "out"))
+    params = nn.Dense(3, kernel_init=initial).init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+    quantized = ab.quantize(params, ab.Rules([("kernel", ab.Ternary()), ("bias", None)]))
+    write_packed(tmp_path / "unboxed", {"params": nn.unbox(quantized)})
+    write_packed(tmp_path / "nested", to_dictionaries({"params": quantized}))
+    assert (tmp_path / "unboxed").read_bytes() == (tmp_path / "nested").read_bytes()
+    found = read_packed(tmp_path / "unboxed").variables
+    assert_same_bits(found, {"params": nn.unbox(quantized)})
+
+
 def replaced(variables: dict[str, Any], **fields: Any) -> dict[str, Any]:
     return {"params": {"a": dataclasses.replace(variables["params"]["a"], **fields)}}
 
@@ -247,7 +261,19 @@ def replaced(variables: dict[str, Any], **fields: Any) -> dict[str, Any]:
     [
         (lambda v: {"params": {"a/b": jnp.ones(2)}}, r"The key 'a/b' in params/ cannot be part"),
         (lambda v: {"params": {0: jnp.ones(2)}}, "The key 0 in params/"),
-        (lambda v: {"params": [jnp.ones(2)]}, "params is a list, not an array"),
+        (
+            lambda v: {"params": [jnp.ones(2)]},
+            "params is a list, not an array.*by to_dictionaries of ab_jax.export.dictionaries",
+        ),
+        (lambda v: {"apply": len}, "apply is a builtin_function_or_method, not .* Leave it out"),
+        (
+            lambda v: {"params": {"a": nn.LogicallyPartitioned(v["params"]["a"], ("in", "out"))}},
+            r"params/a is a LogicallyPartitioned.* Unbox .* flax\.linen\.unbox\(variables\)",
+        ),
+        (
+            lambda v: {"params": nnx.State({"a": nnx.Param(v["params"]["a"])})},
+            "params/a is a Param.* by to_dictionaries of ab_jax.export.dictionaries",
+        ),
         (lambda v: {"params": {"a": jnp.ones((2, 0))}}, r"params/a is float32 of shape \(2, 0\)"),
         (lambda v: {"a": np.ones(2, bool)}, "a is bool"),
         (

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,6 +127,14 @@ def test_what_is_written_is_read(quantized: dict[str, Any], tmp_path: Path, int4
     found = read_qwix(path)
     assert_same_bits(found.variables, tree)
     assert (found.inputs, found.network) == (INPUTS, {"classes": 3})
+
+
+def test_boxes_of_flax_are_not_written(tmp_path: Path) -> None:
+    """They would come back as one more level of dictionaries."""
+    tree = {"params": {"kernel": nn.LogicallyPartitioned(jnp.ones((2, 3)), ("in", "out"))}}
+    with pytest.raises(ValueError, match=r"params/kernel is a Logically.*flax\.linen\.unbox"):
+        write_qwix(tmp_path / "network", tree)
+    assert not (tmp_path / "network").exists()
 
 
 def test_only_a_checkpoint_is_replaced(quantized: dict[str, Any], tmp_path: Path) -> None:

@@ -72,6 +72,28 @@ def test_weights_alone_give_our_outputs(params: dict[str, Any], rng: np.random.G
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6 * np.abs(expected).max())
 
 
+class Partitioned(nn.Module):
+    """Whose parameters say where they lie."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        init = nn.with_logical_partitioning(nn.initializers.normal(), ("in", "out"))
+        return nn.Dense(4, kernel_init=init, name="head")(x)
+
+
+def test_partitioned_parameters_are_served_in_their_boxes_or_without(
+    rng: np.random.Generator,
+) -> None:
+    x = jnp.asarray(rng.normal(size=(2, 6)), jnp.float32)
+    params = Partitioned().init(jax.random.key(0), x)["params"]
+    quantized = {"params": ab.quantize(params, rules())}
+    expected = Partitioned().apply(ab.dequantize(quantized), x)
+    for variables in (to_qwix(quantized), to_qwix(nn.unbox(quantized))):
+        served, variables = serve(Partitioned(), variables, x)
+        found = served.apply(variables, x)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
 class One(nn.Module):
     """A single layer, by the name of its kind."""
 

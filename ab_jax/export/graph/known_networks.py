@@ -16,6 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from ab_jax.activations import relu, relu6, sign
+from ab_jax.export.dictionaries import check_unboxed
 from ab_jax.export.graph.operations import (
     Add,
     Affine,
@@ -57,8 +58,8 @@ def describe(
 
     Raises:
       ValueError: another model, an activation that is none of `ab_jax.activations`, images of a
-        shape that the model does not take, variables that are not its own, a range that is not
-        finite, or a kernel with a scale for each bit (`LeastSquaresBinary`).
+        shape that the model does not take, variables that are not its own or in boxes of Flax's, a
+        range that is not finite, or a kernel with a scale for each bit (`LeastSquaresBinary`).
     """
     network = _NETWORKS.get(type(model))
     if network is None:
@@ -66,6 +67,7 @@ def describe(
             f"{type(model).__name__} is none of the models that can be described: "
             f"{', '.join(kind.__name__ for kind in _NETWORKS)}."
         )
+    check_unboxed(variables)
     builder = _Builder(model, variables, image_shape)
     network(builder, model)
     return Graph(tuple(builder.nodes), image_shape)

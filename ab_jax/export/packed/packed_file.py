@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ab_jax.export.dictionaries import check_unboxed
 from ab_jax.export.packed import container
 from ab_jax.export.packed.bits import Packing
 from ab_jax.export.packed.container import PackedError
@@ -80,15 +81,19 @@ def write_packed(
       The size of the file in bytes. The same network always gives the same bytes.
 
     Raises:
-      ValueError: a leaf that cannot be written (no array, no elements, codes or scales that no
-        quantizer makes), a key with a slash, JSON that is none; names it.
+      ValueError: a leaf that cannot be written (no array, a box of Flax's, no elements, codes or
+        scales that no quantizer makes), a key with a slash, JSON that is none; names it.
       OSError: the file cannot be written; names it and the fix.
     """
     arrays: dict[str, np.ndarray] = {}
     quantized: dict[str, Any] = {}
+    check_unboxed(variables)
     for name, leaf in _leaves(variables):
         if not isinstance(leaf, Quantized | jax.Array | np.ndarray | np.generic):
-            raise ValueError(f"{name} is a {type(leaf).__name__}, not an array. Leave it out.")
+            fix = "Leave it out."
+            if any(isinstance(inner, jax.Array | np.ndarray) for inner in jax.tree.leaves(leaf)):
+                fix = "Make dictionaries of it by to_dictionaries of ab_jax.export.dictionaries."
+            raise ValueError(f"{name} is a {type(leaf).__name__}, not an array. {fix}")
         try:
             if isinstance(leaf, Quantized):
                 packing, parts = _pack(leaf)

@@ -31,6 +31,7 @@ import orbax.checkpoint as ocp
 import qwix
 
 from ab_jax.activations import ActivationQuantizer
+from ab_jax.export.dictionaries import check_unboxed
 from ab_jax.export.graph.operations import check_one_scale
 from ab_jax.files import writing
 from ab_jax.input_ranges import checked_range
@@ -180,8 +181,10 @@ def write_qwix(
       The size of all its files in bytes.
 
     Raises:
-      ValueError: something else is at `path`. OSError: it cannot be written; names it and the fix.
+      ValueError: something else is at `path`, or a box of Flax's is around an array. OSError: it
+        cannot be written; names it and the fix.
     """
+    check_unboxed(variables)
     path = Path(path).absolute()
     if path.exists() and not (path / _MARK).is_file():
         raise ValueError(

@@ -63,6 +63,7 @@ def serve(
         (`nn.RNN`); names the parameter and the fix.
     """
     inputs = dict(inputs or {})
+    variables = nn.unbox(dict(variables))  # what says where arrays lie is no part of them
     params = flatten_dict(dict(variables["params"]))
     layers = _layers(model, args, kwargs)
     kernels = {keys[:-1]: (keys[-1], leaf) for keys, leaf in params.items() if _is_qarray(leaf)}
@@ -86,7 +87,9 @@ def serve(
     # it takes no convolution whose input stays in float: give that one codes, only for the form.
     blank = qwix.quantize_model(model, qwix.PtqProvider(rules(jnp.int8)))
     try:
-        form = jax.eval_shape(lambda: blank.init(jax.random.key(0), *_zeros(args), **kwargs))
+        form = nn.unbox(
+            jax.eval_shape(lambda: blank.init(jax.random.key(0), *_zeros(args), **kwargs))
+        )
     except Exception as error:
         lifted = [path for path in inputs if path in layers and layers[path].lifted]
         if not lifted:
@@ -146,7 +149,7 @@ def _layers(model: nn.Module, args: Any, kwargs: Any) -> dict[str, _Layer]:
         if context.method_name == "__call__" and isinstance(module, (*_CONVOLUTIONS, *_PRODUCTS)):
             x = inputs[0] if inputs else named["inputs"]
             dtype = jnp.dtype(x.dtype if module.dtype is None else module.dtype)
-            kernel = scope.get_variable("params", "kernel")
+            kernel = nn.unbox(scope.get_variable("params", "kernel"))
             lifted = scope.root is not roots[0]
             seen["/".join(module.path)] = _Layer(type(module), dtype, kernel.ndim, lifted)
         return y
