@@ -157,3 +157,126 @@ def test_codes_with_a_scale_for_each_bit_run_too(rng: np.random.Generator) -> No
     images = np.eye(2, dtype=np.float32).reshape(2, 1, 1, 2)
     found = jax.export.deserialize(bytearray(data)).call(images)
     np.testing.assert_array_equal(found.reshape(2, 5), kernel.dequantize())
+
+
+# Other inputs than images
+
+TOKENS, FEATURES = 11, 6
+
+
+def read_text(variables: dict[str, Any], text: dict[str, jax.Array], weights: jax.Array) -> Any:
+    """Two logits for each token, [batch, length, 2], and their mean where the mask says so."""
+    embedded = variables["embedding"][text["tokens"]] + variables["bias"][None, None]
+    logits = jnp.einsum("blf,f,fc->blc", embedded, weights, variables["kernel"])
+    mask = jnp.swapaxes(text["mask"], 0, 1)[..., None]
+    return logits, {"mean": jnp.sum(logits * mask, 1) / jnp.sum(mask, 1)}
+
+
+def text_of(batch: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    mask = rng.integers(0, 2, (5, batch)).astype(bool)
+    mask[0] = True
+    return {"tokens": rng.integers(0, TOKENS, (batch, 5)), "mask": mask}  # the mask: length first
+
+
+@pytest.fixture
+def text_variables(rng: np.random.Generator) -> dict[str, Any]:
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    params = {
+        "embedding": normal(TOKENS, FEATURES),
+        "kernel": normal(FEATURES, 2),
+        "bias": normal(FEATURES),
+    }
+    rules = [("embedding", ab.LeastSquaresBinary(bits=2, axis=0)), ("kernel", ab.Ternary())]
+    return ab.quantize(params, ab.Rules([*rules, (".*", None)]))
+
+
+def test_trees_of_inputs_with_a_batch_where_it_is_said(
+    text_variables: dict[str, Any], rng: np.random.Generator
+) -> None:
+    weights = rng.normal(size=FEATURES).astype(np.float32)
+    data = to_stablehlo(
+        read_text,
+        text_variables,
+        inputs=(text_of(2, rng), jax.ShapeDtypeStruct((FEATURES,), jnp.float32)),
+        batch_axes=({"tokens": 0, "mask": -1}, None),
+        platforms=["cpu"],
+    )
+    program = jax.export.deserialize(bytearray(data))
+    assert len(list(integers_in(str(program.mlir_module())))) == 2
+    for batch in (1, 2, 7):
+        text = text_of(batch, rng)
+        logits, rest = program.call(text, weights)
+        assert logits.shape == (batch, 5, 2)
+        expected, others = read_text(ab.dequantize(text_variables), text, weights)
+        np.testing.assert_allclose(logits, expected, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(rest["mean"], others["mean"], rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"args\[1\]"):  # no batch was said there
+        program.call(text_of(2, rng), np.ones((2, FEATURES), np.float32))
+
+
+def test_inputs_without_a_batch_and_codes_among_them(rng: np.random.Generator) -> None:
+    kernel = ab.Uniform(bits=4, scale="absmax").quantize(rng.normal(size=(3, 2)).astype("float32"))
+    other = ab.Uniform(bits=4, scale="absmax").quantize(rng.normal(size=(2, 5)).astype("float32"))
+    data = to_stablehlo(
+        lambda kernel, codes, x: x @ kernel @ codes.dequantize(),
+        kernel,
+        inputs=[other, jnp.zeros((1, 3))],
+        batch_axes=[None, 0],
+        platforms=["cpu"],
+    )
+    x = rng.normal(size=(4, 3)).astype(np.float32)
+    found = jax.export.deserialize(bytearray(data)).call(other, x)
+    expected = x @ kernel.dequantize() @ other.dequantize()
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_images_are_given_as_ever(rng: np.random.Generator) -> None:
+    kernel = ab.Binary().quantize(rng.normal(size=(2, 5)).astype(np.float32))
+    images = rng.normal(size=(3, 1, 1, 2)).astype(np.float32)
+
+    def apply(kernel: jax.Array, images: jax.Array) -> jax.Array:
+        return jnp.tensordot(images, kernel, 1)
+
+    by_name = to_stablehlo(apply, kernel, image_shape=(1, 1, 2), platforms=["cpu"])
+    as_input = to_stablehlo(apply, kernel, inputs=(images,), platforms=["cpu"])
+    expected = jnp.tensordot(images, kernel.dequantize(), 1)
+    for data in (by_name, as_input):
+        found = jax.export.deserialize(bytearray(data)).call(images)
+        np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+X = np.ones((2, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"Give one of image_shape=\(H, W, C\).*and inputs="),
+        ({"image_shape": (1, 1, 3), "inputs": (X,)}, "Give one of image_shape"),
+        ({"inputs": (X,), "dtype": jnp.uint8}, "dtype= is that of images"),
+        ({"image_shape": X}, r"image_shape is a ndarray, not the sizes .* inputs="),
+        ({"image_shape": (0, 1, 3)}, r"sizes above 0, not \(0, 1, 3\)"),
+        ({"inputs": X}, r"inputs is a ndarray, not a tuple.*inputs=\(x,\)"),
+        (
+            {"inputs": (X, {"flag": True})},
+            r"inputs\[1\]\['flag'\] is a bool, not .*partial",
+        ),
+        (
+            {"inputs": (X, np.float32(1))},
+            r"inputs\[1\] has the shape \(\), and no axis 0.*None",
+        ),
+        ({"inputs": (X,), "batch_axes": 2}, r"inputs\[0\] has the shape \(2, 3\), and no axis 2"),
+        ({"inputs": (X,), "batch_axes": 0.0}, r"batch axis of inputs\[0\] is 0.0, not an integer"),
+        ({"inputs": (X,), "batch_axes": (0, 1)}, r"batch_axes=\(0, 1\) does not fit the 1 inputs"),
+        (
+            {"inputs": (X, X.T)},
+            r"inputs\[0\] has a batch of 2 and inputs\[1\] one of 3.*None in batch_axes=",
+        ),
+    ],
+)
+def test_inputs_that_make_no_program_are_refused(given: dict[str, Any], message: str) -> None:
+    kernel = ab.Binary().quantize(np.ones((3, 2), np.float32))
+    with pytest.raises(ValueError, match=message):
+        to_stablehlo(lambda kernel, x, *rest: x @ kernel, kernel, **given)
