@@ -7,12 +7,17 @@
 Each part of a leaf's path (`ab_jax.blend`) becomes a key: attributes of an Equinox module, indices
 of a list, what is between slashes in the module names of Haiku. None is no leaf and leaves no
 trace. Leave out what is no array (functions, settings), by `equinox.partition` say.
+
+Where the tree that is given as `like` lies on several devices, what comes back lies there as well.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from ab_jax.quantized import Quantized
 from ab_jax.rules import is_box, leaves_by_path
@@ -49,7 +54,12 @@ def from_dictionaries(dictionaries: Mapping[str, Any], like: Tree) -> Tree:
     Args:
       dictionaries: as `to_dictionaries` makes them of a tree of that structure.
       like: its leaves may be arrays, `Quantized`, or the results of `jax.eval_shape`; of them only
-        the path and the shape count.
+        the path, the shape and a `NamedSharding` count.
+
+    Returns:
+      Where a leaf of `like` has a `NamedSharding`, the leaf with the same; for codes in place of a
+      weight, the codes with that of the weight, and the scales with it along the axes that they
+      share. Other leaves stay where they are.
 
     Raises:
       ValueError: a leaf that is missing, one too many, or one of another shape; names it.
@@ -69,7 +79,50 @@ def from_dictionaries(dictionaries: Mapping[str, Any], like: Tree) -> Tree:
                 f"{_shape(leaf)} in the tree. Give those of a tree of the same sizes."
             )
     structure = jax.tree.structure(like, is_leaf=_is_quantized)
-    return jax.tree.unflatten(structure, [leaves[path] for path in paths])
+    return jax.tree.unflatten(structure, [_placed(leaves[path], leaf) for path, leaf in wanted])
+
+
+def _placed(leaf: Any, like: Any) -> Any:
+    """The leaf where `like` lies."""
+    if not isinstance(leaf, Quantized):
+        return _on(leaf, _sharding(like.codes if isinstance(like, Quantized) else like))
+    of_codes = _sharding(like.codes if isinstance(like, Quantized) else like)
+    parts = {}
+    for name in ("codes", "scale", "zero_point"):
+        part = getattr(leaf, name)
+        if part is None:
+            continue
+        own = getattr(like, name, None)
+        if own is not None and own.shape == part.shape:
+            parts[name] = _on(part, _sharding(own))
+        elif of_codes is not None:  # a weight, or codes by other scales
+            parts[name] = _on(part, _shared(of_codes, part.shape))
+    return dataclasses.replace(leaf, **parts)
+
+
+def _sharding(like: Any) -> NamedSharding | None:
+    known = isinstance(like, jax.Array | jax.ShapeDtypeStruct)
+    if not known or isinstance(like, jax.core.Tracer):
+        return None
+    sharding = like.sharding
+    # With explicit axes `jax.eval_shape` knows the axes of a mesh, not its devices.
+    if isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, Mesh):
+        return sharding
+    return None
+
+
+def _on(array: Any, sharding: NamedSharding | None) -> Any:
+    return array if sharding is None else jax.device_put(array, sharding)
+
+
+def _shared(sharding: NamedSharding, shape: tuple[int, ...]) -> NamedSharding:
+    """The sharding of codes for their scales, left out along axes that are too short for it."""
+    spec = []
+    for entry, size in zip(sharding.spec, shape, strict=False):
+        names = entry if isinstance(entry, tuple) else () if entry is None else (entry,)
+        parts = math.prod(sharding.mesh.shape[name] for name in names)
+        spec.append(entry if size % parts == 0 else None)
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec), memory_kind=sharding.memory_kind)
 
 
 def check_unboxed(tree: Any) -> None:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import ab_jax as ab
 from ab_jax.export.dictionaries import from_dictionaries, to_dictionaries
@@ -101,6 +102,63 @@ def test_parameters_called_value_come_back_from_a_file(framework, rng, tmp_path)
     assert jax.tree.structure(found) == jax.tree.structure(codes)
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(codes), strict=True):
         np.testing.assert_array_equal(one, other, strict=True)
+
+
+SHARDED = [
+    ab.LeastSquaresBinary(bits=2),
+    ab.Uniform(bits=4, symmetric=False, scale="absmax", group_size=2),
+    ab.Uniform(bits=4, scale="absmax", group_size=4),  # two groups, for four devices
+    ab.Ternary(axis=None),
+]
+
+
+@pytest.mark.parametrize("quantizer", SHARDED, ids=repr)
+def test_what_is_read_lies_where_the_tree_does(quantizer, rng, devices, tmp_path):
+    mesh = jax.sharding.Mesh(np.reshape(devices, (4, 2)), ("data", "model"))
+
+    def put(shape, *spec):
+        where = NamedSharding(mesh, PartitionSpec(*spec))
+        return jax.device_put(jnp.asarray(rng.normal(size=shape), jnp.float32), where)
+
+    params = {
+        "kernel": put((8, 6), "data", "model"),
+        "rows": put((8, 6), ("data", "model")),
+        "bias": put((6,), "model"),
+        "mean": jnp.ones(6),
+    }
+    codes = ab.quantize(params, ab.Rules([("kernel|rows", quantizer), (".*", None)]))
+    write_packed(tmp_path / "net", to_dictionaries(codes))
+    read = read_packed(tmp_path / "net").variables
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(read)} == {1}
+
+    for like in (codes, jax.tree.map(abstract, codes)):
+        for one, other in zip(
+            jax.tree.leaves(from_dictionaries(read, like=like)), jax.tree.leaves(codes), strict=True
+        ):
+            assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
+            np.testing.assert_array_equal(one, other, strict=True)
+
+    of_weights = from_dictionaries(read, like=params)
+    for name in ("kernel", "rows"):
+        found, wanted = of_weights[name], codes[name]
+        assert found.codes.sharding == params[name].sharding
+        np.testing.assert_array_equal(found.dequantize(), wanted.dequantize())
+        (rows,) = {shard.data.shape[0] for shard in found.scale.addressable_shards}
+        (columns,) = {shard.data.shape[1] for shard in found.scale.addressable_shards}
+        count, channels = wanted.scale.shape[:2]
+        parts, others = (4, 2) if name == "kernel" else (8, 1)
+        assert rows == (count // parts if count % parts == 0 else count)
+        assert columns == (channels // others if channels % others == 0 else channels)
+    # And the values alone, where the tree has weights or codes.
+    values = from_dictionaries(ab.dequantize(read), like=codes)
+    assert values["kernel"].sharding == params["kernel"].sharding
+    assert values["bias"].sharding == params["bias"].sharding
+    assert len(values["mean"].sharding.device_set) == 1
+
+
+def abstract(x):
+    """An array's shape, dtype and sharding."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)
 
 
 def test_paths_that_clash_are_refused():
