@@ -185,7 +185,7 @@ def _relative_errors(w: Array, value: Array) -> tuple[Array, list[Array]]:
 
 
 def _told(error: float | None) -> str:
-    return "" if error is None else f"{error:.2g}" if error < 0.01 else f"{error:.3f}"
+    return "" if error is None else f"{error:.2%}"
 
 
 def _cells(quantizer: Quantizer | None) -> dict[str, str]:

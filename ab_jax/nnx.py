@@ -7,8 +7,17 @@
     codes = ab_nnx.quantize(model, rules)            # an nnx.State of integer codes and scales
     deployed = ab_nnx.with_params(model, codes)      # the module that computes with their values
 
-    ranges = ab_nnx.initial_ranges(model, input_rules, images)       # activations: an nnx.Variable
-    logits = ab_nnx.quantize_inputs(model, input_rules, ranges, alpha=1.0, measure=True)(images)
+Activations, whose ranges are an `nnx.Variable`, and an argument of the loss as the model is:
+
+    print(ab_nnx.describe_products(model, images, input_rules=input_rules))
+    ranges = ab_nnx.initial_ranges(model, input_rules, images)
+
+    def loss_fn(model, ranges, batch, step):
+        seen = ab_nnx.blended(model, rules, alpha(step))
+        logits = ab_nnx.quantize_inputs(
+            seen, input_rules, ranges, alpha=alpha(step), measure=True
+        )(batch["image"])
+        ...
 
 A blended module is a new one around new parameters, and every other Variable in it (batch
 statistics, random streams, caches) is the model's own: what a call writes there reaches the model.
@@ -20,7 +29,7 @@ order in which `nnx.split` meets it, and remains one in the new module. Paths ar
 file joins.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -131,6 +140,54 @@ def initial_ranges(
     return InputRanges(of_inputs)
 
 
+def measure_ranges(
+    model: nnx.Module,
+    rules: products.ActivationRules,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    method: str = "__call__",
+    only: Any = nnx.Param,
+) -> InputRanges:
+    """Ranges measured on some batches, of a module that is trained already and stays as it is.
+
+    Args:
+      model, rules, method, only: as for `quantize_inputs`.
+      batches: what the model is called with, a tuple each.
+
+    Raises, warns:
+      As `ab_jax.products.measure_ranges`.
+    """
+    forward, params, rest = _forward(model, method, only)
+    calls = ((rest, *inputs) for inputs in batches)
+    return InputRanges(products.measure_ranges(forward, rules, params, calls))
+
+
+def describe_products(
+    model: nnx.Module,
+    *inputs: Any,
+    rules: ab.Rules | None = None,
+    input_rules: products.ActivationRules | None = None,
+    ranges: InputRanges | None = None,
+    method: str = "__call__",
+    only: Any = nnx.Param,
+) -> products.ProductDescription:
+    """What rules do to each product of a module, as a table; nothing is computed.
+
+    Args:
+      model, method, only: as for `quantize_inputs`.
+      *inputs: as the model is called with.
+      rules, input_rules, ranges: as for `ab_jax.products.describe_products`.
+
+    Raises:
+      As `ab_jax.products.describe_products`.
+    """
+    forward, params, rest = _forward(model, method, only)
+    known = None if ranges is None else _held(ranges)
+    return products.describe_products(
+        forward, params, rest, *inputs, rules=rules, input_rules=input_rules, ranges=known
+    )
+
+
 def quantize_inputs(
     model: nnx.Module,
     rules: products.ActivationRules,
@@ -150,7 +207,8 @@ def quantize_inputs(
     Args:
       model: any NNX module, or what `blended` makes of it.
       rules: by the addresses of inputs: the paths of the parameters.
-      ranges: of `initial_ranges`.
+      ranges: of `initial_ranges` or `measure_ranges`. In a loss that is differentiated by
+        `nnx.grad` and measures, give them as an argument, as the model.
       alpha: scalar in [0, 1], see `ab_jax.activations.ActivationQuantizer`.
       measure: whether ranges are measured, as in training.
       axis_name: the mapped axis over which batches are spread, if any.
@@ -161,14 +219,16 @@ def quantize_inputs(
       A function of the inputs.
 
     Raises:
-      TypeError: `model` is no NNX module. From the function as `ab_jax.products.quantize_inputs`.
+      TypeError: `model` is no NNX module, or `ranges` no `InputRanges`. From the function as
+        `ab_jax.products.quantize_inputs`.
     """
     forward, params, rest = _forward(model, method, only)
+    _held(ranges)
     quantized = products.quantize_inputs(forward, rules, axis_name=axis_name)
 
     def call(*inputs: Any) -> Any:
         (outputs, changed), found = quantized(
-            params, rest, *inputs, ranges=ranges.get_value(), alpha=alpha, measure=measure
+            params, rest, *inputs, ranges=_held(ranges), alpha=alpha, measure=measure
         )
         nnx.update(model, changed)
         if measure:
@@ -176,6 +236,17 @@ def quantize_inputs(
         return outputs
 
     return call
+
+
+def _held(ranges: InputRanges) -> products.Ranges:
+    if not isinstance(ranges, InputRanges):
+        raise TypeError(
+            f"ranges must be an ab_jax.nnx.InputRanges, not {type(ranges).__name__}. Make them by "
+            f"ab_jax.nnx.initial_ranges or measure_ranges; a dictionary of ab_jax.products becomes "
+            f"one by InputRanges(dictionary)."
+        )
+    held: products.Ranges = ranges.get_value()
+    return held
 
 
 def _forward(

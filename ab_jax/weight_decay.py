@@ -62,13 +62,20 @@ def decay_with_gradient(
         whose gradient is not scaled is 1: it needs none of this.
 
     Raises:
-      TypeError: an alpha that is no schedule. ValueError: from `init` and `update`, rules that do
-        not fit the parameters, or an alpha outside [0, 1]; from `update` also no parameters.
+      TypeError: an alpha that is no schedule; an `optax.MultiSteps`. ValueError: from `init` and
+        `update`, rules that do not fit the parameters, or an alpha outside [0, 1]; from `update`
+        also no parameters.
     """
     if not callable(alpha):
         raise TypeError(
             f"decay_with_gradient takes alpha as a schedule, not {alpha!r}. Give the ramp itself, "
             f"or optax.constant_schedule({alpha!r})."
+        )
+    if isinstance(optimizer, optax.MultiSteps):
+        raise TypeError(
+            "decay_with_gradient counts the updates of the optimizer that it wraps, but MultiSteps "
+            "is called once a micro-batch. Wrap the other way round: "
+            "optax.MultiSteps(decay_with_gradient(optimizer, ...), every_k_schedule=...)."
         )
     inner = optax.with_extra_args_support(optimizer)
 

@@ -15,6 +15,7 @@ import tyro
 
 import ab_jax as ab
 from ab_jax.export.packed import read_packed
+from ab_jax.products import check_ranges
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -67,11 +68,12 @@ def test_the_example_trains_by_alpha_blending(example):
 def test_the_example_with_activations_measures_a_range_for_each_layer(example):
     loss_fn, params, batch = (example[name] for name in ("loss_fn_with_inputs", "params", "batch"))
     gradient = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
-    (loss, ranges), _ = gradient(params, {}, batch, 0)
+    (loss, ranges), _ = gradient(params, example["ranges"], batch, 0)
     np.testing.assert_allclose(loss, example["loss_fn"](params, batch, 0), rtol=1e-6)
-    measured = {layer: float(found["input"]) for layer, found in ranges.items()}
-    assert set(measured) == {"stem", "hidden", "head"}
-    np.testing.assert_allclose(measured["stem"], np.abs(batch["image"]).max(), rtol=1e-6)
+    assert set(ranges) == {"stem/kernel", "hidden/kernel", "head/kernel"}
+    largest = np.abs(batch["image"]).max()
+    np.testing.assert_allclose(ranges["stem/kernel"].limit, largest, rtol=1e-6)
+    check_ranges(ranges)
     (halfway, _), grads = gradient(params, ranges, batch, 1_000)
     assert np.isfinite(halfway)
     assert float(np.abs(grads["stem"]["kernel"]).max()) > 0

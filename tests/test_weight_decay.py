@@ -241,3 +241,9 @@ def test_errors_name_the_culprit_and_the_fix(params):
     ):
         with pytest.raises(ValueError, match=message):
             ab.decay_with_gradient(adamw(RATE), RULES, alpha).init(params)
+
+
+def test_the_other_order_of_accumulation_is_refused():
+    accumulated = optax.MultiSteps(adamw(RATE), every_k_schedule=2)
+    with pytest.raises(TypeError, match=r"MultiSteps\(decay_with_gradient\("):
+        ab.decay_with_gradient(accumulated, RULES, ab.cubic_ramp(0, 10))

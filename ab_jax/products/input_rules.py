@@ -17,8 +17,8 @@ class ActivationRules(Rules):
 
     An address is the path of the weight that enters (`block1/conv2/kernel`), or
     `attention/product/query` where two activations meet; `describe_products` lists them. A pattern
-    may also leave out what tells several uses (`#1`) and operands (`/query`) apart, and the
-    `/kernel` of a Flax layer: `block1/conv2`.
+    may also leave out what tells several uses apart (`#1`), or operands (`/query`), or both, and
+    the `/kernel` of a Flax layer: `block1/conv2`.
     """
 
     quantizer_type: ClassVar[tuple[type, ...]] = (ActivationQuantizer, TokenQuantizer)
@@ -27,7 +27,7 @@ class ActivationRules(Rules):
     def _names(self, path: str) -> list[str]:
         operand = re.fullmatch(r"((.*/)?product(#\d+)?)/[^/]+", path)
         names = [path, operand[1]] if operand else [path]
-        names += [base for name in names if (base := name.partition("#")[0]) != name]
+        names += [base for name in names if (base := re.sub(r"#\d+", "", name)) != name]
         # Layers are what rules spoke of before they spoke of products.
         if not operand:
             last = names[-1]

@@ -4,16 +4,25 @@
         (r"head/kernel", ActivationQuantizer(bits=8)),
         (r".*",          ActivationQuantizer(bits=4)),
     ])
-    quantized = quantize_inputs(forward, rules)                  # forward(params, images)
-    ranges = initial_ranges(forward, rules, params, images)
-    logits, ranges = quantized(params, images, ranges=ranges, alpha=alpha, measure=True)
+    ranges = initial_ranges(forward, rules, params, images)      # forward(params, images)
+
+    def loss_fn(params, ranges, images, labels, step):           # has_aux=True
+        quantized = quantize_inputs(forward, rules)
+        effective = ab.blend(params, weight_rules, alpha(step))
+        now = alpha(step)
+        logits, ranges = quantized(effective, images, ranges=ranges, alpha=now, measure=True)
+        return loss(logits, labels), ranges
 
 The function may be of any framework, as long as it takes its parameters as a tree. It is evaluated
-product by product (`ab_jax.products.intercept`); the blend of its weights (`ab_jax.blend`) belongs
-inside it, or before it.
+product by product (`ab_jax.products.intercept`).
 
 Ranges are a dictionary by address. They are measured where `measure` says so, as batch norm's
-statistics are in training, and stay as they are elsewhere.
+statistics are in training, and stay as they are elsewhere: in evaluation, at alpha 1. Of a network
+that is trained already `measure_ranges` measures them on some batches.
+
+What attention makes of its softmax is the operand called `product` of the second product:
+
+    (r".*/product#1/product", ActivationQuantizer(bits=8, signed=False, limit=1.0))
 """
 
 import warnings
@@ -27,6 +36,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
+from ab_jax.blend import check_alpha
 from ab_jax.products.finding import find_products
 from ab_jax.products.input_rules import ActivationRules, addresses_with_rules
 from ab_jax.products.intercepting import intercept
@@ -57,10 +67,11 @@ def quantize_inputs(
 
     Returns:
       `(params, *inputs, ranges, alpha=1.0, measure=False) -> (outputs, ranges)`. `ranges` are those
-      of `initial_ranges` or of an earlier call; they come back as they are unless `measure` (a
-      Python bool) is set. An input whose range was never measured is left as it is. It raises a
-      ValueError: rules that do not fit the products (see `Rules.assign`); a product that a rule
-      quantizes, but whose operands cannot be replaced; ranges of other products.
+      of `initial_ranges` or of an earlier call; they come back as they are unless `measure` is set,
+      a Python bool: `jax.jit(quantized, static_argnames="measure")`. An input whose range was never
+      measured is left as it is. It raises a ValueError: rules that do not fit the products (see
+      `Rules.assign`); a product that a rule quantizes, but whose operands cannot be replaced;
+      ranges of other products; an alpha outside [0, 1].
     """
 
     def quantized(
@@ -70,6 +81,7 @@ def quantize_inputs(
         alpha: ArrayLike = 1.0,
         measure: bool = False,
     ) -> tuple[Any, Ranges]:
+        check_alpha(alpha, " of the inputs")
         by_input: dict[str, Any] = {}
 
         def chosen(products: Sequence[Product]) -> list[Product]:
@@ -84,14 +96,11 @@ def quantize_inputs(
                 return x, None
             if isinstance(quantizer, TokenQuantizer):
                 return quantizer(x, product.contracted[side], alpha), None
-            if quantizer.limit is not None:
-                return quantizer(x, quantizer.limit, alpha), None
             if measure:
                 axes = (*([axis_name] if axis_name else []), *product.mesh_axes)
-                found = found.after(
-                    quantizer.measure(x, axes), quantizer.momentum, quantizer.share_cut(x, axes)
-                )
-            return quantizer(x, found.limit, alpha), found
+                found = _measured(quantizer, x, found, axes)
+            limit = found.limit if quantizer.limit is None else quantizer.limit
+            return quantizer(x, limit, alpha), found
 
         state = {address: InPass.of(found.limit) for address, found in ranges.items()}
         outputs, state = intercept(f, handler, chosen=chosen)(state, params, *inputs)
@@ -109,7 +118,7 @@ def initial_ranges(
     *inputs: Any,
     one_range_a_weight: bool = False,
 ) -> Ranges:
-    """Ranges, none measured yet, of the inputs that the rules quantize at a measured range.
+    """Ranges of the inputs that the rules quantize, none measured yet; fixed ones as they are.
 
     Args:
       f, rules, one_range_a_weight: as for `quantize_inputs`.
@@ -121,10 +130,10 @@ def initial_ranges(
     products = _addressed(find_products(f, params, *inputs), one_range_a_weight)
     by_input = _quantizers(products, rules)
     return {
-        address: Range.unmeasured(product.stack)
+        address: Range.of(by_input[address].limit or 0.0, product.stack)
         for product in products
         for address in product.inputs.values()
-        if _is_measured(by_input[address])
+        if _has_range(by_input[address])
     }
 
 
@@ -174,7 +183,7 @@ def _of_batches(address: str, rules: ActivationRules, measured: Sequence[Ranges]
 
 
 def check_ranges(ranges: Mapping[str, Range], *, tolerance: float = 0.001) -> None:
-    """Look at measured ranges: not inside a compiled function.
+    """Look at ranges after a pass that measured: not inside a compiled function.
 
     Args:
       ranges: of `quantize_inputs`.
@@ -203,8 +212,18 @@ def check_ranges(ranges: Mapping[str, Range], *, tolerance: float = 0.001) -> No
             )
 
 
-def _is_measured(quantizer: Any) -> bool:
-    return isinstance(quantizer, ActivationQuantizer) and quantizer.limit is None
+def _measured(
+    quantizer: ActivationQuantizer, x: Array, found: InPass, axes: tuple[str, ...]
+) -> InPass:
+    """The range after one more measurement; a fixed one stays, but is seen to cut off."""
+    cut = quantizer.share_cut(x, axes)
+    if quantizer.limit is not None:
+        return found.after(jnp.float32(quantizer.limit), 0.0, cut)
+    return found.after(quantizer.measure(x, axes), quantizer.momentum, cut)
+
+
+def _has_range(quantizer: Any) -> bool:
+    return isinstance(quantizer, ActivationQuantizer)
 
 
 def _addressed(products: Sequence[Product], one_range_a_weight: bool) -> Sequence[Product]:
@@ -228,12 +247,12 @@ def _quantizers(products: Sequence[Product], rules: ActivationRules) -> dict[str
 
 
 def _check_ranges(ranges: Mapping[str, Range], by_input: Mapping[str, Any]) -> None:
-    measured = {address for address, quantizer in by_input.items() if _is_measured(quantizer)}
+    measured = {address for address, quantizer in by_input.items() if _has_range(quantizer)}
     for address in sorted(measured ^ ranges.keys()):
         what = (
             f"There is no range for the input of {address}"
             if address in measured
-            else f"There is a range for the input of {address}, which no rule measures"
+            else f"There is a range for the input of {address}, to which no rule gives one"
         )
         raise ValueError(
             f"{what}. Make them by ab_jax.products.initial_ranges, of the same function and rules."

@@ -29,9 +29,10 @@ class Range(NamedTuple):
     not_finite: Array
 
     @classmethod
-    def unmeasured(cls, shape: tuple[int, ...] = ()) -> "Range":
-        """Of an input that was not measured yet."""
-        return cls(jnp.zeros(shape), jnp.zeros(shape), jnp.zeros(shape, jnp.int32))
+    def of(cls, limit: float, shape: tuple[int, ...] = ()) -> "Range":
+        """Of an input that was not seen yet; limit 0: that was not measured yet."""
+        zeros = jnp.zeros(shape, jnp.float32)
+        return cls(zeros + jnp.float32(limit), zeros, jnp.zeros(shape, jnp.int32))
 
 
 class InPass(NamedTuple):

@@ -161,8 +161,35 @@ def test_each_operand_of_two_activations_has_a_rule_and_a_range():
         ]
     )
     ranges = initial_ranges(f, rules, params, *inputs)
-    names = ("layers/product/left", "layers/product/right", "layers/product#1/in")
-    assert ranges.keys() == set(names)
+    limits = {address: found.limit.tolist() for address, found in ranges.items()}
+    assert limits == {
+        "layers/product/left": [0] * 3,
+        "layers/product/right": [0] * 3,
+        "layers/product#1/product": [1] * 3,
+        "layers/product#1/in": [0] * 3,
+    }
+
+
+def test_patterns_may_leave_out_counts_and_operands():
+    f, params, inputs = NETWORKS["plain_scan"]()
+    eight = ActivationQuantizer(bits=8)
+    for pattern, met in {
+        "layers/product#1/product": {"layers/product#1/product"},
+        "layers/product/product": {"layers/product#1/product"},
+        "layers/product#1": {"layers/product#1/product", "layers/product#1/in"},
+        "layers/product/left": {"layers/product/left"},
+    }.items():
+        rules = ActivationRules([(pattern, eight), (".*", None)])
+        assert initial_ranges(f, rules, params, *inputs).keys() == met
+
+
+def test_a_fixed_range_stays_and_is_seen_to_cut_off(rng, params):
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    fixed = ActivationQuantizer(bits=8, signed=False, limit=2.0)
+    rules = ActivationRules([("first", fixed), (".*", None)])
+    with pytest.warns(CutOffWarning, match="input of first/kernel cuts off"):
+        ranges = measure_ranges(two_layers, rules, params, [(x,)])
+    assert ranges["first/kernel"].limit == 2
 
 
 @pytest.mark.parametrize("pattern", ["stem", "stem/kernel"])
@@ -227,12 +254,16 @@ def test_mistakes_are_named(params):
     )
     with pytest.raises(ValueError, match="There is no range for the input of first/kernel"):
         quantized(params, x, ranges={})
-    with pytest.raises(ValueError, match="range for the input of third, which no rule measures"):
-        quantized(params, x, ranges=start | {"third": Range.unmeasured()})
+    with pytest.raises(
+        ValueError, match="range for the input of third, to which no rule gives one"
+    ):
+        quantized(params, x, ranges=start | {"third": Range.of(0.0)})
     with pytest.raises(ValueError, match="no product whose inputs could be quantized"):
         initial_ranges(lambda p, x: x * p["w"], EIGHT, {"w": 2.0}, x)
     with pytest.raises(ValueError, match=r"range of the input of first/kernel is 0\.0"):
         check_ranges(start)
+    with pytest.raises(ValueError, match=r"alpha of the inputs is 1\.5"):
+        quantized(params, x, ranges=start, alpha=1.5)
     with pytest.raises(TypeError, match="ActivationQuantizer or TokenQuantizer"):
         ActivationRules([(".*", 8)])
 
