@@ -98,6 +98,14 @@ def mesh_axes(params: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(params.get("manual_axes") or params["mesh"].axis_names)
 
 
+def carried(params: Mapping[str, Any]) -> tuple[int, int]:
+    """Of a scan's operands: where those begin that it carries, and those that it hands out."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_consts"] + params["num_carry"]
+    constants, carry, _ = (len(list(part)) for part in params["ft_in"].unpack())  # JAX 0.12
+    return constants, constants + carry
+
+
 class _Walk:
     """Gathers products on the way through a jaxpr.
 
@@ -186,8 +194,7 @@ class _Walk:
         return [joined([*of_branches, *by_data]) for of_branches in zip(*results, strict=True)]
 
     def scan(self, params: Mapping[str, Any], origins: list[Origin], key: Key) -> list[Origin]:
-        first = params["num_consts"]
-        last = first + params["num_carry"]
+        first, last = carried(params)
         slices = [sliced(origin, key) for origin in origins[last:]]
         outer, self.scans = self.scans, (*self.scans, (key, params["length"]))
         carry, results = self.settled(

@@ -183,8 +183,7 @@ class _Evaluation:
     def scan(
         self, params: Mapping[str, Any], values: Sequence[Any], state: State, key: Key
     ) -> tuple[Sequence[Any], State]:
-        first = params["num_consts"]
-        last = first + params["num_carry"]
+        first, last = carried(params)
         stacked = {
             address
             for product in self.inside(key)
