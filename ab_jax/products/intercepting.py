@@ -19,7 +19,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from ab_jax.products.finding import called, mesh_axes, opened, traced
+from ab_jax.products.finding import called, carried, mesh_axes, opened, traced
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
 
