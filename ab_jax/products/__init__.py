@@ -23,6 +23,7 @@ from ab_jax.products.finding import find_products
 from ab_jax.products.input_rules import ActivationRules
 from ab_jax.products.intercepting import intercept
 from ab_jax.products.marks import mark
+from ab_jax.products.moments import second_moments
 from ab_jax.products.product import Product
 from ab_jax.products.product_table import ProductDescription, describe_products
 from ab_jax.products.quantized_inputs import (
@@ -50,4 +51,5 @@ __all__ = [
     "mark",
     "measure_ranges",
     "quantize_inputs",
+    "second_moments",
 ]

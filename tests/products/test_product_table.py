@@ -82,6 +82,7 @@ def test_what_no_rule_can_see_and_what_is_cut_off_is_told(rng):
     own.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
     params = {"w": drawn(0, 4, 4), "v": drawn(1, 4, 2)}
     x = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
+    x = jnp.concatenate([x, -x])  # so that there are numbers of both signs wherever it comes
     f = lambda p, x: own(x, p["w"]) @ jnp.ones((4, 4)) @ p["v"]
     rules = ActivationRules([("w", None), ("v", ActivationQuantizer(bits=8, signed=False))])
     with pytest.warns(UserWarning, match="input of v cuts off"):

@@ -1,0 +1,129 @@
+"""Second moments of the inputs of products, for calibration: what a change of weights costs.
+
+The output of a product changes by `X @ dW` where its weight changes by `dW`, and the squares of
+that sum to `sum of dW.T @ H @ dW` with `H = X.T @ X`: the matrix that GPTQ (arXiv 2210.17323,
+section 3) and its kin work with.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from ab_jax.products.finding import find_products
+from ab_jax.products.intercepting import intercept
+from ab_jax.products.product import Product
+
+
+def second_moments(
+    f: Callable[..., Any],
+    params: Any,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    chosen: Callable[[Product], bool] = lambda product: True,
+) -> dict[str, Array]:
+    """`X.T @ X` of the inputs of each product with a weight, summed over all that enters.
+
+    Args:
+      f: `f(params, *inputs)`, the forward function.
+      params: of `f`.
+      batches: the further arguments of `f`, a tuple each, of the same shapes.
+      chosen: which products to measure; a matrix has the square of the numbers that are summed.
+
+    Returns:
+      By address float32 [*stack, *groups, n, n], n the numbers that the product sums over, in the
+      order of the axes in `Product.contracted` (of convolutions input channels first, then the
+      window): as the weight operand has them. `stack` are the layers of a scan, `groups` the batch
+      axes of a matrix product, or the feature groups of a convolution (one of them, if there are
+      none).
+
+    Raises:
+      ValueError: no batch, or no such product.
+    """
+    moments: dict[str, Array] | None = None
+    measured = jax.jit(
+        intercept(f, _handler, chosen=lambda found: list(filter(_asked(chosen), found)))
+    )
+    for inputs in batches:
+        if moments is None:
+            products = filter(_asked(chosen), find_products(f, params, *inputs))
+            moments = {p.address: jnp.zeros((*p.stack, *_shape(p))) for p in products}
+            if not moments:
+                raise ValueError("No product with a weight is chosen: there is nothing to measure.")
+        _, moments = measured(moments, params, *inputs)
+    if moments is None:
+        raise ValueError("There is no batch to measure second moments on.")
+    return moments
+
+
+def _asked(chosen: Callable[[Product], bool]) -> Callable[[Product], bool]:
+    return lambda p: p.kind == "weight" and p.opaque is None and chosen(p)
+
+
+def _handler(product: Product, side: int, x: Array, moment: Array) -> tuple[Array, Array]:
+    rows = (
+        _rows_of_windows(product, side, x) if _is_convolution(product) else _rows(product, side, x)
+    )
+    of_all = jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=jnp.float32)
+    if product.mesh_axes:
+        of_all = lax.psum(of_all, product.mesh_axes)
+    return x, moment + of_all
+
+
+def _is_convolution(product: Product) -> bool:
+    return product.primitive == "conv_general_dilated"
+
+
+def _shape(product: Product) -> tuple[int, ...]:
+    """Of a matrix, with its groups."""
+    (side,) = product.data
+    weight = product.shapes[1 - side]
+    n = math.prod(weight[axis] for axis in product.contracted[1 - side])
+    return (*_groups(product, side), n, n)
+
+
+def _groups(product: Product, side: int) -> tuple[int, ...]:
+    if _is_convolution(product):
+        return (product.params["feature_group_count"],)
+    batch = _numbers(product)[1][side]
+    return tuple(product.shapes[side][axis] for axis in batch)
+
+
+def _numbers(product: Product) -> Any:
+    params: Mapping[str, Any] = product.params
+    if product.primitive == "ragged_dot_general":
+        return params["ragged_dot_dimension_numbers"].dot_dimension_numbers
+    return params["dimension_numbers"]
+
+
+def _rows(product: Product, side: int, x: Array) -> Array:
+    """[*groups, rows, n] of an operand of a matrix product."""
+    contracted, batch = product.contracted[side], tuple(_numbers(product)[1][side])
+    rest = [axis for axis in range(x.ndim) if axis not in (*contracted, *batch)]
+    groups = tuple(x.shape[axis] for axis in batch)
+    n = math.prod(x.shape[axis] for axis in contracted)
+    return x.transpose(*batch, *rest, *contracted).reshape(*groups, -1, n)
+
+
+def _rows_of_windows(product: Product, side: int, x: Array) -> Array:
+    """[groups, rows, n]: what each position of a convolution sees."""
+    params = product.params
+    numbers = params["dimension_numbers"]
+    window = [product.shapes[1 - side][axis] for axis in numbers.rhs_spec[2:]]
+    patches = lax.conv_general_dilated_patches(
+        x,
+        window,
+        params["window_strides"],
+        params["padding"],
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+        dimension_numbers=lax.ConvDimensionNumbers(
+            numbers.lhs_spec, numbers.rhs_spec, numbers.lhs_spec
+        ),
+    )
+    groups = params["feature_group_count"]
+    rows = jnp.moveaxis(patches, numbers.lhs_spec[1], -1)
+    return jnp.moveaxis(rows.reshape(-1, groups, rows.shape[-1] // groups), 1, 0)
