@@ -171,8 +171,7 @@ class ActivationQuantizer:
         if self.percentile is None:
             measured, over_devices = jnp.max(magnitudes), jax.lax.pmax
         else:
-            images = magnitudes.reshape(magnitudes.shape[0], -1)
-            measured = jnp.mean(percentile(images, self.percentile / 100))
+            measured = jnp.mean(percentile(magnitudes, self.percentile / 100))
             over_devices = jax.lax.pmean
         if not axis_name:
             return measured

@@ -59,6 +59,16 @@ FITTED: dict[str, Callable[..., ab.Quantizer]] = {
     "3 scales": lambda **sharing: ab.LeastSquaresBinary(bits=3, **sharing),
     "4 scales": lambda **sharing: ab.LeastSquaresBinary(bits=4, **sharing),
 }
+# What tables call them.
+_CALLED = {
+    "4 bits, absmax": "Uniform, 4 bits, absmax",
+    "4 bits": "Uniform, 4 bits",
+    "8 bits": "Uniform, 8 bits",
+    "4 bits, zero point": "Uniform, 4 bits, zero point",
+    "ternary": "Ternary",
+    **{f"{n} scales": f"LeastSquaresBinary, {n} bits" for n in (2, 3, 4)},
+    f"4 bits{CARRIED}": f"Uniform, 4 bits{CARRIED}",
+}
 STEPS: dict[str, Callable[..., ab.Quantizer]] = {
     "4 bits, absmax": lambda **sharing: ab.Uniform(bits=4, scale="absmax", **sharing),
     **FITTED,
@@ -272,8 +282,8 @@ def errors(records: Sequence[Record]) -> str:
             cells = groups.setdefault((row["quantizer"], blocks), [[] for _ in records])
             cells[i] += row["ratios"]
     rows = [
-        [*key, *(_told(of(ratios)) for ratios in cells for of in (max, statistics.median))]
-        for key, cells in groups.items()
+        [_CALLED[name], blocks, *(_told(of(r)) for r in cells for of in (max, statistics.median))]
+        for (name, blocks), cells in groups.items()
     ]
     c = records[0]["config"]
     caption = (
@@ -294,7 +304,7 @@ def costs(records: Sequence[Record]) -> str:
         steps = ratio_cells(record["seconds"], lambda s: f"{s:.2f} s", 2)
         rows = [
             [
-                name,
+                _CALLED.get(name, name),
                 compilations[name],
                 f"{record['bytes'][name] / record['bytes'][FLOAT]:.2f}",
                 f"{(record['temporaries'][name] - record['temporaries'][FLOAT]) / 1e6:+.0f} MB",
