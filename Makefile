@@ -20,13 +20,17 @@ QUICKLY := XLA_FLAGS="--xla_backend_optimization_level=0 --xla_llvm_disable_expe
 # No training, and nothing but JAX and the core to compile.
 CORE_TESTS := $(addprefix tests/test_,$(addsuffix .py,architecture blend estimators layerwise \
 	quantizers schedules))
+# What follows functions through JAX's internals, and these move.
+JAX_TESTS := tests/products tests/test_blend.py tests/test_nnx.py
+# The newest wants a newer Python than the oldest does.
+NEWEST_PYTHON ?= python3.13
 # What is promised bit for bit; compiled as users compile it.
 EXACT_TESTS := tests/test_blend.py tests/test_estimators.py
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-full test-torch stress lint format docs clean distclean
+.PHONY: help quickstart test test-fast test-full test-jax test-torch stress lint format docs clean distclean
 
 help: ## show this list
 	@echo "Targets:"
@@ -46,6 +50,12 @@ test-fast: $(TEST) ## the core alone: rules, quantizers, estimators, ramps (unde
 
 test-full: lint ## what test runs, long trainings, and whole studies cut off and resumed (an hour)
 	$(PY) -m pytest -m "" -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py
+	$(MAKE) test-jax
+
+test-jax: $(VENV)-oldest/.installed $(VENV)-newest/.installed ## the core and products with the oldest and the newest JAX (10 minutes)
+	for jax in oldest newest; do \
+		$(QUICKLY) $(VENV)-$$jax/bin/python -m pytest -n $(JOBS) --dist worksteal $(JAX_TESTS) || exit 1; \
+	done
 
 test-torch: $(TORCH) ## compare PARQ with its authors' code, in an environment with PyTorch
 	JAX_PLATFORMS=cpu $(TORCH_VENV)/bin/python -m pytest tests/against_torch/live.py
@@ -73,7 +83,7 @@ clean: ## remove caches and build leftovers; runs and the environment stay
 	find ab_jax benchmarks examples experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean ## remove the environments too
-	rm -rf .venv .venv-torch
+	rm -rf .venv .venv-torch .venv-oldest .venv-newest
 
 # The environment. A stamp file says which list is installed; an environment made by hand has none,
 # and pip then installs into it whatever is missing.
@@ -99,6 +109,21 @@ $(TEST): requirements-test.txt pyproject.toml $(TRAIN)
 	@echo "Installing the test tools into $(VENV)"
 	$(PY) -m pip install -e '.[train,test]'
 	@touch $@
+
+# JAX of one version, what uses it in the tests of the core and products, and the library itself.
+define JAX_ENVIRONMENT
+	"$(1)" -m venv $(@D)
+	$(@D)/bin/python -m pip install -c requirements-test.txt $(2) 'flax>=0.12.8,<0.14' safetensors equinox dm-haiku \
+		qwix pytest pytest-xdist hypothesis
+	$(@D)/bin/python -m pip install --no-deps -e .
+	@touch $@
+endef
+
+$(VENV)-oldest/.installed: requirements-test.txt pyproject.toml
+	$(call JAX_ENVIRONMENT,$(PYTHON),jax==0.10.0 jaxlib==0.10.0 optax==0.2.8)
+
+$(VENV)-newest/.installed: requirements-test.txt pyproject.toml
+	$(call JAX_ENVIRONMENT,$(NEWEST_PYTHON),--upgrade 'jax<0.13' 'optax<0.4')
 
 # JAX and the library without its training, and the two test tools that tests/conftest.py wants.
 # PIP_EXTRA_INDEX_URL may name where builds of PyTorch for CPUs are, which take a tenth of the disk.
