@@ -31,10 +31,13 @@ from ab_jax.scale_fits import nearest_level, or_one, shrink
 _FEW, _FOLLOWED = 256, 16
 # Scales and shares tried around the best of the grid, where it has only some windows at each scale:
 # in each round so many of each, so far to both sides of the logarithm and of the share. Were two
-# rounds of one size, XLA on CPUs would share what both begin with, and write it out.
-_AROUND = ((7, 0.2, 0.22), (5, 0.05, 0.06))
-# By how many standard deviations the least error may lie below the usual one, by good luck.
-_LUCK = 5.5
+# rounds of one size, XLA on CPUs would share what both begin with, and write it out. Where it has
+# all windows: so many scales, so far in steps of the grid.
+_AROUND = ((7, 7, 0.2, 0.22), (5, 5, 0.03, 0.06))
+_BETWEEN = 7, 0.75
+# By how many standard deviations the least error may lie below the usual one, by good luck. Scales
+# that need more, as where only a few of the weights count, are not tried as closely.
+_LUCK = 4.5
 # So many candidates along one axis at most: with more, XLA on CPUs sums on one core.
 _ABREAST = 64
 
@@ -55,27 +58,23 @@ class EvenLevels(NamedTuple):
 
 
 class _Grid(NamedTuple):
-    """Which levels are tried: at scales of one ratio, each with some windows of levels.
+    """Which levels are tried, from the largest scales to the smallest.
+
+    The candidates lie along three axes: of each entry of the first, the best is followed up; the
+    other two are apart only for `_ABREAST`.
 
     Attributes:
-      first: the power of the ratio that is the largest scale; power 0 is that of absmax.
-      step: the logarithm of the ratio.
-      windows: how many; they cut off more and more below and less above. Of few levels all.
-      shape: of the candidates, along two axes (see `_ABREAST`).
-      followed: of so many parts of them the best is followed up.
+      finer: [followed, stretches, scales].
+      share: of that shape; of what the levels do not span, how much is cut off below.
+      windows: so many at each scale below that of absmax, with shares evenly from 0 to 1. Of few
+        levels all.
+      rounds: what is tried around the best: arguments of `_around`.
     """
 
-    first: int
-    step: float
+    finer: np.ndarray
+    share: np.ndarray
     windows: int
-    shape: tuple[int, int]
-    followed: int
-
-    def at(self, number: Any, dtype: Any) -> tuple[Any, Any]:
-        """Of candidates by number: how fine they are, and the share that is cut off below."""
-        power = (number // self.windows + self.first).astype(dtype)
-        share = (number % self.windows).astype(dtype) / max(self.windows - 1, 1)
-        return (np if isinstance(number, np.ndarray) else jnp).exp(self.step * power), share
+    rounds: tuple[tuple[int, int, float, float], ...]
 
 
 def absmax(
@@ -109,7 +108,9 @@ def least_squares(
 
     The error is never above that of `absmax`; of blocks of 9 weights and more it is at most 1.05
     times the least there is at 2 to 4 bits, and 1.01 times at 5 to 8, or below a millionth of the
-    squares.
+    squares: for weights without a tail, with a heavy one, and on a lattice. In blocks of 256 and
+    more of which only a few dozen weights count (a handful holds nearly all the squares, or the
+    others are zeros) it was up to 1.7 times.
 
     Args:
       w, magnitude, bits, symmetric, axes: as for `absmax`.
@@ -117,9 +118,9 @@ def least_squares(
     """
     steps = _steps(bits, symmetric)
     grid = _grid(math.prod(w.shape[i] for i in axes), bits, symmetric)
-    # Two axes in front, for candidates.
-    w, magnitude = jax.lax.stop_gradient((w[None, None], magnitude[None, None]))
-    axes = tuple(axis + 2 for axis in axes)
+    # Three axes in front, for candidates.
+    w, magnitude = jax.lax.stop_gradient((w[None, None, None], magnitude[None, None, None]))
+    axes = tuple(axis + 3 for axis in axes)
     of_shrunk, low = _widest(w, magnitude, steps, symmetric, axes)
     # Weights above 1e37, for which this is no normal number and may be 0, get absmax.
     inverse = of_shrunk * shrink(magnitude)
@@ -142,36 +143,27 @@ def least_squares(
         center = None if symmetric else lowest + top
         return _squared_error(w, finer * inverse, center, top, axes) / (finer * finer)
 
-    def column(numbers: Any) -> Any:
+    def column(numbers: np.ndarray) -> np.ndarray:
         """Along the axes of candidates."""
-        return numbers.reshape(*numbers.shape, *(1,) * (w.ndim - 2))
+        return numbers.reshape(*numbers.shape, *(1,) * (w.ndim - 3)).astype(w.dtype)
 
-    number = np.arange(math.prod(grid.shape))
-    finer, share = map(column, grid.at(number.reshape(grid.shape), w.dtype))
-    errors = error(finer, lowest(finer, share))
-    of_part = errors.reshape(grid.followed, -1, *errors.shape[2:])
-    best = jnp.argmin(of_part, axis=1, keepdims=True)
-    starts = column(number.reshape(grid.followed, -1)[:, :1]).astype(best.dtype)
-    finer, share = grid.at(starts + best, w.dtype)
-    for around in _AROUND if 1 < grid.windows <= steps else ():
-        scales, shares = (column(x[None]).astype(w.dtype) for x in _around(*around))
+    scales, shares = column(grid.finer), column(grid.share)
+    finer, share = _best(error(scales, lowest(scales, shares)), (1, 2), scales, shares)
+    for around in grid.rounds:
+        scales, shares = (column(x[None, None]) for x in _around(*around))
         errors = error(finer * scales, lowest(finer * scales, share + shares))
-        best = jnp.argmin(errors, axis=1, keepdims=True)
-        scales, shares = (
-            jnp.sum(jnp.where(column(np.arange(x.size)[None]) == best, x, 0), 1, keepdims=True)
-            for x in (scales, shares)
-        )
-        finer, share = finer * scales, share + shares
+        change, shift = _best(errors, (2,), scales, shares)
+        finer, share = finer * change, share + shift
     window = lowest(finer, share)
     finer = _alternated(w, finer, inverse, window, top, axes)
-    if grid.followed > 1:  # only at the minima it shows which is the deepest
-        finer, window = _best(error(finer, window), finer, window)
+    if len(grid.finer) > 1:  # only at the minima it shows which is the deepest
+        finer, window = _best(error(finer, window), (0,), finer, window)
     usable = inverse > 0
     if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
         reach = jnp.maximum(window + steps, -window)
         usable &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
-        window = jnp.where(usable, window, _lowest(jnp.asarray(low), steps))[0, 0]
-    inverse = (jnp.where(usable, finer, 1) * of_shrunk)[0, 0]
+        window = jnp.where(usable, window, _lowest(jnp.asarray(low), steps))[0, 0, 0]
+    inverse = (jnp.where(usable, finer, 1) * of_shrunk)[0, 0, 0]
     return EvenLevels(inverse, window, window + steps)
 
 
@@ -200,9 +192,17 @@ def _lowest(wanted: Array, steps: int) -> Array:
 def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     """How to search blocks of so many weights."""
     steps = _steps(bits, symmetric)
-    # No larger scale is better, as errors grow with its square, but for luck, which blocks of many
-    # weights have least of.
-    first = 0.5 * math.log(min(max(1 - _LUCK / math.sqrt(count), 0.25), 0.96))
+    half, few = steps / 2, count < _FEW
+    # By how many levels the largest weight moves on from one scale to the next; found by trial.
+    phase = (0.035 if count < 16 else 0.05) if few else 0.2 if bits <= 4 else 0.1
+    # No scale above twice that of absmax is better, as half of it has all the levels that are used.
+    # One above absmax's is by good luck, of which blocks of many weights have least; or since
+    # weights lie on a lattice, the scale of which puts the largest on a level.
+    lucky = half * (1 - math.sqrt(min(max(1 - _LUCK / math.sqrt(count), 0.25), 0.96)))
+    apart = phase if bits <= 4 else 1 if symmetric else 0.25
+    dense = np.arange(phase, lucky, phase)
+    inwards = np.append(dense, apart * np.arange(math.ceil(lucky / apart), half / 2 / apart))
+    coarse = 1 - inwards[::-1] / half
     # No smaller one is better that cuts off as much of the outermost weight alone as all lose at
     # that of absmax, where they lie anyhow between two levels.
     usual = count / 12 + 3 * math.sqrt(count / 180)
@@ -211,23 +211,32 @@ def _grid(count: int, bits: int, symmetric: bool) -> _Grid:
     # costs (1 - r)**2 of its square, and this one adds at most count * scale**2 / 4.
     ratio = steps * math.sqrt((0.02 if bits <= 4 else 0.004) / count)
     last = -math.log(max(1 - cut_off, ratio / (1 + ratio)))
-    few = count < _FEW
-    # By how many levels the largest weight moves on from one scale to the next; found by trial.
-    phase = (0.035 if count < 16 else 0.05) if few else 0.2 if bits <= 4 else 0.1
-    step = phase / (steps / 2)
-    powers = range(math.floor(first / step), math.ceil(last / step) + 1)
+    step = phase / half
     windows = 1 if symmetric else 2**bits if bits <= 3 else 5
+    # Above the scale of absmax levels span all weights, wherever the window is.
+    each = windows if windows > steps else 1
+    number = coarse.size * each + math.ceil(last / step + 1) * windows
     followed = _FOLLOWED if few else 1
-    stretches = followed * math.ceil(len(powers) * windows / _ABREAST / followed)
-    scales = math.ceil(len(powers) / stretches)
-    return _Grid(powers[0], step, windows, (stretches, scales * windows), followed)
+    stretches = math.ceil(number / _ABREAST / followed)
+    shape = followed, stretches, math.ceil(number / followed / stretches)
+    fine = np.exp(step * np.arange(math.prod(shape) // windows + 1))
+    shares = np.linspace(0, 1, windows)
+    finer = np.concatenate([np.repeat(coarse, each), np.repeat(fine, windows)])
+    of_coarse = np.tile(shares if each > 1 else [0.5], coarse.size)
+    share = np.concatenate([of_coarse, np.tile(shares, fine.size)])
+    finer, share = (x[: math.prod(shape)].reshape(shape) for x in (finer, share))
+    between = () if few else ((_BETWEEN[0], 1, _BETWEEN[1] * step, 0.0),)
+    rounds = () if symmetric else between if windows > steps else _AROUND
+    return _Grid(finer, share, windows, rounds)
 
 
-def _around(count: int, of_scale: float, of_share: float) -> tuple[np.ndarray, np.ndarray]:
+def _around(
+    scales: int, shares: int, of_scale: float, of_share: float
+) -> tuple[np.ndarray, np.ndarray]:
     """By how much scales and shares are changed to find better ones nearby."""
-    offsets = np.linspace(-1, 1, count)
-    scales, shares = np.meshgrid(np.exp(of_scale * offsets), of_share * offsets)
-    return scales.ravel(), shares.ravel()
+    log_scale = of_scale * np.linspace(-1, 1, scales)
+    changes = np.meshgrid(np.exp(log_scale), of_share * np.linspace(-1, 1, shares))
+    return changes[0].ravel(), changes[1].ravel()
 
 
 def _squared_error(
@@ -236,13 +245,13 @@ def _squared_error(
     """The squared error of each block at each of some scales, in units of the squared scale.
 
     Args:
-      w: [1, 1, *weights].
-      inverse: of the scale, [stretches, scales, *blocks].
+      w: [1, 1, 1, *weights].
+      inverse: of the scale, [followed, stretches, scales, *blocks].
       center: the middle of the levels in units of the scale, of that shape; None: it is 0, a level.
-      top: the distance of the outermost levels from it, [1, 1, *blocks].
+      top: the distance of the outermost levels from it, [1, 1, 1, *blocks].
 
     Returns:
-      [stretches, scales, *blocks].
+      [followed, stretches, scales, *blocks].
     """
     # Magnitudes of distances are what XLA on CPUs computes within the sum. Cutting off on both
     # sides makes it write out arrays as large as all candidates together.
@@ -282,11 +291,15 @@ def _alternated(
     return jnp.where(ratio > 0, finer * jnp.minimum(ratio, 2), finer)
 
 
-def _best(errors: Array, finer: Array, window: Array | float) -> tuple[Array, Array | float]:
-    """Of the candidates along the first axis that of least error."""
-    is_best = errors == jnp.min(errors, axis=0, keepdims=True)
-    best = jnp.min(jnp.where(is_best, finer, jnp.inf), axis=0, keepdims=True)
+def _best(
+    errors: Array, axes: tuple[int, ...], finer: Any, window: Any
+) -> tuple[Array, Array | float]:
+    """Of the candidates along these axes that of least error."""
+    # Not argmin, for which axes would be made one: weights whose sharding is part of their type
+    # refuse that beside an axis that is sharded.
+    is_best = errors == jnp.min(errors, axes, keepdims=True)
+    best = jnp.min(jnp.where(is_best, finer, jnp.inf), axes, keepdims=True)
     if not isinstance(window, float):  # of several that tie, one alone
         is_best &= finer == best
-        window = jnp.max(jnp.where(is_best, window, -jnp.inf), axis=0, keepdims=True)
+        window = jnp.max(jnp.where(is_best, window, -jnp.inf), axes, keepdims=True)
     return best, window

@@ -88,6 +88,43 @@ def test_values_on_even_levels_are_found_again(rng, bits):
     np.testing.assert_allclose(quantized.dequantize(), w, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "affine"])
+@pytest.mark.parametrize(("bits", "count"), [(3, 300), (4, 256), (5, 2000), (8, 100), (8, 300)])
+def test_integers_are_found_again_whatever_the_largest(rng, bits, count, symmetric):
+    """Of many weights, the scale of which may be nearly twice that of absmax."""
+    steps = 2**bits - (2 if symmetric else 1)
+    spans = (
+        rng.integers(1, steps // 2 + 1, size=24) * 2 if symmetric else rng.integers(1, steps, 24)
+    )
+    lowest = -spans // 2 if symmetric else -rng.integers(0, spans + 1)
+    w = rng.integers(lowest, lowest + spans + 1, size=(count, 24)).astype(np.float32)
+    found = error_of(w, Uniform(bits=bits, symmetric=symmetric).quantize(w))
+    assert (found <= 1e-6 * np.square(w, dtype=np.float64).sum(0)).all()
+
+
+@pytest.mark.parametrize(
+    ("bits", "count", "symmetric"),
+    [
+        *((3, 256, True), (4, 256, True), (6, 256, True), (3, 256, False)),
+        pytest.param(3, 2000, True, marks=pytest.mark.long),
+    ],
+)
+def test_levels_of_heavy_tails_lose_hardly_more_than_the_least(rng, bits, count, symmetric):
+    """Of many weights it is the few of the tail whose errors tell one scale from another."""
+    size = (count, 80)
+    heavy = [rng.standard_cauchy(size), rng.pareto(1.2, size)]
+    w = np.concatenate(heavy, axis=1, dtype=np.float32, casting="same_kind")
+    found = error_of(w, Uniform(bits=bits, symmetric=symmetric).quantize(w))
+    assert_near(found, even_levels(w, bits, symmetric), 1.05 if bits <= 4 else 1.01, w)
+
+
+def test_levels_of_zeros_and_a_heap_lose_hardly_more_than_the_least(rng):
+    size = (300, 40)
+    w = (rng.normal(5, 1, size) * (rng.random(size) < 1 / 3)).astype(np.float32)
+    found = error_of(w, Uniform(bits=4, symmetric=False).quantize(w))
+    assert_near(found, even_levels(w, 4, False), 1.05, w)
+
+
 # Thresholds
 
 

@@ -51,6 +51,27 @@ def test_weights_of_explicit_sharding_blend_as_whole_ones(rng, devices, quantize
     np.testing.assert_allclose(of_sharded, gradient, rtol=1e-4, atol=1e-5)
 
 
+MANY_CANDIDATES = [
+    *(ab.Uniform(bits=8), ab.Uniform(bits=5, symmetric=False)),
+    pytest.param(ab.Uniform(bits=8, symmetric=False), marks=pytest.mark.long),
+    pytest.param(ab.Uniform(bits=8, group_size=8), marks=pytest.mark.long),
+]
+
+
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=str)
+@pytest.mark.parametrize("quantizer", MANY_CANDIDATES, ids=repr)
+def test_fits_of_many_scales_lose_as_little(rng, devices, quantizer, spec):
+    """Scales that lose the same to the last bits may be far apart: errors are compared."""
+    w = rng.normal(size=(64, 16)).astype(np.float32)
+    whole = np.asarray(quantizer.quantize(w).dequantize())
+    with jax.set_mesh(jax.make_mesh((8,), ("x",), devices=devices)):
+        found = jax.jit(quantizer.quantize)(jax.device_put(w, spec))
+        values = np.asarray(found.dequantize())
+    assert found.codes.sharding.spec == spec
+    errors = (np.square(w - of).sum(0) for of in (values, whole))
+    np.testing.assert_allclose(*errors, rtol=1e-3)
+
+
 @pytest.mark.parametrize("spec", [P("x", None, None), P(None, None, "x")], ids=str)
 def test_groups_of_several_axes_too(rng, devices, spec):
     """Groups of two heads, on devices that hold two each, or a part of the features."""
