@@ -122,7 +122,8 @@ def least_squares(
     w, magnitude = jax.lax.stop_gradient((w[None, None, None], magnitude[None, None, None]))
     axes = tuple(axis + 3 for axis in axes)
     of_shrunk, low = _widest(w, magnitude, steps, symmetric, axes)
-    # Weights above 1e37, for which this is no normal number and may be 0, get absmax.
+    # Weights above 1e37, for which this, or a part of it, is no normal number and may be 0, get
+    # absmax.
     inverse = of_shrunk * shrink(magnitude)
     # Of the data, since XLA on CPUs would write out a constant that kernels of one shape share.
     top = jnp.where(of_shrunk > 0, steps / 2, 0)
@@ -158,7 +159,7 @@ def least_squares(
     finer = _alternated(w, finer, inverse, window, top, axes)
     if len(grid.finer) > 1:  # only at the minima it shows which is the deepest
         finer, window = _best(error(finer, window), (0,), finer, window)
-    usable = inverse > 0
+    usable = inverse > 4 * float(jnp.finfo(w.dtype).tiny)
     if not isinstance(window, float):  # a window off the middle reaches far beyond the weights
         reach = jnp.maximum(window + steps, -window)
         usable &= reach <= finer * of_shrunk * (shrink(magnitude) * largest)
