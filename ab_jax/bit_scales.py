@@ -29,8 +29,10 @@ from jax import Array
 from ab_jax.scale_fits import signs
 from ab_jax.thresholds import UNITS, above, mean_excess
 
-# Thresholds of the table.
-_EDGES = 64
+# Thresholds of the table, and of its intervals how many are for the bulk of the weights.
+_EDGES, _NEAR = 64, 48
+# Largest magnitudes are apart from the bulk if there are at most so many, relative.
+_APART = 0.03
 # Where to begin, in mean magnitudes: the best scales there are for normal weights, for Laplace's,
 # even ones, a gamma distribution of shape 1/2, and two heaps, narrow and wide; twice, where minima
 # of much the same depth lie apart.
@@ -95,7 +97,7 @@ def least_squares(w: Array, magnitude: Array, bits: int, axes: tuple[int, ...]) 
       The scales [bits, ...] over the largest magnitude, falling.
     """
     w, magnitude = jax.lax.stop_gradient((w, magnitude))
-    of_table, mean = _table(w, magnitude, axes)
+    of_table, mean, bulk = _table(w, magnitude, axes)
     inside = tuple(axis + 1 for axis in axes)
 
     def of_weights(edge: Array) -> tuple[Array, Array]:
@@ -105,23 +107,29 @@ def least_squares(w: Array, magnitude: Array, bits: int, axes: tuple[int, ...]) 
 
     few = math.prod(w.shape[axis] for axis in axes) < _FEW
     on_table, on_weights = (_OF_FEW if few else _OF_MANY)[bits]
-    scales, lost = _searched(_starts(bits, mean), of_table, on_table)
+    scales, lost = _searched(_starts(bits, mean, bulk), of_table, on_table)
     if not few:
         scales = _best(scales, lost, _KEPT)
     scales = _best(*_searched(scales, of_weights, on_weights), 1)
-    return -jnp.sort(-jnp.abs(scales[:, 0]), axis=0) / UNITS
+    # Divided before the sort: compilers would do it after the product with the magnitude.
+    return -jnp.sort(-jnp.abs(scales[:, 0] / UNITS), axis=0)
 
 
-def levels_at(scales: Array) -> BitLevels:
-    """The levels of these scales [bits, ...]."""
-    bits = scales.shape[0]
+def levels_at(scales: Array, unit: Array) -> BitLevels:
+    """The levels of these scales [bits, ...], which are given over `unit` [...].
+
+    Their order is found without the unit, which may be too large or too small for float32.
+    """
+    bits, one = scales.shape[0], jnp.ones_like(scales[:1])
     if bits == 2:  # v_1 - v_2 and v_1 + v_2 have v_1 between them
-        first, one = scales[:1], jnp.ones_like(scales[:1])
-        return BitLevels(scales, jnp.concatenate([-one, first]), jnp.concatenate([one, 2 * one]))
-    magnitudes, of_level = _levels(scales[:, None])
-    codes = sum(sign * 2 ** (bits - 1 - i) for i, sign in enumerate(of_level))
-    steps = codes - jnp.concatenate([0 * codes[:1], codes[:-1]])
-    return BitLevels(scales, _edges(magnitudes)[:, 0], steps[:, 0])
+        edges, steps = scales[:1], jnp.concatenate([one, 2 * one])
+    else:
+        magnitudes, of_level = _levels(scales[:, None])
+        codes = sum(sign * 2 ** (bits - 1 - i) for i, sign in enumerate(of_level))[:, 0]
+        edges = _between(magnitudes)[:, 0]
+        steps = codes - jnp.concatenate([0 * codes[:1], codes[:-1]])
+    # The lowest level is the nearest from below 0 on, also where the unit is 0.
+    return BitLevels(scales * unit[None], jnp.concatenate([-one, edges * unit[None]]), steps)
 
 
 def codes(w: Array, levels: BitLevels) -> Array:
@@ -130,22 +138,39 @@ def codes(w: Array, levels: BitLevels) -> Array:
     return signs(w) * jnp.sum(beyond * levels.steps, axis=0)
 
 
-def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Array]:
-    """What lies above an edge, read off a table; and the mean magnitude."""
-    step = UNITS / (_EDGES - 1)
-    t = (step * np.arange(_EDGES)).astype(w.dtype).reshape(-1, *(1,) * w.ndim)
+def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Array, Array]:
+    """What lies above an edge, read off a table; the mean magnitude, and that without outliers."""
     inside = tuple(axis + 1 for axis in axes)
-    edges = jnp.asarray(t) + jnp.minimum(magnitude, 0)[None]
-    excess = mean_excess(w[None], magnitude[None], edges, inside)
+
+    def excess_at(t: Array) -> Array:
+        return mean_excess(w[None], magnitude[None], t + jnp.minimum(magnitude, 0)[None], inside)
+
+    def column(numbers: Sequence[float] | np.ndarray) -> np.ndarray:
+        return np.asarray(numbers, w.dtype).reshape(-1, *(1,) * w.ndim)
+
+    # The end of the bulk: the first power of two with few enough magnitudes above it. Without any
+    # the table is even, else its last part is wider.
+    powers = column([0, *UNITS * 0.5 ** np.arange(14, -1, -1)])
+    excess = excess_at(jnp.asarray(powers))
+    fractions = (excess[:-1] - excess[1:]) / np.diff(powers, axis=0)
+    ends = jnp.where(fractions[1:] > _APART * fractions[:1], UNITS, powers[2:])
+    end = jnp.minimum(jnp.min(ends, axis=0, keepdims=True), UNITS * _NEAR / (_EDGES - 1))
+    width, wide = end / _NEAR, (UNITS - end) / (_EDGES - 1 - _NEAR)
+
+    numbers = np.arange(_EDGES)
+    inner, outer = np.minimum(numbers, _NEAR), np.maximum(numbers - _NEAR, 0)
+    t = column(inner) * width + column(outer) * wide
+    excess = excess_at(t)
     # In the middles of the intervals, and before the first one everything.
-    fractions = (excess[:-1] - excess[1:]) / step
-    sums = (excess[:-1] + excess[1:]) / 2 + fractions * (t[:-1] + step / 2)
+    fractions = (excess[:-1] - excess[1:]) / jnp.where(column(outer[1:]) > 0, wide, width)
+    sums = (excess[:-1] + excess[1:]) / 2 + fractions * (t[:-1] + t[1:]) / 2
     fractions = jnp.concatenate([jnp.ones_like(excess[:1]), fractions, 0 * excess[:1]])
     sums = jnp.concatenate([excess[:1], sums, 0 * excess[:1]])
 
     def look_up(edge: Array) -> tuple[Array, Array]:
         flat = edge.reshape(-1, *edge.shape[2:])
-        position = jnp.minimum(jnp.maximum(flat / step + 0.5, 0), _EDGES - 0.5)
+        position = jnp.where(flat < end, flat / width, (flat - end) / wide + _NEAR)
+        position = jnp.minimum(jnp.maximum(position + 0.5, 0), _EDGES - 0.5)
         index = jnp.floor(position)
         share, at = position - index, index.astype(int)
         found = (
@@ -156,14 +181,16 @@ def _table(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Above, Ar
         first, second = (x.reshape(edge.shape) for x in found)
         return first, second
 
-    return look_up, excess[0]
+    return look_up, excess[0], excess[0] - excess[_NEAR]
 
 
-def _starts(bits: int, mean: Array) -> Array:
+def _starts(bits: int, mean: Array, bulk: Array) -> Array:
     """[bits, lanes, *blocks]"""
     halves = 0.5 ** np.arange(1, bits + 1)
     first, *others = _STARTS[bits - 1][0]
-    of_mean = [*_STARTS[bits], np.zeros(bits), (first / 2, -first / 2, *others)]
+    rest = sum(others)  # that the outermost level is the largest magnitude
+    apart = ((first - rest) / 2, (-first - rest) / 2, *others)
+    of_mean = [*_STARTS[bits], np.zeros(bits), apart]
     # Two more: even levels up to the largest magnitude; and that magnitude and its negative beside
     # levels for normal weights, between which v_1 and v_2 nearly cancel.
     of_largest = np.zeros((len(of_mean), bits))
@@ -172,7 +199,8 @@ def _starts(bits: int, mean: Array) -> Array:
     relative, fixed = (
         np.asarray(rows, mean.dtype).T.reshape(shape) for rows in (of_mean, UNITS * of_largest)
     )
-    return jnp.asarray(relative) * mean[None, None] + jnp.asarray(fixed)
+    means = jnp.stack([mean] * (len(of_mean) - 1) + [bulk])
+    return jnp.asarray(relative) * means[None] + jnp.asarray(fixed)
 
 
 def _searched(scales: Array, of: Above, places: int) -> tuple[Array, Array]:
@@ -240,15 +268,15 @@ def _signed(scales: Array, of_number: list[Any]) -> Array:
     )
 
 
-def _edges(magnitudes: Array) -> Array:
-    """From where on each of the rising magnitudes is the nearest; the lowest from -1 on."""
-    between = magnitudes[1:] / 2 + magnitudes[:-1] / 2
-    return jnp.concatenate([jnp.full_like(magnitudes[:1], -1), between])
+def _between(magnitudes: Array) -> Array:
+    """From where on each of the rising magnitudes but the lowest is the nearest."""
+    return magnitudes[1:] / 2 + magnitudes[:-1] / 2
 
 
 def _groups(magnitudes: Array, of: Above) -> tuple[Array, Array]:
     """The fraction of weights that are nearest to each level, and the sum of their magnitudes."""
-    counts, sums = (x - jnp.concatenate([x[1:], 0 * x[:1]]) for x in of(_edges(magnitudes)))
+    edges = jnp.concatenate([jnp.full_like(magnitudes[:1], -1), _between(magnitudes)])
+    counts, sums = (x - jnp.concatenate([x[1:], 0 * x[:1]]) for x in of(edges))
     return counts, sums
 
 

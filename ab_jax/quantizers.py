@@ -350,13 +350,11 @@ class LeastSquaresBinary(Quantizer):
         magnitude = scale_fits.magnitude(w, axes)
         if self.bits == 2:
             scales = jnp.stack(thresholds.two_signs(w, magnitude, axes))
-            scales /= scale_fits.or_one(magnitude)[None]
         else:
             scales = bit_scales.least_squares(w, magnitude, self.bits, axes)
         reach = scale_fits.or_one(jnp.sum(scales, axis=0))  # of the level whose signs are all +
         fits = jnp.minimum(1, scale_fits.below(largest, magnitude, reach))
-        scales *= (fits * magnitude)[None]
-        levels = bit_scales.levels_at(scales)
+        levels = bit_scales.levels_at(scales, fits * magnitude)
         # Behind the axes of the weights, where no stack of weights is split.
         return bit_scales.BitLevels(*(jnp.moveaxis(x, 0, -1) for x in levels))
 

@@ -133,12 +133,16 @@ def in_units(w: Array, scale: Array) -> Array:
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
     """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`.
 
-    0 where it is no normal number, as it would be on devices that flush others.
+    0 where half of it is no normal number, as it would be on devices that flush others; finite
+    where `w` is.
     """
-    # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
+    # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow; and
+    # by two, as the mean of the largest floats may round to more, which is infinity.
     count = math.prod(w.shape[i] for i in axes)
-    mean = jnp.sum(jnp.abs(w) / count, axes, keepdims=True)
-    return jnp.where(mean < float(jnp.finfo(w.dtype).tiny), 0, mean)
+    half = jnp.sum(jnp.abs(w) / (2 * count), axes, keepdims=True)
+    limits = jnp.finfo(w.dtype)
+    mean = jnp.where(half < math.inf, jnp.minimum(2 * half, float(limits.max)), half)
+    return jnp.where(half < float(limits.tiny), 0, mean)
 
 
 def signs(w: Array) -> Array:

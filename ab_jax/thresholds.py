@@ -54,8 +54,9 @@ def ternary(w: Array, magnitude: Array, axes: tuple[int, ...]) -> Array:
     axes = tuple(axis + 1 for axis in axes)
     t, _ = _best_threshold(w, magnitude, axes, 0.5, lambda t, excess, mean: (t, excess))
     fraction, total = above(w, magnitude, t, axes)
-    # A mean of the largest may round to more.
-    return (jnp.minimum(total / or_one(fraction), UNITS) * (magnitude / UNITS))[0]
+    # A mean of the largest may round to more. Constants come before the bound, or compilers move
+    # them behind the product with the magnitude, which then overflows.
+    return (jnp.minimum(total / or_one(fraction) / UNITS, 1) * magnitude)[0]
 
 
 def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
@@ -65,6 +66,9 @@ def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array,
 
     Args:
       w, magnitude, axes: as for `ternary`.
+
+    Returns:
+      The two scales over the largest magnitude.
     """
     w, magnitude = jax.lax.stop_gradient((w[None], magnitude[None]))
     axes = tuple(axis + 1 for axis in axes)
@@ -73,15 +77,15 @@ def two_signs(w: Array, magnitude: Array, axes: tuple[int, ...]) -> tuple[Array,
     )
     fraction, total = above(w, magnitude, t, axes)
     low, high = (
-        # The mean of the smallest may round to less than 0, that of the largest to more than it.
-        jnp.minimum(jnp.maximum(part, 0) / or_one(of), UNITS)
+        # Half of each mean. That of the smallest may round to less than 0, of the largest to more
+        # than it. No constant comes after these bounds: compilers would move it (`ternary`).
+        jnp.minimum(jnp.maximum(part, 0) / or_one(of) / (2 * UNITS), 0.5)
         for part, of in ((mean - total, 1 - fraction), (total, fraction))
     )
     # Where all magnitudes are the same, one group is empty. A fraction of all may round to less.
     all_above = fraction > 1 - 0.5 / _count(w, axes)
     low, high = jnp.where(all_above, high, low), jnp.where(fraction == 0, low, high)
-    first, second = ((high + sign * low) / 2 * (magnitude / UNITS) for sign in (1, -1))
-    return first[0], second[0]
+    return (high + low)[0], (high - low)[0]
 
 
 def _best_threshold(

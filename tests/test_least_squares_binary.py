@@ -239,6 +239,65 @@ def test_extreme_channels(rng, bits):
         np.testing.assert_allclose(found[:, channel] / factor, found[:, 4], rtol=1e-6)
 
 
+def relative_error(w, bits):
+    """The squared error of each channel over its squares, in units of its largest."""
+    found = np.asarray(LeastSquaresBinary(bits=bits).quantize(w).dequantize()).astype(np.float64)
+    w = np.asarray(w).astype(np.float64)
+    largest = np.abs(w).max(0)
+    return np.square((w - found) / largest).sum(0) / np.square(w / largest).sum(0)
+
+
+@each_width
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_the_largest_weights_there_are_lose_as_much_as_others(rng, bits, dtype):
+    w = rng.normal(size=(64, 4))
+    w[:, 0] = np.resize([1.0, 0.5, -0.2, 0.3], 64)
+    # Up to the largest number at the last power of two; products with these are exact.
+    w = jnp.asarray(w / np.abs(w).max(0) * float(jnp.finfo(dtype).max) / 2.0**127, dtype)
+    wanted = relative_error(w, bits)
+    for factor in (2.0**125, 2.0**126, 2.0**127):
+        found = relative_error(w * jnp.asarray(factor, dtype), bits)
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-9)
+
+
+@each_width
+def test_float64_is_quantized_alike_at_all_magnitudes(rng, bits):
+    w = rng.normal(size=(64, 3))
+    w /= np.abs(w).max(0)
+    with jax.enable_x64(True):
+        wanted = relative_error(w, bits)
+        for factor in (2.0**-960, 2.0**-150, 2.0**130, 2.0**1023):
+            np.testing.assert_allclose(relative_error(w * factor, bits), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("count", "outliers", "size"),
+    [(100, 2, 1000), (300, 1, 100), (300, 1, 1000), (576, 1, 1000), (576, 5, 1000), (2048, 1, 300)],
+)
+def test_a_bit_more_loses_less_beside_outliers(rng, count, outliers, size):
+    w = rng.normal(size=(count, 16)).astype(np.float32)
+    w[:outliers] = size
+    errors = [
+        np.square(w - np.asarray(LeastSquaresBinary(bits=bits).quantize(w).dequantize())).sum(0)
+        for bits in (1, 2, 3, 4)
+    ]
+    for fewer, more in itertools.pairwise(errors):
+        assert (more < 0.7 * fewer).all()
+
+
+@pytest.mark.parametrize("quantizer", [Binary(), LeastSquaresBinary(bits=1)], ids=repr)
+@pytest.mark.parametrize("count", [3, 41, 1000])  # times 1 / count may be above 1 in float32
+def test_the_mean_of_the_largest_floats_is_finite(quantizer, count):
+    largest = np.finfo(np.float32).max
+    w = np.full((count, 2), largest)
+    w[:, 1] *= -1
+    found = np.asarray(quantizer.quantize(w).dequantize())
+    np.testing.assert_allclose(found / largest, w / largest, rtol=1e-5)
+    w[0] = np.inf, np.nan
+    scale = np.asarray(quantizer.quantize(w).scale)[0]
+    np.testing.assert_array_equal(scale, [np.inf, np.nan])
+
+
 def test_a_weight_alone_in_its_block_is_kept(rng):
     w = rng.normal(size=(1, 6)).astype(np.float32)
     for bits in (2, 3):
