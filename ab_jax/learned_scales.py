@@ -34,6 +34,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from ab_jax.estimators import replace_value
+from ab_jax.quantized import expand
 from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
 from ab_jax.scale_fits import block_axes, compute_dtype, limits
 
@@ -62,7 +63,7 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
     """
     highest = highest_level(quantizer)
     value = quantize_at(*jax.lax.stop_gradient((w, scale)), quantizer)
-    relative = jax.lax.stop_gradient(w.astype(scale.dtype) / _spread(value.scale, w.shape))
+    relative = jax.lax.stop_gradient(w.astype(scale.dtype) / expand(value.scale, w.shape))
     inside = jnp.abs(relative) < highest
     codes = value.codes.astype(scale.dtype)
     slope = jnp.where(inside, codes - relative, codes)
@@ -70,7 +71,7 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
     # Its value is of no account, its gradients are those above: to a scale, `slope` times g.
     # That of the magnitude; at 0 upwards, where `jnp.abs` would have none.
     scaled = jnp.where(scale < 0, -scale, scale) / math.sqrt(per_block * highest)
-    graph = jnp.where(inside, w.astype(scale.dtype), 0) + slope * _spread(scaled, w.shape)
+    graph = jnp.where(inside, w.astype(scale.dtype), 0) + slope * expand(scaled, w.shape)
     return replace_value(graph.astype(w.dtype), value.dequantize())
 
 
@@ -127,7 +128,7 @@ def quantize_at(w: Array, scale: Array, quantizer: Quantizer) -> Quantized:
     if isinstance(quantizer, Binary):
         codes = jnp.where(w >= 0, 1, -1)
     else:
-        relative = w.astype(scale.dtype) / _spread(scale, w.shape)
+        relative = w.astype(scale.dtype) / expand(scale, w.shape)
         codes = jnp.round(jnp.clip(relative, -highest, highest))
     return Quantized(
         codes=codes.astype(jnp.int8),
@@ -209,11 +210,3 @@ def check_scales(scales: Scales, quantized: Mapping[str, tuple[Any, Quantizer]])
                     f"ab_jax.keep_scales_positive after each update, or lower the learning rate. "
                     f"Where it is negative, the loss saw its magnitude: jnp.abs gives that network."
                 )
-
-
-def _spread(scale: Array, shape: tuple[int, ...]) -> Array:
-    """The scale of each weight: what a block has, repeated over it."""
-    for i, (count, size) in enumerate(zip(scale.shape, shape, strict=True)):
-        if count != size:
-            scale = jnp.repeat(scale, size // count, axis=i)
-    return scale

@@ -67,8 +67,8 @@ class Quantized:
         offsets = self.codes.astype(self.scale.dtype)
         if self.zero_point is not None:
             # Subtract in floating point: the difference of two int8 does not fit into int8.
-            offsets = offsets - _expand(self.zero_point, offsets.shape).astype(offsets.dtype)
-        return (offsets * _expand(self.scale, offsets.shape)).astype(self.dtype)
+            offsets = offsets - expand(self.zero_point, offsets.shape).astype(offsets.dtype)
+        return (offsets * expand(self.scale, offsets.shape)).astype(self.dtype)
 
     def levels(self) -> Array:
         """The values that a code of each block can have, rising: `[levels, *scale.shape]`.
@@ -95,10 +95,10 @@ class Quantized:
           Two arrays of that shape and of the dtype of `scale`.
         """
         lowest, highest, step = self._range()
-        scale = _expand(self.scale, w.shape)
+        scale = expand(self.scale, w.shape)
         low, high = jnp.asarray(lowest, scale.dtype), jnp.asarray(highest, scale.dtype)
         if self.zero_point is not None:
-            zero_point = _expand(self.zero_point, w.shape).astype(scale.dtype)
+            zero_point = expand(self.zero_point, w.shape).astype(scale.dtype)
             low, high = low - zero_point, high - zero_point
         # A block of zeros may have the scale 0.
         steps = jnp.clip(w.astype(scale.dtype) / scale_fits.or_one(scale), low, high) - low
@@ -107,7 +107,7 @@ class Quantized:
 
     def unit(self) -> Array:
         """The scale of each code, to measure weights in: broadcasts against `codes`."""
-        return _expand(self.scale, self.codes.shape)
+        return expand(self.scale, self.codes.shape)
 
     def packed_size(self) -> int:
         """Bytes of the codes in a packed file (`ab_jax.export.packed`); scales come on top.
@@ -143,7 +143,7 @@ class BinaryCoded(Quantized):
 
     def dequantize(self) -> Array:
         """The signed sum of each code's scales, in the weight's shape and dtype."""
-        scales = [_expand(scale, self.codes.shape) for scale in self._by_bit()]
+        scales = [expand(scale, self.codes.shape) for scale in self._by_bit()]
         return _signed_sum(self.codes, scales).astype(self.dtype)
 
     def levels(self) -> Array:
@@ -155,7 +155,7 @@ class BinaryCoded(Quantized):
 
     def beside(self, w: Array) -> tuple[Array, Array]:
         """As `Quantized.beside`."""
-        levels = [_expand(level, w.shape) for level in self.levels()]
+        levels = [expand(level, w.shape) for level in self.levels()]
         w = jnp.clip(w.astype(self.scale.dtype), levels[0], levels[-1])
         below, above = w, w
         for level in levels:
@@ -170,7 +170,7 @@ class BinaryCoded(Quantized):
 
     def unit(self) -> Array:
         """The first scale, that of the largest part, of each code: broadcasts against `codes`."""
-        return _expand(self._by_bit()[0], self.codes.shape)
+        return expand(self._by_bit()[0], self.codes.shape)
 
     def _by_bit(self) -> tuple[Array, ...]:
         """The scale of each bit, of as many axes as the codes."""
@@ -203,6 +203,18 @@ def packed_size(count: int, bits: int, *, affine: bool) -> int:
     return -(-count * bits // 8)
 
 
+def expand(per_block: Array, shape: tuple[int, ...]) -> Array:
+    """Repeat the entries of a scale over their blocks where plain broadcasting does not do."""
+    for i, (count, size) in enumerate(zip(per_block.shape, shape, strict=True)):
+        if count not in (1, size):
+            # Not `jnp.repeat`, which wants to be told a sharding where shardings are explicit.
+            repeated = jnp.expand_dims(per_block, i + 1)
+            wanted = (*repeated.shape[: i + 1], size // count, *repeated.shape[i + 2 :])
+            merged = (*per_block.shape[:i], size, *per_block.shape[i + 1 :])
+            per_block = jnp.broadcast_to(repeated, wanted).reshape(merged)
+    return per_block
+
+
 @jax.jit
 def with_nan_shown(quantized: Quantized, w: Array) -> Quantized:
     """The codes of `w` with NaN for each finite scale of a weight that is NaN or infinite.
@@ -225,15 +237,3 @@ def _signed_sum(codes: Array, scales: list[Array]) -> Array:
         for i, scale in enumerate(scales)
     ]
     return functools.reduce(jnp.add, terms)
-
-
-def _expand(per_block: Array, shape: tuple[int, ...]) -> Array:
-    """Repeat the entries of a scale over their blocks where plain broadcasting does not do."""
-    for i, (count, size) in enumerate(zip(per_block.shape, shape, strict=True)):
-        if count not in (1, size):
-            # Not `jnp.repeat`, which wants to be told a sharding where shardings are explicit.
-            repeated = jnp.expand_dims(per_block, i + 1)
-            wanted = (*repeated.shape[: i + 1], size // count, *repeated.shape[i + 2 :])
-            merged = (*per_block.shape[:i], size, *per_block.shape[i + 1 :])
-            per_block = jnp.broadcast_to(repeated, wanted).reshape(merged)
-    return per_block

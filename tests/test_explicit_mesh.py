@@ -97,3 +97,23 @@ def test_trained_scales_of_groups_too(rng, devices):
         found = ab.blend(tree, rules, 1.0, estimator=ab.learned_step_size, scales=own)
     np.testing.assert_allclose(own["kernel"], scales["kernel"], rtol=1e-5)
     np.testing.assert_allclose(found["kernel"], value["kernel"], rtol=1e-5)
+
+
+def test_gradients_reach_trained_scales_of_groups_on_several_devices(rng, devices):
+    w = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
+    rules = ab.Rules([(".*", ab.Uniform(bits=4, group_size=8))])
+
+    def loss(tree, scales):
+        value = ab.blend(tree, rules, 1.0, estimator=ab.learned_step_size, scales=scales)
+        return jnp.sum(value["kernel"] ** 2)
+
+    gradient = jax.grad(loss, (0, 1))
+    scales = ab.initial_scales({"kernel": w}, rules)
+    wanted = gradient({"kernel": w}, scales)
+    with jax.set_mesh(jax.make_mesh((4,), ("d",), devices=devices[:4])):
+        tree = {"kernel": jax.device_put(w, P("d", None))}
+        own = ab.initial_scales(tree, rules)
+        for found in (gradient(tree, own), jax.jit(gradient)(tree, own)):
+            assert found[0]["kernel"].sharding.spec == P("d", None)
+            for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
