@@ -223,9 +223,9 @@ def clip_latent(params: Tree, rules: Rules, *, limit: float = 1.0) -> Tree:
     weight far outside no longer changes its sign. Call it on what `optax.apply_updates` returns.
 
     Raises:
-      ValueError: a limit that is not positive; otherwise as `blend`.
+      ValueError: a limit that is no positive number; otherwise as `blend`.
     """
-    if not limit > 0:
+    if not isinstance(limit, (int, float, np.number, np.ndarray, Array)) or not limit > 0:
         raise ValueError(f"clip_latent takes a positive limit, not limit={limit!r}.")
     layers = _quantized_layers(params, rules)
     return _replaced(params, {path: jnp.clip(w, -limit, limit) for path, (w, _) in layers.items()})

@@ -61,8 +61,13 @@ def check_takes_scale(estimator: Callable[..., Any], given: bool) -> None:
     """Refuse an estimator that needs scales without them, and one that takes none with them.
 
     Raises:
-      ValueError: it is so.
+      ValueError: it is so. TypeError: it is no function.
     """
+    if not callable(estimator):
+        raise TypeError(
+            f"estimator must be a function such as ab_jax.alpha_blend or ab_jax.straight_through, "
+            f"not {estimator!r}."
+        )
     name = getattr(estimator, "__name__", repr(estimator))
     if takes_scale(estimator) and not given:
         raise ValueError(

@@ -184,15 +184,21 @@ def check_scales(scales: Scales, quantized: Mapping[str, tuple[Any, Quantizer]])
 
     Raises:
       ValueError: names the first path whose scale is missing, in excess, of another shape or dtype,
-        or (where its numbers are at hand) not positive and finite.
+        or (where its numbers are at hand) not positive and finite. TypeError: they are no
+        dictionary from paths to arrays.
     """
     again = "Make them by ab_jax.initial_scales(params, rules), of these parameters and rules."
+    if not isinstance(scales, Mapping):
+        raise TypeError(f"scales must be a dictionary, not {type(scales).__name__}. {again}")
     for path in sorted({*scales, *quantized}):
         if path not in scales:
             raise ValueError(f"There is no scale for {path}, which a rule quantizes. {again}")
         if path not in quantized:
             raise ValueError(f"There is a scale for {path}, which no rule quantizes. {again}")
-        (leaf, quantizer), scale = quantized[path], scales[path]
+        leaf, quantizer = quantized[path]
+        scale: Any = scales[path]
+        if not (hasattr(scale, "dtype") or isinstance(scale, (int, float))):
+            raise TypeError(f"The scale of {path} is {scale!r}, no array. {again}")
         wanted = quantizer.scale_shape(leaf.shape), jnp.dtype(compute_dtype(leaf.dtype))
         found = jnp.shape(scale), jnp.result_type(scale)
         if found != wanted:

@@ -24,7 +24,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
@@ -131,7 +133,7 @@ class Quantizer(abc.ABC):
         self, shape: tuple[int, ...], channels: Sequence[int], group_size: int
     ) -> list[tuple[int, int]]:
         """The axes that are split, each with its number of groups."""
-        axes = [self._checked(axis, shape) for axis in _each(self.group_axis)]
+        axes = [self._group_axis(axis, shape, channels) for axis in _each(self.group_axis)]
         sizes = [shape[i] for i in axes]
         counts = scale_fits.group_counts(sizes, group_size)
         if axes != list(range(axes[0], axes[0] + len(axes))):
@@ -159,9 +161,28 @@ class Quantizer(abc.ABC):
             )
         return axis % len(shape)
 
+    def _group_axis(self, axis: int, shape: tuple[int, ...], channels: Sequence[int]) -> int:
+        """An axis of the groups, counted from the front."""
+        if -len(shape) <= axis < len(shape):
+            return axis % len(shape)
+        free = [str(i - len(shape)) for i in range(len(shape)) if i not in channels]
+        another = f"group_axis={' or '.join(free)}, or " if free else ""
+        raise ValueError(
+            f"{self} asks for groups along axis {axis} (group_axis={self.group_axis}) of a weight "
+            f"of shape {shape}, which has {len(shape)} axes. Give {another}group_size=None for no "
+            f"groups."
+        )
+
 
 def _each(axes: int | Sequence[int]) -> Sequence[int]:
     return axes if isinstance(axes, Sequence) else (axes,)
+
+
+def _is_number(x: object) -> bool:
+    """Whether it is one real number whose value is known, in an array or not."""
+    if isinstance(x, (np.ndarray, np.number, Array)) and not isinstance(x, jax.core.Tracer):
+        return x.shape == () and not jnp.issubdtype(x.dtype, jnp.complexfloating)
+    return isinstance(x, (int, float))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,10 +208,16 @@ class Binary(Quantizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.fixed_scale is not None and not 0 < self.fixed_scale < math.inf:
-            raise ValueError(
-                f"{self}: fixed_scale must be positive and finite, or None for the mean of |w|."
-            )
+        if self.fixed_scale is None:
+            return
+        if _is_number(self.fixed_scale):  # an array would not be hashable
+            object.__setattr__(self, "fixed_scale", float(self.fixed_scale))
+            if 0 < self.fixed_scale < math.inf:
+                return
+        raise ValueError(
+            f"{self}: fixed_scale must be a number, positive and finite, or None for the mean of "
+            f"|w|."
+        )
 
     def check(self, shape: tuple[int, ...], dtype: DTypeLike) -> None:
         """As `Quantizer.check`, and a dtype that cannot hold the fixed scale."""

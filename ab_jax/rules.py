@@ -36,7 +36,10 @@ class Rules:
     rules: tuple[tuple[str, Any], ...]
 
     def __init__(self, rules: Iterable[tuple[str, Any]]) -> None:
-        object.__setattr__(self, "rules", tuple(self._checked(rule) for rule in rules))
+        given: Any = rules
+        if not isinstance(given, Iterable):
+            given = [given]  # which is no pair
+        object.__setattr__(self, "rules", tuple(self._checked(rule) for rule in given))
 
     def of(self, path: str) -> Any:
         """The quantizer (or None) of one path.
@@ -129,8 +132,13 @@ def assigned(params: Any, rules: Rules) -> tuple[list[tuple[str, Any]], list[int
     """The leaves with their paths, the index of each one's rule, and the tree's structure.
 
     Raises:
-      ValueError: as `leaves_by_path` and `Rules.assign`.
+      ValueError: as `leaves_by_path` and `Rules.assign`. TypeError: rules that are none.
     """
+    if not isinstance(rules, Rules):
+        raise TypeError(
+            f"rules must be made by ab_jax.Rules, not of type {type(rules).__name__}. Write "
+            f'ab_jax.Rules([(PATTERN, QUANTIZER), (".*", None)]).'
+        )
     leaves = leaves_by_path(params)
     return leaves, rules.assign([path for path, _ in leaves]), jax.tree.structure(params)
 

@@ -595,6 +595,42 @@ def test_errors_name_the_rule_the_parameter_and_the_fix(use, tree, rules, kind, 
         assert word in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        *(lambda *a: ab.blend(*a, 0.5), ab.quantize, ab.describe, ab.clip_latent, ab.fit),
+        *(ab.initial_scales, ab.quantized_paths, lambda *a: ab.mean_alpha(*a, lambda path: 0.5)),
+    ],
+)
+@pytest.mark.parametrize("rules", [[("kernel", INT4), (".*", None)], None, TREE], ids=type)
+def test_rules_that_are_none_are_told_how_to_write_them(use, rules):
+    with pytest.raises(TypeError, match=rf"rules .* of type {type(rules).__name__}.*Rules\(\["):
+        use(TREE, rules)
+
+
+@pytest.mark.parametrize(
+    ("use", "words"),
+    [
+        (lambda *a: ab.blend(*a, 1.0, estimator="ste"), ["estimator", "straight_through", "'ste'"]),
+        (lambda *a: ab.blend(*a, 1.0, estimator=None), ["estimator", "alpha_blend", "None"]),
+        (
+            lambda *a: ab.blend(*a, 1.0, estimator=ab.learned_step_size, scales=[1]),
+            ["scales must be a dictionary, not list", "initial_scales"],
+        ),
+        (lambda *a: ab.quantize(*a, scales=[1]), ["scales must be a dictionary", "initial_scales"]),
+        (
+            lambda *a: ab.quantize(*a, scales={"dense/kernel": "1"}),
+            ["The scale of dense/kernel is '1'", "initial_scales"],
+        ),
+    ],
+)
+def test_arguments_of_other_types_are_named_with_the_fix(use, words):
+    with pytest.raises(TypeError) as caught:
+        use(TREE, Rules([(".*kernel", INT4), (".*", None)]))
+    for word in words:
+        assert word in str(caught.value)
+
+
 def test_long_lists_of_paths_are_cut():
     paths = [f"layer{i}/bias" for i in range(100)]
     with pytest.raises(ValueError, match=r"layer0/bias, .* and 92 more") as caught:
@@ -611,6 +647,7 @@ def test_long_lists_of_paths_are_cut():
         (["kernel"], TypeError, ["'kernel'", "pair"]),
         ([("kernel", INT4, 1)], TypeError, ["pair"]),
         ([(INT4, "kernel")], TypeError, ["pair"]),
+        (INT4, TypeError, ["pair", "Uniform(bits=4", "Rules(["]),
     ],
 )
 def test_bad_rules_are_refused_when_they_are_made(rules, kind, words):
@@ -742,9 +779,9 @@ def test_clip_latent_takes_another_limit_and_leaves_the_rest_alone(params):
     assert clipped["stem"]["bias"] is params["stem"]["bias"]
 
 
-@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("limit", [0.0, -1.0, float("nan"), "1"])
 def test_clip_latent_refuses_a_limit_that_is_not_positive(params, limit):
-    with pytest.raises(ValueError, match=f"positive limit, not limit={limit}"):
+    with pytest.raises(ValueError, match=f"positive limit, not limit={limit!r}"):
         ab.clip_latent(params, KERNELS, limit=limit)
 
 

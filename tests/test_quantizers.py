@@ -642,6 +642,14 @@ def test_nan_in_a_channel_makes_its_scale_nan(fixed):
     np.testing.assert_array_equal(scale, [[1, np.nan, 1]])
 
 
+def test_a_fixed_scale_may_be_a_scalar_of_any_kind():
+    for scale in (1, np.float32(1), np.asarray(1), jnp.float32(1)):
+        assert hash(Binary(fixed_scale=scale)) == hash(Binary(fixed_scale=1.0))
+        assert Binary(fixed_scale=scale) == Binary(fixed_scale=1.0)
+    with pytest.raises(ValueError, match="fixed_scale must be a number"):  # not known when traced
+        jax.jit(lambda scale: Binary(fixed_scale=scale).quantize(W).scale)(1.0)
+
+
 @pytest.mark.parametrize(
     ("dtype", "fixed"),
     [
@@ -818,6 +826,8 @@ W = np.ones((4, 6), np.float32)
         (lambda: Binary(fixed_scale=float("inf")), ValueError, ["fixed_scale=inf", "finite"]),
         (lambda: Binary(fixed_scale=-1.0), ValueError, ["fixed_scale=-1.0", "positive"]),
         (lambda: Binary(fixed_scale=0), ValueError, ["fixed_scale=0", "positive"]),
+        (lambda: Binary(fixed_scale="1"), ValueError, ["fixed_scale='1'", "a number"]),
+        (lambda: Binary(fixed_scale=np.ones(2)), ValueError, ["fixed_scale", "a number"]),
         (lambda: Binary(group_size=2.0), ValueError, ["group_size", "integer", "not 2.0"]),
         (lambda: Binary(axis=1.0), ValueError, ["axis=1.0", "integers"]),
         (lambda: Binary(axis=(0, "1")), ValueError, ["axis=(0, '1')", "integers"]),
@@ -846,6 +856,21 @@ W = np.ones((4, 6), np.float32)
             lambda: Ternary(group_size=3, group_axis=5).quantize(W),
             ValueError,
             ["axis 5", "(4, 6)"],
+        ),
+        (
+            lambda: Uniform(bits=4, axis=None, group_size=4).quantize(np.ones(8)),
+            ValueError,
+            ["group_axis=-2", "(8,)", "Give group_axis=-1", "group_size=None"],
+        ),
+        (
+            lambda: Ternary(group_size=4).quantize(np.ones(8)),
+            ValueError,
+            ["group_axis=-2", "(8,)", "Give group_size=None for no groups"],
+        ),
+        (
+            lambda: Ternary(group_size=4, group_axis=5).quantize(np.ones((4, 4, 3))),
+            ValueError,
+            ["group_axis=5", "(4, 4, 3)", "group_axis=-3 or -2"],
         ),
         (lambda: Ternary(group_axis=(0, "1")), ValueError, ["group_axis=(0, '1')", "integers"]),
         (lambda: Ternary(group_axis=()), ValueError, ["group_axis=()", "integers"]),
