@@ -217,7 +217,7 @@ def expand(per_block: Array, shape: tuple[int, ...]) -> Array:
 
 @jax.jit
 def with_nan_shown(quantized: Quantized, w: Array) -> Quantized:
-    """The codes of `w` with NaN for each finite scale of a weight that is NaN or infinite.
+    """The codes of `w` with NaN for each scale of a weight that is NaN or infinite.
 
     Codes cannot say that they stand for no number, and a scale that was fixed or trained does not.
     """
@@ -225,8 +225,7 @@ def with_nan_shown(quantized: Quantized, w: Array) -> Quantized:
     split, inside = scale_fits.block_axes(w.shape, blocks)
     finite = jnp.all(jnp.isfinite(w).reshape(split), axis=inside).reshape(blocks)
     finite = finite.reshape(*blocks, *(1,) * (quantized.scale.ndim - w.ndim))
-    shown = jnp.broadcast_to(finite, quantized.scale.shape) | ~jnp.isfinite(quantized.scale)
-    return dataclasses.replace(quantized, scale=jnp.where(shown, quantized.scale, jnp.nan))
+    return dataclasses.replace(quantized, scale=jnp.where(finite, quantized.scale, jnp.nan))
 
 
 def _signed_sum(codes: Array, scales: list[Array]) -> Array:

@@ -193,7 +193,7 @@ class Binary(Quantizer):
 
     The scale is the mean of |w|, the least-squares optimum (XNOR-Net, arXiv 1603.05279, section
     3.1), or a fixed value: 1 in BinaryNet (arXiv 1602.02830). A channel of zeros has the scale 0,
-    since no code stands for zero; a channel with NaN the scale NaN, fixed or not.
+    since no code stands for zero; a channel with NaN or infinity the scale NaN, fixed or not.
 
     Attributes:
       fixed_scale: None for the least-squares optimum, else the scale of every channel.
@@ -231,10 +231,10 @@ class Binary(Quantizer):
 
     def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
         """The scale."""
-        scale = scale_fits.mean_magnitude(w, axes)
-        if self.fixed_scale is not None:
-            scale = jnp.where(jnp.isnan(scale), scale, self.fixed_scale)
-        return scale
+        if self.fixed_scale is None:
+            return scale_fits.scale_of_signs(w, axes)
+        magnitude = scale_fits.magnitude(w, axes)
+        return jnp.where(jnp.isnan(magnitude), magnitude, self.fixed_scale)
 
     def code_blocks(self, w: Array, fitted: Fitted) -> Codes:
         """Signs."""
@@ -323,6 +323,8 @@ class Uniform(Quantizer):
         room = largest * (1 - 2**-20) / jnp.maximum(highest, -lowest)
         scale = jnp.minimum(1 / inverse / scale_fits.shrink(magnitude), room)
         scale = jnp.where(magnitude == 0, 1, scale)
+        # Affine levels up to infinity would be cut off by the room.
+        scale = jnp.where(jnp.isnan(magnitude), magnitude, scale)
         if self.symmetric:
             return scale
         # By way of int32: unoptimized programs of XLA on CPUs convert floats to int8 wrongly.
@@ -373,7 +375,7 @@ class LeastSquaresBinary(Quantizer):
     def fit_blocks(self, w: Array, axes: tuple[int, ...], largest: float) -> Fitted:
         """The scale of 1 bit; of more, the levels."""
         if self.bits == 1:
-            return scale_fits.mean_magnitude(w, axes)
+            return scale_fits.scale_of_signs(w, axes)
         magnitude = scale_fits.magnitude(w, axes)
         if self.bits == 2:
             scales = jnp.stack(thresholds.two_signs(w, magnitude, axes))

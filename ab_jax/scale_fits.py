@@ -4,8 +4,8 @@ The fits themselves are `even_levels` (`Uniform`), `thresholds` (`Ternary`, two 
 `bit_scales` (`LeastSquaresBinary` of 3 and 4 bits); that of `Binary` is the mean magnitude, here.
 
 A block is the weights that share one scale. In all functions `w` is an array of floats whose `axes`
-run inside a block; results have one entry a block and keep those axes with size 1. NaN in a block
-makes its scale NaN.
+run inside a block; results have one entry a block and keep those axes with size 1. NaN or infinity
+in a block makes its scale NaN.
 """
 
 import math
@@ -87,8 +87,12 @@ def group_counts(sizes: Sequence[int], group_size: int) -> list[int] | None:
 
 
 def magnitude(w: Array, axes: tuple[int, ...]) -> Array:
-    """The largest magnitude of each block; 0 where that is too small for it to have a scale."""
+    """The largest magnitude of each block; 0 where that is too small for it to have a scale.
+
+    NaN where a weight is NaN or infinite: no scale serves such a block.
+    """
     largest = jnp.max(jnp.abs(w), axes, keepdims=True)
+    largest = jnp.where(largest == jnp.inf, jnp.nan, largest)
     return jnp.where(largest < _HEADROOM * float(jnp.finfo(w.dtype).tiny), 0, largest)
 
 
@@ -133,8 +137,8 @@ def in_units(w: Array, scale: Array) -> Array:
 def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
     """The mean of |w|: the scale of least squared error for codes -1 and +1, of any `w`.
 
-    0 where half of it is no normal number, as it would be on devices that flush others; finite
-    where `w` is.
+    0 where half of it is no normal number, as it would be on devices that flush others; infinite
+    only where a weight is.
     """
     # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow; and
     # by two, as the mean of the largest floats may round to more, which is infinity.
@@ -143,6 +147,12 @@ def mean_magnitude(w: Array, axes: tuple[int, ...]) -> Array:
     limits = jnp.finfo(w.dtype)
     mean = jnp.where(half < math.inf, jnp.minimum(2 * half, float(limits.max)), half)
     return jnp.where(half < float(limits.tiny), 0, mean)
+
+
+def scale_of_signs(w: Array, axes: tuple[int, ...]) -> Array:
+    """The scale for codes -1 and +1: the mean of |w|, NaN where it is infinite."""
+    mean = mean_magnitude(w, axes)
+    return jnp.where(mean == jnp.inf, jnp.nan, mean)
 
 
 def signs(w: Array) -> Array:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import ab_jax as ab
 from ab_jax import (
     Binary,
     Ternary,
@@ -24,7 +25,7 @@ from ab_jax import (
     soft_straight_through,
     straight_through,
 )
-from ab_jax.estimators import computed_once
+from ab_jax.estimators import blended_value, computed_once
 
 # By the factor on the gradient, at an alpha in float32.
 FACTORS = {
@@ -144,11 +145,23 @@ def test_alpha_1_keeps_values_that_are_subnormal(rng):
 
 @each_dtype
 def test_alpha_1_is_exact_for_infinite_weights_too(dtype):
-    signs = Binary(fixed_scale=1.0)  # whose values are finite where a weight is not
+    """Whose values may be finite, by a rule of one's own: the arithmetic would make them NaN."""
     w = jnp.asarray([[np.inf, 1.0], [-np.inf, -0.5]], dtype)
-    for estimator in (alpha_blend, soft_straight_through):
-        found = estimator(w, signs, 1.0)
-        assert_same_bits(found, np.asarray([[1, 1], [-1, -1]]).astype(w.dtype))
+    q = jnp.asarray([[1, 1], [-1, -1]], dtype)
+    assert_same_bits(blended_value(w, q, 1.0), q)
+
+
+@pytest.mark.parametrize("estimator", [*BLENDS, parq, straight_through], ids=lambda f: f.__name__)
+def test_alpha_1_shows_a_weight_that_is_no_finite_number_as_quantize_does(rng, estimator):
+    for quantizer in (Binary(), Uniform(bits=4), Uniform(bits=4, symmetric=False)):
+        w = rng.normal(size=(3, 8, 3)).astype(np.float32)
+        w[[0, 1, 2], 5, 1] = np.nan, np.inf, -np.inf
+        for one in w:
+            rules = ab.Rules([("w", quantizer)])
+            found = ab.blend({"w": one}, rules, 1.0, estimator=estimator)["w"]
+            assert np.all(np.isnan(found) == [False, True, False])
+            wanted = ab.dequantize(ab.quantize({"w": one}, rules))["w"]
+            np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("quantizer", [*QUANTIZERS, Uniform(bits=4)], ids=repr)

@@ -634,12 +634,33 @@ def test_small_float64_weights_are_no_zeros(rng):
             np.testing.assert_allclose(small.scale, one.scale * tiny, rtol=1e-12)
 
 
-@pytest.mark.parametrize("fixed", [None, 1.0])
-def test_nan_in_a_channel_makes_its_scale_nan(fixed):
-    w = np.ones((4, 3), np.float32)
-    w[2, 1] = np.nan
-    scale = Binary(fixed_scale=fixed).quantize(w).scale
-    np.testing.assert_array_equal(scale, [[1, np.nan, 1]])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        *(Binary(), Binary(fixed_scale=1.0), Ternary(), Ternary(scale="absmean")),
+        *(
+            Uniform(bits=3, symmetric=symmetric, scale=scale)
+            for symmetric in (True, False)
+            for scale in ("absmax", "least_squares")
+        ),
+        *(LeastSquaresBinary(bits=bits) for bits in (1, 2, 3)),
+    ],
+    ids=repr,
+)
+def test_a_weight_that_is_no_finite_number_makes_its_scale_nan(rng, quantizer, value):
+    w = rng.normal(size=(4, 3)).astype(np.float32)
+    w[2, 1] = value
+    quantized = quantizer.quantize(w)
+    scale = np.asarray(quantized.scale).reshape(1, 3, -1)
+    assert np.all(np.isnan(scale[:, 1])) and np.all(np.isfinite(scale[:, ::2]))
+    assert np.all(np.isnan(quantized.dequantize()) == [False, True, False])
+
+
+def test_signs_of_the_largest_numbers_have_a_fixed_scale():
+    """Though the sum of so many may round to infinity, which no weight is."""
+    w = np.full((7, 3), np.finfo(np.float32).max)
+    np.testing.assert_array_equal(Binary(fixed_scale=2.0).quantize(w).scale, 2.0)
 
 
 def test_a_fixed_scale_may_be_a_scalar_of_any_kind():
