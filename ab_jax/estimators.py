@@ -211,6 +211,17 @@ def blended_value(w: Array, q: Array, alpha: ArrayLike) -> Array:
     return replace_value(mixed, select(alpha == 0, w, select(alpha == 1, q, mixed)))
 
 
+def with_nan_seen(effective: Array, w: Array, alpha: ArrayLike) -> Array:
+    """What a rule made of `w`, but NaN where that is NaN or infinite; at alpha 0 also such a `w`.
+
+    Codes at what was fitted of other weights cannot show such a one. Weight by weight, which is
+    part of the loop that blends, where `ab_jax.quantized.with_nan_shown` has to look at blocks.
+    """
+    stays = (jnp.asarray(alpha, compute_dtype(w.dtype)) == 0) & ~jnp.isfinite(effective)
+    seen = select(jnp.isfinite(w) | stays, effective, jnp.full_like(effective, jnp.nan))
+    return replace_value(effective, seen)
+
+
 def select(condition: Array, one: Array, other: Array) -> Array:
     """`one` where the condition holds, else `other`, bit for bit and without a gradient.
 

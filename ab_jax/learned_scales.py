@@ -33,7 +33,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.estimators import replace_value
+from ab_jax.estimators import replace_value, with_nan_seen
 from ab_jax.quantized import expand
 from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
 from ab_jax.scale_fits import block_axes, compute_dtype, limits
@@ -56,7 +56,7 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
         as `usable_scale` has it: by its magnitude.
 
     Returns:
-      An array of the shape and dtype of `w`.
+      An array of the shape and dtype of `w`; NaN where `w` is NaN or infinite.
 
     Raises:
       ValueError: a quantizer whose scale cannot be learned.
@@ -72,7 +72,7 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
     # That of the magnitude; at 0 upwards, where `jnp.abs` would have none.
     scaled = jnp.where(scale < 0, -scale, scale) / math.sqrt(per_block * highest)
     graph = jnp.where(inside, w.astype(scale.dtype), 0) + slope * expand(scaled, w.shape)
-    return replace_value(graph.astype(w.dtype), value.dequantize())
+    return replace_value(graph.astype(w.dtype), with_nan_seen(value.dequantize(), w, 1))
 
 
 def highest_level(quantizer: Quantizer) -> int:

@@ -212,6 +212,15 @@ def test_scales_that_overshot_come_back(rng):
     assert (found < 1.3 * np.min(np.sum(rest**2, axis=1))).all()
 
 
+@each_case
+def test_a_weight_that_is_no_finite_number_is_seen(rng, quantizer, highest, axes):
+    w = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
+    scale = ab.initial_scales({"w": w}, ab.Rules([("w", quantizer)]))["w"]
+    w = w.at[jnp.arange(3), 1].set(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf]))
+    found = ab.learned_step_size(w, quantizer, 1.0, scale)
+    np.testing.assert_array_equal(np.isnan(found), ~np.isfinite(w))
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_no_level_of_a_traced_scale_overflows(dtype):
     largest = float(jnp.finfo(dtype).max)

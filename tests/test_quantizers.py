@@ -653,7 +653,8 @@ def test_a_weight_that_is_no_finite_number_makes_its_scale_nan(rng, quantizer, v
     w[2, 1] = value
     quantized = quantizer.quantize(w)
     scale = np.asarray(quantized.scale).reshape(1, 3, -1)
-    assert np.all(np.isnan(scale[:, 1])) and np.all(np.isfinite(scale[:, ::2]))
+    assert np.all(np.isnan(scale[:, 1]))
+    assert np.all(np.isfinite(scale[:, ::2]))
     assert np.all(np.isnan(quantized.dequantize()) == [False, True, False])
 
 
