@@ -12,6 +12,7 @@ from ab_jax.blend import (
     mean_alpha,
     quantize,
 )
+from ab_jax.carried_fits import Fit
 from ab_jax.describe import Description, describe, quantized_paths
 from ab_jax.estimators import (
     Estimator,
@@ -49,6 +50,7 @@ __all__ = [
     "BinaryCoded",
     "Description",
     "Estimator",
+    "Fit",
     "LeastSquaresBinary",
     "Quantized",
     "Quantizer",

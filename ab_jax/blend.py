@@ -28,6 +28,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from ab_jax.carried_fits import Fit, check_carried, fit_of
 from ab_jax.describe import quantized_paths
 from ab_jax.estimators import (
     Estimator,
@@ -36,9 +37,9 @@ from ab_jax.estimators import (
     check_takes_scale,
     computed_once,
     rule_of_codes,
+    with_nan_seen,
 )
-from ab_jax.fitting import Fitted, codes_at
-from ab_jax.fitting import fit as fit_weight
+from ab_jax.fitting import codes_at
 from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
 from ab_jax.quantized import with_nan_shown
 from ab_jax.quantizers import Quantized, Quantizer
@@ -57,7 +58,7 @@ def blend(
     *,
     estimator: Estimator | ScaledEstimator = alpha_blend,
     scales: Scales | None = None,
-    fits: Mapping[str, Fitted] | None = None,
+    fits: Mapping[str, Fit] | None = None,
 ) -> Tree:
     """Replace each parameter that a rule quantizes by what the loss shall see of it.
 
@@ -72,6 +73,7 @@ def blend(
       scales: for an estimator that trains them too (`ab_jax.learned_step_size`): by path, as
         `initial_scales` makes them.
       fits: at what `fit` found earlier, and not at what the quantizers fit of these parameters.
+        A weight that is NaN or infinite is NaN then too, where the codes are to be seen of it.
 
     Returns:
       A tree of the same structure, shapes and dtypes.
@@ -79,9 +81,10 @@ def blend(
     Raises:
       ValueError: rules that do not fit the parameters (see `Rules.assign` and `Quantizer`); two
         parameters of one path; an alpha outside [0, 1]; scales that are not those of the
-        parameters, or given to an estimator that takes none, or missing; fits of other parameters,
-        or given to an estimator that fits for itself. TypeError: a quantizer for a leaf that is not
-        floating point; an alpha that is no number.
+        parameters, or given to an estimator that takes none, or missing; fits of parameters of
+        other paths or shapes or of other quantizers, or given to an estimator that fits for itself.
+        TypeError: a quantizer for a leaf that is not floating point; an alpha that is no number;
+        rules, an estimator, scales or fits that are none.
     """
     if not callable(alpha):
         check_alpha(alpha, "")
@@ -96,7 +99,7 @@ def blend(
                 f"The estimator {getattr(estimator, '__name__', estimator)} fits for itself. "
                 f"Omit fits=, or write it as a rule under ab_jax.estimators.from_codes."
             )
-        _check_fits(fits, layers)
+        check_carried(fits, layers)
     seen = {}
     for path, (w, quantizer) in layers.items():
         own_alpha = alpha
@@ -104,7 +107,8 @@ def blend(
             own_alpha = own_alpha(path)
             check_alpha(own_alpha, f" for {path}")
         if fits is not None and rule is not None:
-            effective = rule(w, codes_at(w, fits[path], quantizer), own_alpha)
+            effective = rule(w, codes_at(w, fits[path].fitted, quantizer), own_alpha)
+            effective = with_nan_seen(effective, w, own_alpha)
         else:
             scale = () if scales is None else (jnp.asarray(scales[path]),)
             estimate: Callable[..., Array] = estimator
@@ -113,7 +117,7 @@ def blend(
     return _replaced(params, seen)
 
 
-def fit(params: Any, rules: Rules) -> dict[str, Fitted]:
+def fit(params: Any, rules: Rules) -> dict[str, Fit]:
     """What the quantizers fit of the parameters as they are now, to `blend` with for some steps.
 
     A fit takes far longer than a blend at what was fitted. A scale that is some steps old is hardly
@@ -125,13 +129,15 @@ def fit(params: Any, rules: Rules) -> dict[str, Fitted]:
     `quantize` fits anew: where the loss shall see the very codes that it gives, fit at each step.
 
     Returns:
-      By the path of each parameter that a rule quantizes: a tree of arrays, scales among them.
+      By the path of each parameter that a rule quantizes: a tree of arrays, scales among them,
+      with the quantizer and the parameter's shape, by which `blend` refuses it for others. Under
+      `jax.vmap` (an ensemble) the shape is that of a member, as it is where `blend` is mapped too.
 
     Raises:
       ValueError, TypeError: as `blend`.
     """
     return {
-        path: fit_weight(w, quantizer)
+        path: fit_of(w, quantizer)
         for path, (w, quantizer) in _quantized_layers(params, rules).items()
     }
 
@@ -269,27 +275,6 @@ def _quantized_layers(params: Any, rules: Rules) -> dict[str, tuple[Array, Quant
             check_leaf(path, leaf, pattern, quantizer)
             layers[path] = jnp.asarray(leaf), quantizer
     return layers
-
-
-def _check_fits(fits: Mapping[str, Fitted], layers: Mapping[str, tuple[Array, Quantizer]]) -> None:
-    """Refuse what was fitted of other parameters, or by other quantizers."""
-    again = "Make them by ab_jax.fit(params, rules), of these parameters and rules."
-    for path in sorted({*fits, *layers}):
-        if path not in layers:
-            raise ValueError(f"There is a fit for {path}, which no rule quantizes. {again}")
-        if path not in fits:
-            raise ValueError(f"There is no fit for {path}, which a rule quantizes. {again}")
-        wanted = jax.eval_shape(fit_weight, *layers[path])
-        if _described(fits[path]) != _described(wanted):
-            raise ValueError(
-                f"The fit for {path} is not one of its quantizer, {layers[path][1]}. {again}"
-            )
-
-
-def _described(tree: Any) -> Any:
-    """What can be known of a tree before it is computed."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [(jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves]
 
 
 def _replaced(params: Tree, by_path: Mapping[str, Any]) -> Tree:

@@ -38,7 +38,7 @@ from jax.typing import ArrayLike
 import ab_jax as ab
 from ab_jax import flax_codes, products
 from ab_jax.blend import Alpha
-from ab_jax.fitting import Fitted
+from ab_jax.carried_fits import Fit
 from ab_jax.learned_scales import Scales
 from ab_jax.rules import leaves_by_path
 
@@ -54,7 +54,7 @@ def blended(
     *,
     estimator: ab.Estimator | ab.ScaledEstimator = ab.alpha_blend,
     scales: Scales | None = None,
-    fits: Mapping[str, Fitted] | None = None,
+    fits: Mapping[str, Fit] | None = None,
     only: Any = nnx.Param,
 ) -> Module:
     """The module with what the loss shall see of its parameters; `model` is left as it is.

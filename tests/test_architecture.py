@@ -27,6 +27,7 @@ ROOMS: dict[str, set[str]] = {
     "quantized": {"jax", "numpy"},
     "fitting": {"jax"},
     "quantizers": {"jax", "numpy"},
+    "carried_fits": {"jax"},
     "moved": set(),
     "schedules": {"jax", "numpy", "optax"},
     "estimators": {"jax", "numpy"},

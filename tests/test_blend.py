@@ -224,6 +224,29 @@ def test_codes_at_an_older_fit_are_the_nearest_of_its_levels(rng, quantizer):
     np.testing.assert_allclose(np.abs(new["kernel"] - seen), nearest, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("quantizer", ANY_QUANTIZER, ids=repr)
+@pytest.mark.parametrize("estimator", [ab.alpha_blend, ab.straight_through, ab.parq])
+def test_an_older_fit_hides_no_weight_that_is_no_finite_number(rng, quantizer, estimator):
+    rules = Rules([(r".*", quantizer)])
+    old = rng.normal(size=(12, 3)).astype(np.float32)
+    fits = ab.fit({"kernel": old}, rules)
+    new = old.copy()
+    new[[2, 3, 4], 1] = np.nan, np.inf, -np.inf
+
+    def seen(w, alpha):
+        return ab.blend({"kernel": w}, rules, alpha, estimator=estimator, fits=fits)["kernel"]
+
+    for at in (seen, jax.jit(seen)):
+        found = at(new, 1.0)
+        assert np.all(np.isnan(found) == ~np.isfinite(new))
+        assert_same_bits(
+            np.where(np.isnan(found), 0, found), np.where(np.isnan(found), 0, at(old, 1.0))
+        )
+        assert np.all(np.isnan(at(new, 0.5)) == ~np.isfinite(new))
+        if estimator is not ab.straight_through:  # at alpha 0 the weights, whatever they are
+            assert_same_bits(at(new, 0.0), new)
+
+
 def test_a_fit_is_carried_through_steps(rng):
     """As a training step does it, under jit; the gradient is that of the blend."""
     w = {"kernel": jnp.asarray(rng.normal(size=(40, 3)), jnp.float32)}
@@ -245,7 +268,7 @@ def test_a_fit_is_carried_through_steps(rng):
     seen = ab.blend(moved, rules, 0.25, fits=first)["kernel"]
     np.testing.assert_allclose(gradient["kernel"], 0.75 * 2 * seen, rtol=1e-5)
     _, renewed = step(moved, first, 2)
-    np.testing.assert_allclose(renewed["kernel"], 1.5 * first["kernel"], rtol=1e-5)
+    np.testing.assert_allclose(renewed["kernel"].fitted, 1.5 * first["kernel"].fitted, rtol=1e-5)
 
 
 def test_fits_of_other_parameters_are_refused(params):
@@ -259,6 +282,45 @@ def test_fits_of_other_parameters_are_refused(params):
         ab.blend(params, affine, 0.5, fits=fits)
     with pytest.raises(ValueError, match="estimator full_precision fits for itself"):
         ab.blend(params, KERNELS, 0.5, fits=fits, estimator=ab.full_precision)
+
+
+@pytest.mark.parametrize(
+    ("shape", "quantizer", "message"),
+    [
+        (
+            (16, 8),
+            Uniform(bits=8),
+            r"w is not one of its quantizer, .*bits=4.* of .*bits=8.*ab_jax.fit",
+        ),
+        ((16, 8), ab.Ternary(), r"w is not one of its quantizer, Uniform.* of Ternary.*ab_jax.fit"),
+        (
+            (32, 8),
+            Uniform(bits=4),
+            r"w is one of a weight of shape \(32, 8\), not \(16, 8\).*ab_jax.fit",
+        ),
+    ],
+    ids=["another width", "another kind", "another shape"],
+)
+def test_fits_whose_scales_have_the_same_shape_are_refused_too(rng, shape, quantizer, message):
+    rules = Rules([("w", Uniform(bits=4))])
+    fits = ab.fit({"w": rng.normal(size=shape).astype(np.float32)}, Rules([("w", quantizer)]))
+    w = rng.normal(size=(16, 8)).astype(np.float32)
+
+    def blended(w, fits):
+        return ab.blend({"w": w}, rules, 1.0, fits=fits)["w"]
+
+    def scanned(w, fits):
+        return jax.lax.scan(lambda fits, w: (fits, blended(w, fits)), fits, w[None])[1]
+
+    for use in (blended, jax.jit(blended), jax.jit(scanned)):
+        with pytest.raises(ValueError, match=message):
+            use(w, fits)
+
+
+def test_fits_that_are_none_are_refused(params):
+    for fits in ([1], {path: jnp.ones(3) for path in ab.fit(params, KERNELS)}):
+        with pytest.raises(TypeError, match=r"fit.*Make them by ab_jax\.fit\(params, rules\)"):
+            ab.blend(params, KERNELS, 0.5, fits=fits)
 
 
 def test_weights_in_full_precision_are_left_as_they_are(params):

@@ -98,6 +98,24 @@ def test_what_was_fitted_of_an_ensemble_serves_its_members(quantizer, members, r
     assert_same(codes_at(later, fits, whole).dequantize(), [one.dequantize() for one in alone])
 
 
+def test_fits_of_an_ensemble_are_carried_and_blended_member_by_member(rng):
+    w, later = ({"kernel": one} for one in normal(rng, 2, 3, *SHAPE))
+    rules = ab.Rules([("kernel", ab.Uniform(bits=3, symmetric=False, scale="absmax"))])
+
+    def blended(params, fits):
+        return ab.blend(params, rules, 1.0, fits=fits)["kernel"]
+
+    fits = jax.vmap(lambda params: ab.fit(params, rules))(w)
+    members = [jax.tree.map(lambda x, i=i: x[i], (later, fits)) for i in range(3)]
+    alone = [blended(*member) for member in members]
+    assert_same(jax.vmap(blended)(later, fits), alone)
+    assert_same(jax.lax.scan(lambda carry, one: (carry, blended(*one)), 0, (later, fits))[1], alone)
+    with pytest.raises(ValueError, match=r"shape \(6, 4\), not \(3, 6, 4\)"):
+        blended(later, fits)
+    with pytest.raises(ValueError, match=r"other shapes or dtypes.*jax\.vmap"):
+        blended(members[0][0], fits)
+
+
 def test_an_ensemble_is_packed(tmp_path, rng):
     codes = jax.vmap(ab.LeastSquaresBinary(bits=2).quantize)(normal(rng, 2, *SHAPE))
     write_packed(tmp_path / "net.safetensors", {"kernel": codes})

@@ -99,6 +99,22 @@ def test_trained_scales_of_groups_too(rng, devices):
     np.testing.assert_allclose(found["kernel"], value["kernel"], rtol=1e-5)
 
 
+@pytest.mark.parametrize("spec", [P("x", None), P(None, "x")], ids=str)
+def test_fits_of_explicit_sharding_are_carried(rng, devices, spec):
+    old, new = rng.normal(size=(2, 64, 32)).astype(np.float32)
+    rules = ab.Rules([(".*", ab.Uniform(bits=3, group_size=16, scale="absmax"))])
+
+    def loss(tree, fits):
+        return jnp.sum(ab.blend(tree, rules, 0.5, fits=fits)["kernel"] ** 2)
+
+    wanted = jax.grad(loss)({"kernel": new}, ab.fit({"kernel": old}, rules))["kernel"]
+    with jax.set_mesh(jax.make_mesh((4,), ("x",), devices=devices[:4])):
+        tree, later = ({"kernel": jax.device_put(w, spec)} for w in (old, new))
+        found = jax.jit(jax.grad(loss))(later, ab.fit(tree, rules))["kernel"]
+    assert found.sharding.spec == spec
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_reach_trained_scales_of_groups_on_several_devices(rng, devices):
     w = jnp.asarray(rng.normal(size=(64, 64)), jnp.float32)
     rules = ab.Rules([(".*", ab.Uniform(bits=4, group_size=8))])

@@ -90,6 +90,29 @@ def test_fits_are_arguments_and_results_too(params, tmp_path):
     assert_same_bits(found, jax.jit(function)(*arguments))
 
 
+class Halves(ab.Binary):
+    """A quantizer of one's own, with nothing of its own."""
+
+
+def test_fits_of_other_quantizers_are_refused_by_exported_programs(rng):
+    w = jnp.asarray(rng.normal(size=(6, 4)), jnp.float32)
+
+    def program(quantizer):
+        rules = ab.Rules([("w", quantizer)])
+        fits = ab.fit({"w": w}, rules)
+        function = jax.jit(lambda w, fits: ab.blend({"w": w}, rules, 1.0, fits=fits)["w"])
+        return jax.export.export(function)(w, fits).serialize(), function, fits
+
+    text, function, fits = program(Halves(axis=(0, 1), fixed_scale=0.5))
+    again = jax.export.deserialize(text)
+    np.testing.assert_array_equal(again.call(w, fits), function(w, fits))
+    with pytest.raises(ValueError, match="metadata"):
+        again.call(w, ab.fit({"w": w}, ab.Rules([("w", ab.Binary(axis=(0, 1)))])))
+    unknown = bytes(text).replace(b"Halves", b"Thirds")
+    with pytest.raises(ValueError, match=r"fits of .*Thirds, a quantizer that is not loaded"):
+        jax.export.deserialize(bytearray(unknown))
+
+
 def test_codes_of_an_ensemble_are_arguments_too(rng, tmp_path):
     w = jnp.asarray(rng.normal(size=(2, 6, 4)), jnp.float32)
     codes = jax.vmap(ab.LeastSquaresBinary(bits=2).quantize)(w)

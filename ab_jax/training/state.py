@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from ab_jax.blend import fit, initial_scales
+from ab_jax.carried_fits import Fit
 from ab_jax.rules import Rules
 
 
@@ -48,7 +49,7 @@ class TrainState:
     opt_state: Any
     key: Array
     scales: dict[str, Array] | None = None
-    fits: dict[str, Any] | None = None
+    fits: dict[str, Fit] | None = None
 
     @property
     def trained(self) -> Any:
