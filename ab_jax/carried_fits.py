@@ -8,7 +8,7 @@ refused before anything is compiled.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,7 +124,7 @@ def _name(kind: type) -> str:
 
 def _kinds_of(kind: type) -> Iterator[type[Quantizer]]:
     """All quantizers of this kind that there are."""
-    others: list[type[Quantizer]] = kind.__subclasses__()
+    others: Sequence[type[Quantizer]] = kind.__subclasses__()
     for other in others:
         yield other
         yield from _kinds_of(other)
