@@ -114,7 +114,7 @@ $(TEST): requirements-test.txt pyproject.toml $(TRAIN)
 define JAX_ENVIRONMENT
 	"$(1)" -m venv $(@D)
 	$(@D)/bin/python -m pip install -c requirements-test.txt $(2) 'flax>=0.12.8,<0.14' safetensors equinox dm-haiku \
-		qwix pytest pytest-xdist hypothesis
+		pytest pytest-xdist hypothesis
 	$(@D)/bin/python -m pip install --no-deps -e .
 	@touch $@
 endef

@@ -15,7 +15,10 @@ from ab_jax.products.product import LEFT_RIGHT, Kind, Product
 
 # Frames of these packages are not where a model calls its layers.
 _FRAMEWORKS = ("jax", "jaxlib", "flax", "equinox", "haiku", "jaxtyping")
-_NOT_OF_MODELS = (*(f"/site-packages/{name}/" for name in _FRAMEWORKS), "/ab_jax/products/")
+_NOT_OF_MODELS = (
+    *(f"/site-packages/{name}/" for name in _FRAMEWORKS),
+    *("/ab_jax/products/", "/contextlib.py", "/functools.py"),
+)
 
 
 _WEIGHTS = {"kernel", "weight", "w", "embedding"}
