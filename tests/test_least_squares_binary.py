@@ -296,7 +296,7 @@ def test_the_mean_of_the_largest_floats_is_finite(quantizer, count):
     np.testing.assert_allclose(found / largest, w / largest, rtol=1e-5)
     w[0] = np.inf, np.nan
     scale = np.asarray(quantizer.quantize(w).scale)[0]
-    np.testing.assert_array_equal(scale, [np.inf, np.nan])
+    assert np.isnan(scale).all()
 
 
 def test_a_weight_alone_in_its_block_is_kept(rng):
