@@ -89,8 +89,8 @@ def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
 
 
 def called(params: Mapping[str, Any]) -> Any:
-    """The body of one of `CALLS`."""
-    return params["jaxpr"] if "jaxpr" in params else params["call_jaxpr"]
+    """The body of a call; primitives keep it under different names."""
+    return next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params)
 
 
 def mesh_axes(params: Mapping[str, Any]) -> tuple[str, ...]:

@@ -62,7 +62,12 @@ def intercept(
     return intercepted
 
 
-def _refuse(product: Product) -> None:
+def refuse_opaque(product: Product) -> None:
+    """Say what is to be done about a product whose operands cannot be replaced.
+
+    Raises:
+      ValueError: always.
+    """
     raise ValueError(
         f"The operands of {product} cannot be replaced, since it lies in the body of a "
         f"{product.opaque}. Give it the rule ({product.address!r}, None) to leave it as it is; or "
@@ -76,7 +81,7 @@ class _Evaluation:
     def __init__(self, products: Mapping[Key, Product], handler: Handler) -> None:
         for product in products.values():
             if product.opaque is not None:
-                _refuse(product)
+                refuse_opaque(product)
         self.products = products
         self.handler = handler
 

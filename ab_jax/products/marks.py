@@ -10,6 +10,7 @@ product would have, the path of the weight.
 
 from typing import TypeVar
 
+import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
@@ -26,7 +27,12 @@ def mark(x: Marked, address: str) -> Marked:
     Args:
       x: an array of floats.
       address: the path of the weight, as rules have it.
+
+    Raises:
+      TypeError: an array of other numbers.
     """
+    if not jnp.issubdtype(jnp.result_type(x), jnp.floating):
+        raise TypeError(f"mark takes an input of floats at {address}, not {jnp.result_type(x)}.")
     marked: Marked = checkpoint_name(x, _PREFIX + address)
     return marked
 

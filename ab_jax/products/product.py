@@ -60,7 +60,7 @@ class Product:
     @property
     def inputs(self) -> dict[int, str]:
         """The addresses of the operands that can be replaced: the product's own, if it is one."""
-        if self.kind not in ("weight", "activation", "marked"):
+        if self.opaque is not None or self.kind not in ("weight", "activation", "marked"):
             return {}
         if len(self.data) == 1:
             return {self.data[0]: self.address}

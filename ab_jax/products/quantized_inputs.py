@@ -39,7 +39,7 @@ from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.blend import check_alpha
 from ab_jax.products.finding import find_products
 from ab_jax.products.input_rules import ActivationRules, addresses_with_rules
-from ab_jax.products.intercepting import intercept
+from ab_jax.products.intercepting import intercept, refuse_opaque
 from ab_jax.products.product import Product
 from ab_jax.products.ranges import InPass, Range
 
@@ -216,6 +216,8 @@ def _measured(
     quantizer: ActivationQuantizer, x: Array, found: InPass, axes: tuple[str, ...]
 ) -> InPass:
     """The range after one more measurement; a fixed one stays, but is seen to cut off."""
+    if x.size == 0:  # as JAX makes them itself, in an associative scan
+        return found
     cut = quantizer.share_cut(x, axes)
     if quantizer.limit is not None:
         return found.after(jnp.float32(quantizer.limit), 0.0, cut)
@@ -243,7 +245,11 @@ def _quantizers(products: Sequence[Product], rules: ActivationRules) -> dict[str
             "meets a parameter in a matrix product or a convolution."
         )
     chosen = rules.assign(addresses)
-    return {a: rules.rules[index][1] for a, index in zip(addresses, chosen, strict=True)}
+    found = {a: rules.rules[index][1] for a, index in zip(addresses, chosen, strict=True)}
+    for product in products:
+        if product.opaque and any(found[a] for a in addresses_with_rules(product)):
+            refuse_opaque(product)
+    return found
 
 
 def _check_ranges(ranges: Mapping[str, Range], by_input: Mapping[str, Any]) -> None:

@@ -193,7 +193,7 @@ def test_a_pallas_kernel_is_listed_as_what_cannot_be_changed():
         return pallas.pallas_call(kernel, out_shape=shape, interpret=True)(x, p["w"])
 
     (product,) = find_products(f, {"w": drawn(0, 8, 8)}, X)
-    assert (product.address, product.opaque, product.inputs) == ("w", "pallas_call", {0: "w"})
+    assert (product.address, product.opaque, product.inputs) == ("w", "pallas_call", {})
 
 
 def test_what_is_marked_is_an_input_and_is_not_listed_twice():
@@ -217,3 +217,23 @@ def test_nothing_is_computed_to_find_products():
         lambda p, x: x @ p["w"], shapes, jax.ShapeDtypeStruct((1, 10**5), "f4")
     )
     assert product.shapes == ((1, 10**5), (10**5, 10**5))
+
+
+def test_bodies_of_every_kind_of_custom_call_are_listed():
+    @jax.custom_batching.sequential_vmap
+    def mapped(w, x):
+        return x @ w
+
+    (product,) = find_products(lambda p, x: mapped(p["w"], x), {"w": drawn(0, 8, 4)}, X[0])
+    assert (product.address, product.opaque) == ("w", "custom_vmap_call")
+
+    def solved(p, x):
+        return jax.scipy.sparse.linalg.cg(lambda v: p["w"] @ v, x)[0]
+
+    for product in find_products(solved, {"w": jnp.eye(3)}, jnp.ones(3)):
+        assert product.opaque is None or product.inputs == {}
+
+
+def test_only_floats_are_marked():
+    with pytest.raises(TypeError, match="floats at w, not int32"):
+        mark(jnp.arange(3), "w")

@@ -322,3 +322,27 @@ def test_half_precision_stays_half_precision(rng):
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(float), f(params, x).astype(float), atol=0.1)
     assert drawn(0, 1).dtype == jnp.float32
+
+
+def test_attention_with_a_derivative_of_its_own_is_left_or_refused(rng):
+    @jax.custom_jvp
+    def attended(q, k):
+        return q @ k.T
+
+    attended.defjvp(lambda p, t: (attended(*p), t[0] @ p[1].T + p[0] @ t[1].T))
+    f = lambda p, x: attended(x @ p["q"], x @ p["k"])
+    p = {name: jnp.asarray(rng.normal(size=(3, 3)), jnp.float32) for name in "qk"}
+    x = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
+    with pytest.raises(ValueError, match=r"product .*cannot be replaced.*\('product', None\)"):
+        initial_ranges(f, EIGHT, p, x)
+    rules = ActivationRules([("product", None), *EIGHT.rules])
+    assert measure_ranges(f, rules, p, [(x,)]).keys() == {"q", "k"}
+
+
+def test_empty_arrays_leave_ranges_alone(rng):
+    """A scan over products of matrices makes some itself."""
+    f = lambda p, x: jax.lax.associative_scan(jnp.matmul, x @ p["w"])
+    p, x = {"w": jnp.eye(3)}, jnp.asarray(rng.normal(size=(5, 3, 3)), jnp.float32)
+    start = initial_ranges(f, EIGHT, p, x)
+    _, ranges = quantize_inputs(f, EIGHT)(p, x, ranges=start, measure=True)
+    np.testing.assert_allclose(ranges["w"].limit, np.abs(x).max())
