@@ -1,223 +1,272 @@
-"""Quantized activations in a network: the inputs of its layers, by rules over the layers' paths.
+"""Flax Linen modules with quantized inputs of their products, in one line.
 
     rules = ActivationRules([
-        (r"stem",  ActivationQuantizer(bits=8)),                # images have both signs
-        (r".*",    ActivationQuantizer(bits=4, signed=False)),  # what follows a ReLU has one
+        (r"stem/kernel", ActivationQuantizer(bits=8)),                # images have both signs
+        (r".*",          ActivationQuantizer(bits=4, signed=False)),  # what follows a ReLU has one
     ])
-    with quantized_inputs(rules, alpha):                        # any Linen model, left as it is
-        logits, state = model.apply(variables, images, mutable=[RANGES])
+    model = WithQuantizedInputs(network, rules)
+    variables = model.init(key, images)
+    logits, state = model.apply(variables, images, alpha=alpha, mutable=[RANGES])
 
-Our own models take the same rules as an argument (`quantize_input=QuantizedInputs(rules)`). Both
-ways give the same numbers.
+It is called as the network is. The ranges are one more collection of variables: they are measured
+where it is mutable, as batch norm's statistics are, and stay as they are elsewhere. What is
+quantized, and when, is the matter of `ab_jax.products`; a table of it is
 
-The range of each layer is a float32 scalar in the collection `RANGES` of the model's variables. It
-is measured wherever that collection is mutable, as batch norm's statistics are, and stays as it is
-elsewhere. A layer whose range was never measured (0) gets its input unquantized.
+    print(model.describe_products(variables, images))
 
-A pass is one `apply`. What it asks for is the largest measurement of the calls of a layer in it (a
-call sees those up to its own); momentum is between passes. So a layer that is called again and
-again has one range: in a loop over time (`nn.RNN`, `nn.scan`) that is a collection which the loop
-carries, and which is there before it starts:
-
-    model = nn.RNN(nn.LSTMCell(8), variable_carry=RANGES)
-    ranges = initial_ranges(layer_paths(model, sequences), rules)
-
-Where ranges rest, the loop takes `variable_broadcast=["params", RANGES]` instead. It lies within a
-module, as that of `nn.RNN` does: where `nn.scan` is the model itself, each step is a pass.
-
-A measurement that is not finite leaves the range alone. Where the collection `NOT_FINITE` is
-mutable too, there they are counted, by layer.
+What is kept of an input stands in each collection at the address of the input, one key a part:
+`block0/conv/kernel` is `variables[RANGES]["block0"]["conv"]["kernel"]`.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.traverse_util import unflatten_dict
-from jax import Array
+from flax.core.scope import CollectionFilter, in_filter, subtract_filters
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
-from ab_jax import flax_codes
+from ab_jax import flax_codes, products
+from ab_jax.activations import ActivationQuantizer
 from ab_jax.input_ranges import NOT_FINITE as NOT_FINITE
 from ab_jax.input_ranges import RANGES as RANGES
-from ab_jax.input_ranges import Pass, axes_of, limit_of, split
-from ab_jax.products.input_rules import ActivationRules as ActivationRules
+from ab_jax.linen_layers import InputQuantizer as InputQuantizer
+from ab_jax.linen_layers import QuantizedInputs as QuantizedInputs
+from ab_jax.linen_layers import describe_inputs as describe_inputs
+from ab_jax.linen_layers import initial_ranges as initial_ranges
+from ab_jax.linen_layers import keep_input as keep_input
+from ab_jax.linen_layers import layer_paths as layer_paths
+from ab_jax.linen_layers import quantized_inputs as quantized_inputs
+from ab_jax.products import ActivationRules as ActivationRules
+from ab_jax.rules import Rules
 
 flax_codes.register()
 
-# Layers whose input the interceptor quantizes.
-_LAYERS = (nn.Conv, nn.ConvTranspose, nn.Dense, nn.DenseGeneral)
+#: The collection of the shares that unsigned ranges cut off, float32 by input.
+CUT_OFF = "activations_cut_off"
+_OWN = (RANGES, NOT_FINITE, CUT_OFF)
 
 
 @dataclasses.dataclass(frozen=True)
-class QuantizedInputs:
-    """Quantizes the inputs of layers in a model that calls it: `quantize_input` of our models.
-
-    It does not see where a pass begins that runs a loop: to each `nn.scan` and the like a pass is
-    one run of its body. A model that calls a layer again in there takes `quantized_inputs`.
+class WithQuantizedInputs:
+    """A Linen module whose products get quantized inputs; `init` and `apply` are called as its own.
 
     Attributes:
-      rules: by the layers' paths.
-      axis_name: the mapped axis over which batches are spread, if any.
+      model: any Linen module. Its parameters are those by whose paths products are named; its
+        other collections count as constants.
+      rules: by the addresses of inputs.
+      axis_name: the mapped axis over which batches are spread, if any (`jax.pmap`).
     """
 
+    model: nn.Module
     rules: ActivationRules
     axis_name: str | None = None
 
-    def __call__(self, module: nn.Module, layer: str, x: Array, alpha: ArrayLike) -> Array:
-        """What `layer` of `module` shall see in place of `x`; to be called in a compact method."""
-        path = "/".join((*module.path, layer))
-        quantizer = self.rules.of(path)
-        if quantizer is None:
-            return x
-        limit = limit_of(module, f"{layer}_input", path, quantizer, x, self.axis_name, None)
-        return quantizer(x, limit, alpha)
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The variables of the model, and `RANGES`: 0 where they are to be measured.
 
+        Args:
+          rngs, *args, **kwargs: as for the `init` of the model.
 
-InputQuantizer = Callable[[nn.Module, str, Array, ArrayLike], Array]
+        Raises:
+          ValueError: rules that do not fit the products of the model.
+        """
+        variables = dict(self.model.init(rngs, *args, **kwargs))
+        rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
+        ranges = self.initial_ranges(variables, *args, rngs=rngs, **kwargs)
+        return {**variables, RANGES: ranges} if ranges else variables
 
+    def apply(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        alpha: ArrayLike = 1.0,
+        rngs: Any = None,
+        mutable: CollectionFilter = False,
+        **kwargs: Any,
+    ) -> Any:
+        """What the `apply` of the model gives, of quantized inputs.
 
-def keep_input(module: nn.Module, layer: str, x: Array, alpha: ArrayLike) -> Array:
-    """`x` itself: the `quantize_input` of models whose activations stay as they are."""
-    return x
+        Args:
+          variables: of the model, and `RANGES`.
+          *args, rngs, **kwargs: as for the `apply` of the model.
+          alpha: scalar in [0, 1], see `ab_jax.activations.ActivationQuantizer`; the model gets it
+            too, if its call takes an `alpha`.
+          mutable: as for the `apply` of the model. Ranges are measured if `RANGES` is among them;
+            in `NOT_FINITE` then stands how many measurements of this pass were not finite and left
+            a range alone, in `CUT_OFF` the share of an input that an unsigned range cuts off.
 
-
-@contextlib.contextmanager
-def quantized_inputs(
-    rules: ActivationRules, alpha: ArrayLike, *, axis_name: str | None = None
-) -> Iterator[None]:
-    """Within it, the Dense and Conv layers of any Linen model get quantized inputs.
-
-    Stand inside the function that is jitted: a compiled one takes no notice of what is around it.
-
-    Args:
-      rules: by the layers' paths. Layers that share their parameters share a path and a range.
-      alpha: scalar in [0, 1], see `ActivationQuantizer`.
-      axis_name: the mapped axis over which batches are spread, if any.
-
-    Raises:
-      ValueError: a layer that no rule covers; on leaving, a rule that decided none of the layers
-        that were called, or no such layer at all; a layer in `nn.scan` (or another lifted
-        transformation) that the ranges do not reach, or of which they have one for each step.
-    """
-    seen: dict[str, None] = {}
-    others: dict[str, None] = {}  # kinds of modules that are none of the layers
-    under_way: Pass | None = None
-
-    def quantize_input(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        nonlocal under_way
-        module = context.module
-        if under_way is None and module.scope is not None:  # what `apply` calls
-            under_way = Pass(module.scope.root)
-            try:
-                with under_way.ranges():
-                    return quantize_input(call, args, kwargs, context)
-            finally:
-                under_way = None
-        if context.method_name != "__call__" or not isinstance(module, _LAYERS):
-            others[type(module).__name__] = None
-            return call(*args, **kwargs)
-        path = "/".join(module.path)
-        seen[path] = None
-        quantizer = rules.of(path)
-        if quantizer is None:
-            return call(*args, **kwargs)
-        if args:
-            x, *rest = args
-        else:  # the layers of Flax call their argument so
-            x, rest = kwargs.pop("inputs"), []
-        limit = limit_of(module, "input", path, quantizer, x, axis_name, under_way)
-        y = call(quantizer(x, limit, alpha), *rest, **kwargs)
-        if under_way is not None and module.has_variable("params", "kernel"):
-            under_way.ranks[path] = axes_of(module.get_variable("params", "kernel"))
-        return y
-
-    with nn.intercept_methods(quantize_input):
-        yield
-    if not seen:
-        raise ValueError(_nothing(rules, list(others)))
-    rules.assign(list(seen))
-
-
-def _nothing(rules: ActivationRules, others: list[str]) -> str:
-    """Why a context in which no layer was called has quantized nothing."""
-    given = ", ".join(repr(pattern) for pattern, _ in rules.rules)
-    layers = ", ".join(layer.__name__ for layer in _LAYERS)
-    if not others:
-        return (
-            f"Nothing was called within quantized_inputs, so no layer met its rules ({given}). A "
-            f"compiled function takes no notice of what is around it: stand inside the one that is "
-            f"jitted."
+        Raises:
+          ValueError: as the function that `ab_jax.products.quantize_inputs` returns.
+        """
+        kinds = [type(quantizer) for _, quantizer in self.rules.rules]
+        if RANGES not in variables and ActivationQuantizer in kinds:
+            raise ValueError(
+                f"These variables hold no {RANGES!r}. Make them by the init of this model, or by "
+                f"{{**variables, {RANGES!r}: model.initial_ranges(variables, images)}}."
+            )
+        of_call: dict[str, Any] = {"rngs": rngs, "mutable": False}
+        if mutable is not False:
+            of_call["mutable"] = subtract_filters(mutable, _OWN)
+        if takes("alpha", self.model):
+            of_call["alpha"] = alpha
+        forward, params, inputs = self._forward(variables, args, kwargs, of_call)
+        quantized = products.quantize_inputs(forward, self.rules, axis_name=self.axis_name)
+        outputs, ranges = quantized(
+            params,
+            inputs,
+            ranges={address: _range(limit) for address, limit in _held(variables).items()},
+            alpha=alpha,
+            measure=in_filter(mutable, RANGES),
         )
-    return (
-        f"Nothing was quantized: the rules ({given}) of quantized_inputs are for {layers}, but "
-        f"there were {', '.join(others)} alone. Take modules that are made of those layers "
-        f"(nn.LSTMCell for nn.OptimizedLSTMCell), or leave quantized_inputs out."
-    )
+        if mutable is False:
+            return outputs
+        outputs, state = outputs
+        own = {
+            RANGES: {address: found.limit for address, found in ranges.items()},
+            NOT_FINITE: {address: found.not_finite for address, found in ranges.items()},
+            CUT_OFF: {address: found.cut for address, found in ranges.items()},
+        }
+        asked = {name: nested(kept) for name, kept in own.items() if in_filter(mutable, name)}
+        return outputs, {**state, **asked}
+
+    def initial_ranges(
+        self, variables: Mapping[str, Any], *args: Any, rngs: Any = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """The collection `RANGES`, for a model that has its variables already.
+
+        Args:
+          variables: of the model, arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+          *args, rngs, **kwargs: as for the `apply` of the model.
+
+        Raises:
+          ValueError: rules that do not fit the products of the model.
+        """
+        of_call = {"rngs": rngs, "mutable": True}
+        forward, params, inputs = self._forward(variables, args, kwargs, of_call)
+        found = products.initial_ranges(forward, self.rules, params, inputs)
+        return nested({address: of.limit for address, of in found.items()})
+
+    def describe_products(
+        self,
+        variables: Mapping[str, Any],
+        *args: Any,
+        rules: Rules | None = None,
+        rngs: Any = None,
+        **kwargs: Any,
+    ) -> products.ProductDescription:
+        """What the rules do to each product of the model, as a table; nothing is computed.
+
+        Args:
+          variables, *args, rngs, **kwargs: as for `initial_ranges`.
+          rules: of the parameters (`ab_jax.blend`), if any.
+
+        Raises:
+          ValueError: rules that do not fit the parameters, or the products.
+        """
+        of_call = {"rngs": rngs, "mutable": True}
+        forward, params, inputs = self._forward(variables, args, kwargs, of_call)
+        return products.describe_products(
+            forward, params, inputs, rules=rules, input_rules=self.rules
+        )
+
+    def clone(self, **fields: Any) -> "WithQuantizedInputs":
+        """The same with other fields of the model."""
+        return dataclasses.replace(self, model=self.model.clone(**fields))
+
+    def _forward(
+        self,
+        variables: Mapping[str, Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        of_call: Mapping[str, Any],
+    ) -> tuple[Callable[..., Any], Any, Any]:
+        """The model as a function of its parameters and of the arrays that it is called with.
+
+        What else it is called with stays as it is: flags, its other collections, and `of_call`.
+        """
+        others = {name: x for name, x in variables.items() if name not in ("params", *_OWN)}
+        leaves, structure = jax.tree.flatten((args, dict(kwargs)))
+        where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+
+        def forward(params: Any, inputs: Sequence[Any]) -> Any:
+            given = [*leaves]
+            for i, x in zip(where, inputs, strict=True):
+                given[i] = x
+            args, kwargs = jax.tree.unflatten(structure, given)
+            known = jax.tree.map(_zeros_of_shape, others)
+            return self.model.apply({"params": params, **known}, *args, **kwargs, **of_call)
+
+        return forward, variables.get("params", {}), [leaves[i] for i in where]
 
 
-def layer_paths(model: nn.Module, *args: Any, **kwargs: Any) -> list[str]:
-    """Paths of the Dense and Conv layers that a call of the model runs; nothing is computed.
+#: What is trained and read: a module, or one with quantized inputs.
+Model = nn.Module | WithQuantizedInputs
+
+
+def module_of(model: Model) -> nn.Module:
+    """The module itself."""
+    return model.model if isinstance(model, WithQuantizedInputs) else model
+
+
+def takes(name: str, model: nn.Module) -> bool:
+    """Whether the call of a module has an argument of that name."""
+    return name in inspect.signature(type(model).__call__).parameters
+
+
+def ranges_by_address(ranges: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
+    """The collection `RANGES` of a network that was stored by version 0.2 or before, as of today.
 
     Args:
-      model: a Linen module.
-      *args, **kwargs: of its `__call__`; arrays may be `jax.ShapeDtypeStruct`.
+      ranges: as stored; one of today is returned as it is. Older ones hold no fixed ranges, and
+        name a range by its layer: `block0/conv_input`, or `block0/conv/input`.
+      like: as `WithQuantizedInputs.initial_ranges` makes it, for the fixed ranges.
     """
-    seen: dict[str, None] = {}
-
-    def note(call: Any, inputs: Any, named: Any, context: Any) -> Any:
-        if context.method_name == "__call__" and isinstance(context.module, _LAYERS):
-            seen["/".join(context.module.path)] = None
-        return call(*inputs, **named)
-
-    with nn.intercept_methods(note):
-        jax.eval_shape(lambda arrays: model.init(jax.random.key(0), *arrays, **kwargs), args)
-    return list(seen)
+    stored = flatten_dict(dict(ranges), sep="/")
+    if not all(re.fullmatch(_OLD_NAME, name) for name in stored):
+        return dict(ranges)
+    by_address = {_address_of(name): x for name, x in stored.items()}
+    return nested({**flatten_dict(dict(like), sep="/"), **by_address})
 
 
-def describe_inputs(paths: list[str], rules: ActivationRules) -> str:
-    """A table of what the rules do to the input of each layer.
+_OLD_NAME = r"(?:(.+)[_/])?input"
+
+
+def _address_of(old_name: str) -> str:
+    layer = re.sub(_OLD_NAME, r"\1", old_name)
+    return f"{layer}/kernel" if layer else "kernel"
+
+
+def nested(by_address: Mapping[str, Any]) -> dict[str, Any]:
+    """A collection of what is kept by address.
 
     Raises:
-      ValueError: rules that do not fit the layers (see `Rules.assign`).
+      ValueError: an address with another one below it; names both.
     """
-    rows = [("layer", "rule", "input", "range")]
-    for path, index in zip(paths, rules.assign(paths), strict=True):
-        pattern, quantizer = rules.rules[index]
-        if quantizer is None:
-            rows.append((path, pattern, "", ""))
-            continue
-        kind = f"{quantizer.bits} bits, {'signed' if quantizer.signed else 'unsigned'}"
-        measured = "maximum"
-        if quantizer.percentile is not None:
-            measured = f"percentile {quantizer.percentile:g}"
-        limit = measured if quantizer.limit is None else f"{quantizer.limit:g}"
-        rows.append((path, pattern, kind, limit))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+    for address in by_address:
+        for other in by_address:
+            if other.startswith(f"{address}/"):
+                raise ValueError(
+                    f"{address} and {other} cannot both hold a range: collections of variables are "
+                    f"nested by their parts. Mark one of them by another address."
+                )
+    return dict(unflatten_dict(dict(by_address), sep="/"))
 
 
-def initial_ranges(paths: list[str], rules: ActivationRules) -> dict[str, Any]:
-    """Ranges, none measured yet, for layers in a loop that carries the collection `RANGES`.
+def _held(variables: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(flatten_dict(dict(variables.get(RANGES, {})), sep="/"))
 
-    Args:
-      paths: of the layers, as `layer_paths` lists them; none in a stack of layers, which has a
-        range for each.
-      rules: of `quantized_inputs`.
 
-    Returns:
-      The collection, nested dictionaries of float32 zeros.
+def _range(limit: ArrayLike) -> products.Range:
+    return products.Range.of(0.0, jnp.shape(limit))._replace(limit=jnp.asarray(limit, jnp.float32))
 
-    Raises:
-      ValueError: a layer that no rule covers.
-    """
-    of = {(*split(path), "input"): rules.of(path) for path in paths}
-    measured = [keys for keys, q in of.items() if q is not None and q.limit is None]
-    return unflatten_dict({keys: jnp.zeros((), jnp.float32) for keys in measured})
+
+def _zeros_of_shape(leaf: Any) -> Any:
+    """Arrays stay; shapes, of which nothing will be computed, become zeros."""
+    is_shape = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jnp.zeros(leaf.shape, leaf.dtype) if is_shape else leaf

@@ -30,9 +30,10 @@ from ab_jax.export.graph.known_networks import describe
 from ab_jax.export.graph.operations import Graph
 from ab_jax.export.integers import evaluate_in_integers
 from ab_jax.export.onnx import IMAGES, to_onnx
-from ab_jax.linen import ActivationRules, QuantizedInputs
+from ab_jax.linen import WithQuantizedInputs
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
+from ab_jax.products import ActivationRules
 from benchmarks.measuring.benchmark_command import (
     Record,
     main,
@@ -162,7 +163,7 @@ def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subje
     """A network with random kernels of unit gain, with norms that change nothing."""
     shape = (image_size, image_size, 3)
     plain = make_model()
-    quantized = make_model(quantize_input=QuantizedInputs(_INPUTS))
+    quantized = WithQuantizedInputs(plain, _INPUTS)
     init = functools.partial(plain.init, train=False)
     variables = generated_variables(init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
     whole = {**variables, "params": ab.quantize(variables["params"], _RULES)}

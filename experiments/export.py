@@ -40,7 +40,7 @@ from ab_jax.export.graph.known_networks import describe
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
-from ab_jax.linen import layer_paths
+from ab_jax.linen import layer_paths, module_of
 from experiments.exported.finished_networks import TrainedNetwork, plain_convolutions, read_run
 from experiments.settings.choices import choose
 from experiments.settings.command_line import end_with_a_line
@@ -84,7 +84,7 @@ def qwix(network: TrainedNetwork, path: Path) -> int:
     inputs = {}
     if network.activation_rules is not None:
         images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
-        layers = layer_paths(network.model, images, train=False)
+        layers = layer_paths(module_of(network.model), images, train=False)
         inputs = input_codes(network.variables, network.activation_rules, layers)
     variables = to_qwix(network.variables)
     return write_qwix(path, variables, inputs=inputs, network=network.description)

@@ -8,6 +8,7 @@ goes on from it; with --init_from it goes on from a network that is there.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import tyro
 
 from ab_jax.data.load import facts
-from ab_jax.linen import describe_inputs, layer_paths
+from ab_jax.estimators import full_precision
+from ab_jax.linen import WithQuantizedInputs
 from ab_jax.training.distributed import (
     all_devices,
     check_same_flags,
@@ -31,7 +33,7 @@ from experiments.settings.build import Images, make_training, settled
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import FREE_FLAGS, Config, FlagError, recorded
 from experiments.settings.datasets import DATASETS, load_dataset
-from experiments.settings.levels import WEIGHTS, activation_rules
+from experiments.settings.levels import WEIGHTS
 from experiments.settings.methods import METHODS
 from experiments.settings.networks import NETWORKS
 
@@ -97,10 +99,13 @@ def _train_phase(config: Config, dataset: Images, experiment: str) -> dict[str, 
     c = config
     parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     training = make_training(c, dataset, parallel)
-    inputs = activation_rules(c)
-    if inputs is not None:
+    model = training.model
+    if isinstance(model, WithQuantizedInputs):
         images = jax.ShapeDtypeStruct((1, *dataset.image_shape), jnp.float32)
-        table = describe_inputs(layer_paths(training.model, images, train=False), inputs)
+        init = functools.partial(model.init, train=False)
+        variables = jax.eval_shape(init, jax.random.key(0), images)
+        rules = None if training.estimator is full_precision else training.rules
+        table = model.describe_products(variables, images, rules=rules, train=False)
         if is_first():
             print(table)
     keep_compiled_programs(c.compilation_cache)

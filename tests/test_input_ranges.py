@@ -22,6 +22,9 @@ from ab_jax.linen import (
     quantized_inputs,
 )
 
+# What it tests goes with the next release, and says so.
+pytestmark = pytest.mark.filterwarnings("ignore:.*goes with the next release:FutureWarning")
+
 MOMENTUM = 0.75
 QUANTIZER = ActivationQuantizer(bits=8, signed=True, momentum=MOMENTUM)
 RULES = ActivationRules([(".*", QUANTIZER)])

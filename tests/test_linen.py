@@ -1,4 +1,4 @@
-"""Quantized inputs: by injection and by interception, the same numbers; ranges and their errors."""
+"""Linen modules with quantized inputs: values, collections, and the ranges of older networks."""
 
 from typing import Any
 
@@ -7,249 +7,271 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax import Array
 
-from ab_jax.activations import ActivationQuantizer
+import ab_jax as ab
+from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.linen import (
+    CUT_OFF,
+    NOT_FINITE,
     RANGES,
-    ActivationRules,
-    InputQuantizer,
     QuantizedInputs,
-    describe_inputs,
-    keep_input,
-    layer_paths,
-    quantized_inputs,
+    WithQuantizedInputs,
+    ranges_by_address,
 )
+from ab_jax.models.mobilenet import MobileNet
+from ab_jax.models.resnet import ResNet
+from ab_jax.products import ActivationRules, mark
 
-RULES = ActivationRules(
+EIGHT = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+MIXED = ActivationRules(
     [
-        ("stem", ActivationQuantizer(bits=8, signed=True, momentum=0.9)),
-        ("block/conv1", ActivationQuantizer(bits=3, limit=6.0, signed=False)),
-        ("block/.*", ActivationQuantizer(bits=4, percentile=99.0, momentum=0.5, signed=False)),
-        ("head", None),
+        ("stem", ActivationQuantizer(bits=8, momentum=0.9)),
+        ("head", ActivationQuantizer(bits=8, limit=6.0, signed=False)),
+        (".*", ActivationQuantizer(bits=4, percentile=99.0, momentum=0.5, signed=False)),
     ]
 )
 
 
-class Block(nn.Module):
-    quantize_input: InputQuantizer
+class Net(nn.Module):
+    """Two layers, one after a GELU, with dropout and an argument `alpha` that is given out."""
 
     @nn.compact
-    def __call__(self, x: Array, alpha: Any) -> Array:
-        for name in ("conv0", "conv1"):
-            y = self.quantize_input(self, name, x, alpha)
-            x = nn.relu(nn.Conv(5, (3, 3), name=name)(y)) + x
-        return x
+    def __call__(self, x: Any, *, train: bool, alpha: Any = 0.25) -> Any:
+        x = nn.gelu(nn.Dense(8, name="first")(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return nn.Dense(3, name="second")(x), alpha
 
 
-class Network(nn.Module):
-    quantize_input: InputQuantizer = keep_input
-
-    @nn.compact
-    def __call__(self, x: Array, alpha: Any = 1.0) -> Array:
-        x = nn.relu(nn.Conv(5, (3, 3), name="stem")(self.quantize_input(self, "stem", x, alpha)))
-        x = Block(self.quantize_input, name="block")(x, alpha).mean((1, 2))
-        return nn.Dense(3, name="head")(self.quantize_input(self, "head", x, alpha))
+def rounded(x: np.ndarray, limit: float, bits: int, signed: bool) -> np.ndarray:
+    highest = 2 ** (bits - 1) - 1 if signed else 2**bits - 1
+    codes = np.clip(np.round(x * (highest / limit)), -highest if signed else 0, highest)
+    return codes * limit / highest
 
 
-def ranges(variables: Any) -> list[float]:
-    return [float(leaf) for leaf in jax.tree.leaves(variables[RANGES])]
+def leaves(tree: Any) -> dict[str, Any]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): x
+        for path, x in jax.tree.leaves_with_path(tree)
+    }
 
 
+def test_values_and_ranges_are_those_of_numpy(rng, key):
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    rules = ActivationRules(
+        [
+            ("first", ActivationQuantizer(bits=4, momentum=0.75)),
+            ("second/kernel", ActivationQuantizer(bits=3, limit=1.5, signed=False)),
+        ]
+    )
+    model = WithQuantizedInputs(Net(), rules)
+    variables = model.init(key, x, train=False)
+    assert leaves(variables[RANGES]) == {"first/kernel": 0, "second/kernel": 1.5}
+    (y, alpha), state = model.apply(
+        variables, x, train=False, alpha=1.0, mutable=[RANGES, CUT_OFF, NOT_FINITE]
+    )
+    assert alpha == 1, "the model is given it too"
+    params = jax.tree.map(np.asarray, variables["params"])
+    seen = rounded(x, np.abs(x).max(), 4, True)
+    first = seen @ params["first"]["kernel"] + params["first"]["bias"].reshape(1, -1)
+    hidden = np.asarray(nn.gelu(first))
+    wanted = rounded(hidden, 1.5, 3, False) @ params["second"]["kernel"]
+    np.testing.assert_allclose(y, wanted + params["second"]["bias"].reshape(1, -1), atol=1e-5)
+    np.testing.assert_allclose(state[RANGES]["first"]["kernel"], np.abs(x).max())
+    cut = np.maximum(-hidden, 0).sum() / np.abs(hidden).sum()
+    np.testing.assert_allclose(state[CUT_OFF]["second"]["kernel"], cut, rtol=1e-4)
+    assert leaves(state[NOT_FINITE]) == {"first/kernel": 0, "second/kernel": 0}
+
+    variables = {**variables, RANGES: state[RANGES]}
+    _, moved = model.apply(variables, 3 * x, train=False, mutable=[RANGES])
+    assert set(moved) == {RANGES}
+    expected = np.abs(x).max() * (0.75 + 3 * 0.25)
+    np.testing.assert_allclose(moved[RANGES]["first"]["kernel"], expected, rtol=1e-6)
+    # They rest where they are not mutable, and what is beyond them looks alike.
+    far = [model.apply(variables, gain * x, train=False)[0] for gain in (1e9, 2e9)]
+    np.testing.assert_array_equal(*far)
+
+
+def test_alpha_0_is_the_model_bit_for_bit(rng, key):
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    model = WithQuantizedInputs(Net(), EIGHT)
+    variables = model.init({"params": key, "dropout": key}, x, train=True)
+    dropped = {"train": True, "rngs": {"dropout": key}}
+    got, state = model.apply(variables, x, **dropped, alpha=0.0, mutable=True)
+    plain = {"params": variables["params"]}
+    wanted, _ = Net().apply(plain, x, **dropped, alpha=0.0, mutable=True)
+    np.testing.assert_array_equal(got[0], wanted[0])
+    assert set(state) == {"params", RANGES, CUT_OFF, NOT_FINITE}
+
+
+SMALL: dict[str, Any] = {"num_classes": 3, "width": 1 / 16}
+
+
+@pytest.mark.filterwarnings("ignore:.*goes with the next release:FutureWarning")
 @pytest.mark.parametrize(
-    "alpha", [0.3, *(pytest.param(end, marks=pytest.mark.long) for end in (0.0, 1.0))]
+    "network",
+    [
+        ResNet(stage_sizes=(1, 1), stem=32, **SMALL),
+        pytest.param(
+            ResNet(stage_sizes=(1, 1), stem=32, **SMALL, cpu_convolutions=False),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(MobileNet(**SMALL, stem=32), marks=pytest.mark.long),
+    ],
+    ids=["ResNet for CPUs", "ResNet", "MobileNet"],
 )
-def test_both_ways_give_the_same_numbers(rng, key, alpha):
-    """Outputs, gradients and ranges, over three batches whose range grows and shrinks."""
-    injected, plain = Network(QuantizedInputs(RULES)), Network()
-    images = [rng.normal(0, s, (4, 6, 6, 2)).astype(np.float32) for s in (1, 3, 0.5)]
-    params = plain.init(key, images[0])["params"]
+def test_our_networks_train_as_by_their_own_calls_bit_for_bit(rng, key, network):
+    """Of version 0.2: logits, statistics, ranges and gradients of three steps."""
+    old, new = (
+        network.clone(quantize_input=QuantizedInputs(MIXED)),
+        WithQuantizedInputs(network, MIXED),
+    )
+    images = rng.normal(size=(3, 4, 8, 8, 3)).astype(np.float32)
+    state = {
+        model: jax.jit(lambda x, model=model: model.init(key, x, train=False))(images[0])
+        for model in (old, new)
+    }
+    found: dict[Any, list[Any]] = {old: [], new: []}
+    for model in state:
+        params = state[model].pop("params")
 
-    def intercepted_apply(variables, x):
-        with quantized_inputs(RULES, alpha):
-            return plain.apply(variables, x, mutable=[RANGES])
+        def loss_fn(params, rest, x, model=model):
+            y, rest = model.apply(
+                {"params": params, **rest},
+                x,
+                train=True,
+                alpha=0.5,
+                mutable=["batch_stats", RANGES],
+            )
+            return jnp.sum(jnp.sin(y)), (rest, y)
 
-    def injected_apply(variables, x):
-        return injected.apply(variables, x, alpha, mutable=[RANGES])
-
-    states = {}
-    for apply in (intercepted_apply, injected_apply):
-
-        def loss(params, state, x, apply=apply):
-            logits, state = apply({"params": params, **state}, x)
-            return jnp.sum(logits**2), (logits, state)
-
-        state: Any = {}
-        results = []
+        step = jax.jit(jax.grad(loss_fn, has_aux=True))
         for x in images:
-            gradient, (logits, state) = jax.jit(jax.grad(loss, has_aux=True))(params, state, x)
-            results.append((logits, gradient, ranges(state)))
-        states[apply] = results
-    for one, other in zip(*states.values(), strict=True):
-        jax.tree.map(np.testing.assert_array_equal, one, other)
-    # Of four layers one has a fixed range and one is left alone.
-    assert [len(found) for _, _, found in states[injected_apply]] == [2, 2, 2]
+            gradient, (state[model], y) = step(params, state[model], x)
+            found[model].append((gradient, y))
+    jax.tree.map(np.testing.assert_array_equal, *found.values())
+    like = new.initial_ranges({"params": params, **state[new]}, images[0], train=False)
+    state[old][RANGES] = ranges_by_address(state[old][RANGES], like)
+    fixed = state[new][RANGES]["head"]["kernel"]
+    assert fixed == 6
+    jax.tree.map(np.testing.assert_array_equal, state[old], state[new])
 
 
-def test_ranges_follow_the_batches_and_rest_where_they_are_not_mutable(rng, key):
-    model = Network(QuantizedInputs(RULES))
-    batches = [rng.normal(0, s, (4, 6, 6, 2)).astype(np.float32) for s in (1, 3, 0.5)]
-    variables = model.init(key, batches[0])
-    assert ranges(variables) == [0, 0], "initialization measures nothing"
-    expected = None
-    for x in batches:
-        _, state = model.apply(variables, x, mutable=[RANGES])
-        variables = {"params": variables["params"], **state}
-        largest = np.abs(x).max()
-        expected = largest if expected is None else 0.9 * expected + 0.1 * largest
-        np.testing.assert_allclose(variables[RANGES]["stem_input"], expected, rtol=1e-6)
-    before = ranges(variables)
-    logits = model.apply(variables, 1e9 * batches[0])
-    assert ranges(variables) == before
-    # Beyond the range all images look alike.
-    np.testing.assert_array_equal(logits, model.apply(variables, 2e9 * batches[0]))
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        return nn.MultiHeadDotProductAttention(num_heads=2, name="attention")(x, x)
 
 
-def test_layers_are_quantized_by_their_own_rules(rng, key):
-    """Written out by hand, with the ranges that the model keeps."""
-    model = Network(QuantizedInputs(RULES))
-    x = jnp.asarray(rng.normal(size=(4, 6, 6, 2)), jnp.float32)
+def test_attention_has_ranges_by_the_names_of_its_operands(rng, key):
+    x = rng.normal(size=(2, 5, 8)).astype(np.float32)
+    model = WithQuantizedInputs(Attention(), EIGHT)
     variables = model.init(key, x)
+    assert set(leaves(variables[RANGES])) == {
+        *(f"attention/{name}/kernel" for name in ("query", "key", "value", "out")),
+        *("attention/product/query", "attention/product/key"),
+        *("attention/product#1/product", "attention/product#1/value"),
+    }
     _, state = model.apply(variables, x, mutable=[RANGES])
-    params, found = variables["params"], state[RANGES]
-
-    def levels(x, limit, low, high):
-        scale = jnp.float32(limit) / high
-        return jnp.clip(jnp.round(x / scale), low, high) * scale
-
-    def conv(x, name, params=params):
-        y = jax.lax.conv_general_dilated(
-            x, params[name]["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
-        )
-        return nn.relu(y + params[name]["bias"].reshape(1, 1, 1, -1))
-
-    y = conv(levels(x, found["stem_input"], -127, 127), "stem")
-    block = params["block"]
-    y = conv(levels(y, found["block"]["conv0_input"], 0, 15), "conv0", block) + y
-    y = conv(levels(y, 6.0, 0, 7), "conv1", block) + y
-    logits = y.mean((1, 2)) @ params["head"]["kernel"] + params["head"]["bias"].reshape(1, -1)
-    got = model.apply({"params": params, **state}, x)
-    np.testing.assert_allclose(got, logits, rtol=1e-4, atol=1e-5)
+    assert 0 < state[RANGES]["attention"]["product#1"]["product"] <= 1, "a softmax"
 
 
-def test_layer_paths_are_those_of_dense_and_conv_layers():
-    images = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
-    assert layer_paths(Network(), images) == ["stem", "block/conv0", "block/conv1", "head"]
-    RULES.assign(layer_paths(Network(), images))
-
-
-def test_the_description_has_a_row_for_each_layer():
-    images = jax.ShapeDtypeStruct((1, 6, 6, 2), jnp.float32)
-    rows = [
-        line.split("  ")
-        for line in describe_inputs(layer_paths(Network(), images), RULES).splitlines()
-    ]
-    cells = [[cell.strip() for cell in row if cell.strip()] for row in rows]
-    assert cells == [
-        ["layer", "rule", "input", "range"],
-        ["stem", "stem", "8 bits, signed", "maximum"],
-        ["block/conv0", "block/.*", "4 bits, unsigned", "percentile 99"],
-        ["block/conv1", "block/conv1", "3 bits, unsigned", "6"],
-        ["head", "head"],
-    ]
-
-
-def test_keyword_arguments_reach_the_layer(rng, key):
-    class Keyword(nn.Module):
+def test_a_scan_of_layers_has_a_range_a_layer_and_needs_no_word_of_it(rng, key):
+    class Layer(nn.Module):
         @nn.compact
-        def __call__(self, x):
-            return nn.Dense(3, name="head")(inputs=x)
+        def __call__(self, x: Any, _: Any) -> Any:
+            return nn.relu(nn.Dense(4, name="dense")(x)), None
 
-    x = rng.normal(size=(4, 5)).astype(np.float32)
-    variables = Keyword().init(key, x)
-    with quantized_inputs(
-        ActivationRules([(".*", ActivationQuantizer(bits=2, limit=1.0, signed=False))]), 1.0
-    ):
-        got = Keyword().apply(variables, x)
-    kernel, bias = (variables["params"]["head"][name] for name in ("kernel", "bias"))
-    rounded = np.round(np.clip(x, 0, 1) * 3) / 3
-    np.testing.assert_allclose(got, rounded @ kernel + bias.reshape(1, -1), rtol=1e-5, atol=1e-5)
+    class Stack(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            layers = nn.scan(
+                Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+            )
+            return layers(name="layers")(x, None)[0]
+
+    x = rng.normal(size=(2, 4)).astype(np.float32)
+    model = WithQuantizedInputs(Stack(), EIGHT)
+    variables = model.init(key, x)
+    _, state = model.apply(variables, x, alpha=0.0, mutable=[RANGES])
+    dense = jax.tree.map(np.asarray, variables["params"]["layers"]["dense"])
+    expected = []
+    for kernel, bias in zip(dense["kernel"], dense["bias"], strict=True):
+        expected.append(np.abs(x).max())
+        x = np.maximum(x @ kernel + bias.reshape(1, -1), 0)
+    np.testing.assert_allclose(state[RANGES]["layers"]["dense"]["kernel"], expected, rtol=1e-5)
+
+
+def test_scales_a_token_need_no_ranges(rng, key):
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    rules = ActivationRules([(".*", TokenQuantizer(bits=4))])
+    model = WithQuantizedInputs(nn.Dense(3), rules)
+    variables = model.init(key, x)
+    assert set(variables) == {"params"}
+    dense = jax.tree.map(np.asarray, variables["params"])
+    seen = np.stack([rounded(row, np.abs(row).max(), 4, True) for row in x])
+    wanted = seen @ dense["kernel"] + dense["bias"].reshape(1, -1)
+    np.testing.assert_allclose(model.apply(variables, x), wanted, atol=1e-5)
+
+
+def test_the_table_is_of_shapes_alone(key):
+    x = jax.ShapeDtypeStruct((2, 10**5), jnp.float32)
+    model = WithQuantizedInputs(Net(), EIGHT)
+    variables = jax.eval_shape(lambda x: model.init(key, x, train=False), x)
+    rules = ab.Rules([(".*/kernel", ab.Ternary()), (".*", None)])
+    table = str(model.describe_products(variables, x, rules=rules, train=False))
+    assert "first/kernel" in table
+    assert "[2, 100000] x [100000, 8]" in table
+    assert table.count("Ternary 2") == table.count("8 bits") == 2
 
 
 # Errors
 
 
-def apply_with(rules: list[Any], key: Array) -> None:
-    x = np.ones((2, 6, 6, 2), np.float32)
-    variables = Network().init(key, x)
-    with quantized_inputs(ActivationRules(rules), 1.0):
-        Network().apply(variables, x, mutable=[RANGES])
+def test_variables_without_ranges_are_refused(rng, key):
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    variables = Net().init(key, x, train=False)
+    model = WithQuantizedInputs(Net(), EIGHT)
+    with pytest.raises(ValueError, match=r"hold no 'activation_ranges'.*initial_ranges\("):
+        model.apply(variables, x, train=False)
+    ranges = model.initial_ranges(variables, x, train=False)
+    model.apply({**variables, RANGES: ranges}, x, train=False)
+    del ranges["second"]
+    with pytest.raises(ValueError, match="no range for the input of second/kernel"):
+        model.apply({**variables, RANGES: ranges}, x, train=False)
 
 
-def test_a_layer_without_a_rule_is_named(key):
-    with pytest.raises(ValueError, match=r"No rule covers block/conv0"):
-        apply_with([("stem|head", None)], key)
+def test_rules_that_fit_no_product_are_refused(key):
+    rules = ActivationRules([("third", ActivationQuantizer(bits=8)), (".*", None)])
+    with pytest.raises(ValueError, match="Rule 'third' matches no"):
+        WithQuantizedInputs(Net(), rules).init(key, np.ones((5, 6)), train=False)
 
 
-def test_a_rule_that_matches_no_layer_is_named(key):
-    int4 = ActivationQuantizer(bits=4, signed=False)
-    with pytest.raises(ValueError, match=r"Rule 'conv9' matches no layer.*stem, block/conv0"):
-        apply_with([("conv9", int4), (".*", int4)], key)
+def test_addresses_that_cannot_be_nested_are_named(key):
+    class Marked(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any) -> Any:
+            return mark(nn.Dense(3, name="a")(mark(x, "a")), "b")
+
+    with pytest.raises(ValueError, match=r"a and a/kernel cannot both hold a range"):
+        WithQuantizedInputs(Marked(), EIGHT).init(key, np.ones((5, 6)))
 
 
-def test_a_rule_takes_quantizers_of_activations_only():
-    from ab_jax import Uniform
-
-    with pytest.raises(TypeError, match=r"pair of a regular expression and a ActivationQuantizer"):
-        ActivationRules([(".*", Uniform(bits=4))])
+# Ranges of older networks
 
 
-def test_missing_ranges_are_an_error_that_says_how_to_measure_them(key):
-    x = np.ones((2, 6, 6, 2), np.float32)
-    variables = Network().init(key, x)
-    rules = ActivationRules([(".*", ActivationQuantizer(bits=4, signed=False))])
-    with (
-        pytest.raises(ValueError, match=r"no range for the input of stem.*mutable=\["),
-        quantized_inputs(rules, 1.0),
-    ):
-        Network().apply(variables, x)
-
-
-class Layer(nn.Module):
-    @nn.compact
-    def __call__(self, x, _):
-        return nn.relu(nn.Dense(4, name="dense")(x)), None
-
-
-def scanned(**variable_axes: int) -> nn.Module:
-    layers = nn.scan(
-        Layer,
-        variable_axes={"params": 0, **variable_axes},
-        split_rngs={"params": True},
-        length=3,
+def test_ranges_of_older_networks_get_addresses():
+    like = {
+        "stem": {"kernel": 0.0},
+        "block": {"conv_input": {"kernel": 0.0}},
+        "head": {"kernel": 6.0},
+    }
+    beside = {"stem_input": 1.5, "block": {"conv_input_input": 2.5}}
+    within = {"stem": {"input": 1.5}, "block": {"conv_input": {"input": 2.5}}}
+    wanted = {"stem/kernel": 1.5, "block/conv_input/kernel": 2.5, "head/kernel": 6.0}
+    for old in (beside, within):
+        assert leaves(ranges_by_address(old, like)) == wanted
+    today = ranges_by_address(within, like)
+    assert ranges_by_address(today, like) == today
+    assert ranges_by_address({"input": 2.0}, {"kernel": 0.0}) == {"kernel": 2.0}, (
+        "a model that is a layer"
     )
-    return layers(name="layers")
-
-
-def test_scanned_layers_need_the_ranges_among_the_variable_axes(rng, key):
-    x = rng.normal(size=(2, 4)).astype(np.float32)
-    rules = ActivationRules([("dense", ActivationQuantizer(bits=8, signed=True))])
-    params = scanned().init(key, x, None)
-    with (
-        pytest.raises(ValueError, match=r"nn\.scan.*variable_axes=\{'activation_ranges': 0\}"),
-        quantized_inputs(rules, 1.0),
-    ):
-        scanned().apply(params, x, None, mutable=[RANGES])
-
-    with quantized_inputs(rules, 1.0):
-        variables = scanned(**{RANGES: 0}).init(key, x, None)
-        (got, _), state = scanned(**{RANGES: 0}).apply(variables, x, None, mutable=[RANGES])
-    found = state[RANGES]["dense"]["input"]
-    assert found.shape == (3,), "a range for each layer of the stack"
-    kernel, bias = (variables["params"]["dense"][name] for name in ("kernel", "bias"))
-    for i in range(3):
-        limit = np.abs(x).max()
-        np.testing.assert_allclose(found[i], limit, rtol=1e-5)
-        x = np.round(x / limit * 127) * (limit / 127)
-        x = np.maximum(x @ kernel[i] + bias[i].reshape(1, -1), 0)
-    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-5)

@@ -29,6 +29,7 @@ class BinaryNet(nn.Module):
       activation: a function of the pre-activation and alpha (`ab_jax.activations`): `relu` for
         1-bit weights only, `sign` for 1-bit weights and activations.
       quantize_input: called on the input of every layer.
+        By default it marks it, for `ab_jax.linen.WithQuantizedInputs`.
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.

@@ -42,6 +42,7 @@ class MobileNet(nn.Module):
         not stride; 32: neither does the first block that would.
       activation: a function of the pre-activation and alpha (`ab_jax.activations`).
       quantize_input: called on the input of every convolution and of the head.
+        By default it marks it, for `ab_jax.linen.WithQuantizedInputs`.
       conv: makes a convolution, with the arguments of `nn.Conv`.
       norm: makes a normalization, with the arguments of `nn.BatchNorm`.
       dtype: what convolutions and products compute in; parameters, statistics and logits are

@@ -34,6 +34,7 @@ class Block(nn.Module):
       norm: makes a normalization.
       activation: a function of the pre-activation and alpha.
       quantize_input: called on the input of every convolution.
+        By default it marks it, for `ab_jax.linen.WithQuantizedInputs`.
     """
 
     features: int

@@ -107,6 +107,7 @@ class ResNet(nn.Module):
         pooling, as published for ImageNet; 64: 3x3 with stride 2; 32: 3x3, as for CIFAR.
       activation: a function of the pre-activation and alpha (`ab_jax.activations`).
       quantize_input: called on the input of every convolution and of the head.
+        By default it marks it, for `ab_jax.linen.WithQuantizedInputs`.
       conv: makes a convolution, with the arguments of `nn.Conv`.
       norm: makes a normalization, with the arguments of `nn.BatchNorm`.
       dtype: what convolutions and products compute in; parameters, statistics and logits are

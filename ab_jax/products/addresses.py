@@ -17,7 +17,7 @@ from ab_jax.products.product import LEFT_RIGHT, Kind, Product
 _FRAMEWORKS = ("jax", "jaxlib", "flax", "equinox", "haiku", "jaxtyping")
 _NOT_OF_MODELS = (
     *(f"/site-packages/{name}/" for name in _FRAMEWORKS),
-    *("/ab_jax/products/", "/contextlib.py", "/functools.py"),
+    *("/ab_jax/products/", "/ab_jax/linen_layers.py", "/contextlib.py", "/functools.py"),
 )
 
 
@@ -75,7 +75,7 @@ def named(found: Mapping[Key, Found], shapes: Mapping[str, tuple[int, ...]]) -> 
       found: by key.
       shapes: of the parameters, by path.
     """
-    listed: list[Product] = []
+    listed: list[Key] = []
     by_key: dict[Key, Product] = {}
     uses: dict[str, int] = {}
     # A scan in which one weight is sliced runs over layers, and each layer has its own of all else.
@@ -86,13 +86,21 @@ def named(found: Mapping[Key, Found], shapes: Mapping[str, tuple[int, ...]]) -> 
         mark = _mark_of(found[key], base, by_key)
         if mark is not None:  # seen, but marked already
             by_key[key] = mark
+            if mark.followed_by is None:
+                product = dataclasses.replace(product, address=mark.address)
+                by_key[mark.key] = dataclasses.replace(
+                    mark,
+                    weight=product.weight,
+                    channel_axes=product.channel_axes,
+                    followed_by=product,
+                )
             continue
         count = uses[base] = uses.get(base, -1) + 1
         address = f"{base}#{count}" if count else base
         operands = _operands(found[key], product, by_key)
         by_key[key] = dataclasses.replace(product, address=address, operands=operands)
-        listed.append(by_key[key])
-    return tuple(listed)
+        listed.append(key)
+    return tuple(by_key[key] for key in listed)
 
 
 def _mark_of(found: Found, base: str, by_key: Mapping[Key, Product]) -> Product | None:

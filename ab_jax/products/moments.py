@@ -6,7 +6,7 @@ section 3) and its kin work with.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -44,12 +44,10 @@ def second_moments(
       ValueError: no batch, or no such product.
     """
     moments: dict[str, Array] | None = None
-    measured = jax.jit(
-        intercept(f, _handler, chosen=lambda found: list(filter(_asked(chosen), found)))
-    )
+    measured = jax.jit(intercept(f, _handler, chosen=lambda found: _asked(found, chosen)))
     for inputs in batches:
         if moments is None:
-            products = filter(_asked(chosen), find_products(f, params, *inputs))
+            products = _asked(find_products(f, params, *inputs), chosen)
             moments = {p.address: jnp.zeros((*p.stack, *_shape(p))) for p in products}
             if not moments:
                 raise ValueError("No product with a weight is chosen: there is nothing to measure.")
@@ -59,8 +57,10 @@ def second_moments(
     return moments
 
 
-def _asked(chosen: Callable[[Product], bool]) -> Callable[[Product], bool]:
-    return lambda p: p.kind == "weight" and p.opaque is None and chosen(p)
+def _asked(found: Sequence[Product], chosen: Callable[[Product], bool]) -> list[Product]:
+    """Those with a weight; where an input is marked, the product behind the mark."""
+    seen = [product.followed_by or product for product in found]
+    return [p for p in seen if p.kind == "weight" and p.opaque is None and chosen(p)]
 
 
 def _handler(product: Product, side: int, x: Array, moment: Array) -> tuple[Array, Array]:

@@ -37,6 +37,7 @@ class Product:
       params: of the equation, such as its dimension numbers.
       key: where its equation stands.
       stacked_by: the keys of the scans in `stack`.
+      followed_by: of a mark the product at its address that comes after it, if one is seen.
     """
 
     address: str
@@ -56,6 +57,7 @@ class Product:
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     key: Key = dataclasses.field(repr=False)
     stacked_by: tuple[Key, ...] = dataclasses.field(repr=False)
+    followed_by: "Product | None" = dataclasses.field(default=None, repr=False)
 
     @property
     def inputs(self) -> dict[int, str]:

@@ -59,7 +59,7 @@ class ProductDescription:
         products = [row.product for row in self.rows]
         columns = {
             "product": [product.address for product in products],
-            "operands": [" x ".join(map(_shape, product.shapes)) for product in products],
+            "operands": [_operands(product) for product in products],
             "weight": [_weight(row) for row in self.rows],
             "inputs": [_inputs(row) for row in self.rows],
             "line": [product.where.rpartition("/")[2] for product in products],
@@ -150,6 +150,12 @@ def _cut(of_inputs: Mapping[str, Any], ranges: Mapping[str, Range]) -> list[str]
             cut = float(np.max(np.asarray(ranges[address].cut)))
             notes += [f"cuts off {cut:.1%} of {address}"] if cut > 0 else []
     return notes
+
+
+def _operands(product: Product) -> str:
+    """Their shapes; of a mark with those of the product behind it, however that reshapes it."""
+    shapes = product.shapes if product.followed_by is None else product.followed_by.shapes
+    return " x ".join(map(_shape, shapes))
 
 
 def _shape(shape: tuple[Any, ...]) -> str:

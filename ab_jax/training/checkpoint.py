@@ -17,8 +17,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from ab_jax.linen import RANGES
@@ -31,6 +29,8 @@ from ab_jax.training.checkpoint_items import (
     items_of,
     shapes,
     where_to,
+    with_ranges_of,
+    with_todays_ranges,
     without_ranges,
 )
 from ab_jax.training.distributed import is_first, to_global, to_own, value_of_first
@@ -166,11 +166,16 @@ class Checkpoints:
         wanted, stored = items_of(like), self._stored(path)
         # Whether there are scales decides on the rest.
         for item in ("scales", "fits", "network", "rest"):
-            check_same_shapes(self._directory, stored.get(item, {}), wanted.get(item, {}))
-        restored = self._restore(path, **{item: where_to(tree) for item, tree in wanted.items()})
-        if int(step := to_own(restored["rest"])["step"]) != int(path.name):  # of older ones
+            there, here = stored.get(item, {}), wanted.get(item, {})
+            there = with_todays_ranges(there, here) if item == "network" else there
+            check_same_shapes(self._directory, there, here)
+        targets = {item: where_to(tree) for item, tree in wanted.items()}
+        targets["network"] = with_ranges_of(stored["network"], targets["network"])
+        restored = to_own(self._restore(path, **targets))
+        if int(step := restored["rest"]["step"]) != int(path.name):  # of older ones
             raise ValueError(f"{path} is the checkpoint of step {step}. Give it that name.")
-        return TrainState(**{k: v for item in wanted for k, v in to_own(restored[item]).items()})
+        restored["network"] = with_todays_ranges(restored["network"], wanted["network"])
+        return TrainState(**{k: v for item in wanted for k, v in restored[item].items()})
 
     def restore_interval(self) -> Interval | None:
         """What the newest whole checkpoint holds beside its state; None: it is of an evaluation.
@@ -198,11 +203,9 @@ class Checkpoints:
         stored = self._stored(path)["network"]
         wanted = items_of(like)["network"]
         check_same_shapes(self._directory, without_ranges(stored), without_ranges(wanted))
-        network = where_to(without_ranges(wanted))
-        if RANGES in stored["model_state"]:  # Orbax restores all of an item or nothing
-            stored_ranges = host_arrays(stored["model_state"][RANGES])
-            network["model_state"][RANGES] = where_to(jax.tree.map(jnp.asarray, stored_ranges))
+        network = with_ranges_of(stored, where_to(wanted))
         restored = to_own(self._restore(path, network=network)["network"])
+        restored = with_todays_ranges(restored, wanted)
         ranges = wanted["model_state"].get(RANGES)
         if shapes(restored["model_state"].get(RANGES)) != shapes(ranges):
             restored = without_ranges(restored)

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ab_jax.files import read_regular, write_whole
-from ab_jax.linen import RANGES
+from ab_jax.linen import RANGES, ranges_by_address
 from ab_jax.training.distributed import to_global
 from ab_jax.training.metrics_file import Seal
 from ab_jax.training.state import TrainState
@@ -37,6 +38,32 @@ def without_ranges(network: dict[str, Any]) -> dict[str, Any]:
     """The item `network` but for the ranges of its activations."""
     kept = {name: x for name, x in network["model_state"].items() if name != RANGES}
     return {**network, "model_state": kept}
+
+
+def with_ranges_of(stored: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
+    """Where an item `network` is restored to, with the ranges that are stored.
+
+    Orbax restores all of an item or nothing, and their names may be those of an older version.
+
+    Args:
+      stored: its shapes and dtypes.
+      target: as `where_to` returns it, of a state of today.
+    """
+    ranges = stored["model_state"].get(RANGES)
+    target = without_ranges(target)
+    if ranges is None:
+        return target
+    there = where_to(jax.tree.map(jnp.asarray, host_arrays(ranges)))
+    return {**target, "model_state": {**target["model_state"], RANGES: there}}
+
+
+def with_todays_ranges(network: dict[str, Any], like: dict[str, Any]) -> dict[str, Any]:
+    """An item `network` with the ranges by the names of today, fixed ones as `like` has them."""
+    ranges, wanted = (item.get("model_state", {}).get(RANGES) for item in (network, like))
+    if ranges is None or wanted is None:
+        return network
+    of_today = ranges_by_address(ranges, wanted)
+    return {**network, "model_state": {**network["model_state"], RANGES: of_today}}
 
 
 def shapes(tree: Any) -> dict[str, tuple[int, ...]]:

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from ab_jax.data.dataset import Images
 from ab_jax.data.stream import Photos
+from ab_jax.linen import Model
 from ab_jax.training.feeds import Feed, make_feed
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.train_step import Preprocessing, make_batch_stats_step, make_eval_step
@@ -34,7 +34,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: nn.Module, preprocessing: Preprocessing, parallel: Parallel, batch_size: int
+        self, model: Model, preprocessing: Preprocessing, parallel: Parallel, batch_size: int
     ) -> None:
         self._parallel = parallel
         self._batch_size = batch_size

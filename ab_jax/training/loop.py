@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -17,6 +16,7 @@ from ab_jax.data.dataset import Dataset
 from ab_jax.data.stream import StreamedDataset
 from ab_jax.describe import describe
 from ab_jax.estimators import Estimator, ScaledEstimator, full_precision, takes_scale
+from ab_jax.linen import RANGES, Model
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.accuracies import Readings
@@ -31,7 +31,12 @@ from ab_jax.training.records import RunDirectory, accuracies_of
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
 from ab_jax.training.train_step import Preprocessing, make_train_step
-from ab_jax.training.watching import PROFILED_STEPS, profiler, shown_progress
+from ab_jax.training.watching import (
+    PROFILED_STEPS,
+    profiler,
+    shown_progress,
+    warn_of_cut_off,
+)
 
 _LOOK_EVERY = 20  # steps between looks at the loss: a look waits for the device
 
@@ -65,7 +70,7 @@ class Training:
       profile: whether to write a JAX trace of ten steps into the run's directory.
     """
 
-    model: nn.Module
+    model: Model
     dataset: Dataset | StreamedDataset
     preprocessing: Preprocessing
     rules: Rules
@@ -186,6 +191,8 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 state = parallel.unreplicate(on_devices)
                 alphas = _alphas(t, done, state.params)
                 finite.network(state, alphas.mean)
+                if "cut_off" in recent[-1] and done <= first + t.eval_every:  # once is enough
+                    warn_of_cut_off(state.model_state[RANGES], recent[-1]["cut_off"])
                 line = {
                     "step": done,
                     "epoch": done / per_epoch,

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -12,6 +11,7 @@ from jax import Array
 
 from ab_jax.blend import fit, initial_scales
 from ab_jax.carried_fits import Fit
+from ab_jax.linen import Model
 from ab_jax.rules import Rules
 
 
@@ -64,7 +64,7 @@ class TrainState:
 
 
 def create_state(
-    model: nn.Module,
+    model: Model,
     optimizer: optax.GradientTransformation,
     image_shape: tuple[int, ...],
     seed: int,

@@ -5,11 +5,9 @@ images by index out of uint8 images on the device: the whole training set, or it
 """
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
@@ -20,13 +18,16 @@ from ab_jax.blend import Alpha, AlphaSchedule, blend, clip_latent, fit, mean_alp
 from ab_jax.data.augment import augment, normalize
 from ab_jax.estimators import Estimator, ScaledEstimator
 from ab_jax.learned_scales import keep_scales_positive
-from ab_jax.linen import NOT_FINITE, RANGES
+from ab_jax.linen import CUT_OFF, NOT_FINITE, RANGES, Model, WithQuantizedInputs, module_of, takes
 from ab_jax.rules import Rules
 from ab_jax.training.finite import finite_leaves
 from ab_jax.training.parallel import AXIS
 from ab_jax.training.state import TrainState
 
 Metrics = dict[str, Array]
+
+# What a step of a model with quantized inputs tells of them.
+_MEASURED = [NOT_FINITE, CUT_OFF]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Preprocessing:
 
 
 def make_train_step(
-    model: nn.Module,
+    model: Model,
     optimizer: optax.GradientTransformation,
     *,
     rules: Rules,
@@ -93,7 +94,8 @@ def make_train_step(
       and their int32 positions [B] in the global batch. The metrics are of the global batch: loss,
       accuracy, the (mean) alpha, and `finite`, bool [leaves], of the gradients by leaf; of a
       model that measures ranges also `not_finite_inputs`, how many were left alone, since what
-      was measured was not finite.
+      was measured was not finite, and `cut_off`, float32 [inputs], the share that unsigned ranges
+      cut off of each, in the order of the leaves of `RANGES`.
     """
 
     def loss_fn(
@@ -112,7 +114,7 @@ def make_train_step(
             {"params": effective, **state.model_state},
             images,
             **_call(model, train=True, alpha=of_activations),
-            mutable=[*state.model_state, *([NOT_FINITE] if RANGES in state.model_state else [])],
+            mutable=[*state.model_state, *(_MEASURED if RANGES in state.model_state else [])],
         )
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
@@ -146,6 +148,7 @@ def make_train_step(
         )
         correct = jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
         counts = jax.tree.leaves(model_state.pop(NOT_FINITE, {}))
+        cut_off = jax.tree.leaves(model_state.pop(CUT_OFF, {}))
         grads, loss, accuracy = jax.lax.pmean((grads, loss, correct), AXIS)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
         updated = state.with_trained(optax.apply_updates(state.trained, updates))
@@ -167,14 +170,15 @@ def make_train_step(
             "accuracy": accuracy,
             "alpha": mean,
             "finite": finite_leaves(grads),
-            **({"not_finite_inputs": sum(counts)} if counts else {}),
+            **({"not_finite_inputs": sum(map(jnp.sum, counts))} if counts else {}),
+            **({"cut_off": jnp.stack([jnp.max(share) for share in cut_off])} if cut_off else {}),
         }
         return new_state, metrics
 
     return train_step
 
 
-def make_eval_step(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Metrics]:
+def make_eval_step(model: Model, preprocessing: Preprocessing) -> Callable[..., Metrics]:
     """The evaluation step of one device.
 
     Returns:
@@ -208,7 +212,7 @@ def make_eval_step(model: nn.Module, preprocessing: Preprocessing) -> Callable[.
     return eval_step
 
 
-def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Callable[..., Any]:
+def make_batch_stats_step(model: Model, preprocessing: Preprocessing) -> Callable[..., Any]:
     """The step of one device that measures the statistics of a batch.
 
     Returns:
@@ -216,7 +220,7 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
       of these images alone, augmented as in training: the weights have learned to work with those.
       (Statistics of images without the black borders of random crops cost BinaryNet 2 points.)
     """
-    if hasattr(model, "batch_stats_momentum"):  # a network without batch norm has none
+    if hasattr(module_of(model), "batch_stats_momentum"):  # a network without batch norm has none
         model = model.clone(batch_stats_momentum=0.0)
 
     def batch_stats_step(
@@ -236,19 +240,19 @@ def make_batch_stats_step(model: nn.Module, preprocessing: Preprocessing) -> Cal
     return batch_stats_step
 
 
-def _call(model: nn.Module, *, train: bool, alpha: ArrayLike) -> dict[str, Any]:
+def _call(model: Model, *, train: bool, alpha: ArrayLike) -> dict[str, Any]:
     """The arguments of a model's call, `alpha` only if it has activations that take it."""
-    takes_alpha = "alpha" in inspect.signature(type(model).__call__).parameters
+    takes_alpha = isinstance(model, WithQuantizedInputs) or takes("alpha", model)
     return {"train": train, **({"alpha": alpha} if takes_alpha else {})}
 
 
-def _equal_on_all_devices(model: nn.Module, model_state: Any) -> Any:
+def _equal_on_all_devices(model: Model, model_state: Any) -> Any:
     """The collections with one set of batch statistics, whatever the groups that measured them.
 
     The running statistics stand for those that the network has learned to work with, of batches as
     large as a group's: the mean over the groups is what one group would see in as many steps. (The
     variance of the whole batch would be larger, by that of the groups' means.)
     """
-    if getattr(model, "axis_index_groups", None) is None:
+    if getattr(module_of(model), "axis_index_groups", None) is None:
         return model_state
     return {**model_state, "batch_stats": jax.lax.pmean(model_state["batch_stats"], AXIS)}

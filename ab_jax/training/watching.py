@@ -1,14 +1,17 @@
 """What is seen of a run as it trains: its progress and, where asked for, a trace of some steps."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax import Array
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ab_jax.products import Range, check_ranges
 from ab_jax.training.distributed import is_first
 
 PROFILED_STEPS = 10, 20  # counted from the first one, which compiles
@@ -46,6 +49,22 @@ def shown_progress(
                 console.print(f"step {done}/{steps}: {text}", soft_wrap=True)
 
         yield show
+
+
+def warn_of_cut_off(ranges: Mapping[str, Any], shares: Array) -> None:
+    """Name the inputs of which unsigned ranges cut off a part.
+
+    Args:
+      ranges: the collection `RANGES` of the model.
+      shares: `cut_off` of a step's metrics.
+
+    Warns:
+      CutOffWarning: as `ab_jax.products.check_ranges`.
+    """
+    leaves = jax.tree.leaves_with_path(ranges)
+    addresses = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
+    seen = zip(addresses, np.asarray(shares), strict=True)
+    check_ranges({address: Range.of(1.0)._replace(cut=share) for address, share in seen})
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ symmetric, the largest magnitude at the end of the range) and differ in three th
 - signs: ours has unsigned codes behind a ReLU, so one bit more for the same width.
 """
 
-import contextlib
 import dataclasses
 import importlib.metadata
 from collections.abc import Callable
@@ -28,7 +27,8 @@ from jax.typing import ArrayLike
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.linen import ActivationRules, quantized_inputs
+from ab_jax.linen import Model, WithQuantizedInputs
+from ab_jax.products import ActivationRules
 
 Variables = Any  # Flax's collections by name
 
@@ -62,14 +62,16 @@ class Applied:
 Library = Callable[[nn.Module, Bits], Applied]
 
 
-def _plain(model: nn.Module) -> Applied:
+def _plain(model: Model) -> Applied:
     """A model whose `__call__` has all that happens in it."""
 
     def apply(
         variables: Variables, images: Array, train: bool, alpha: ArrayLike
     ) -> tuple[Array, Variables]:
         mutable = [name for name in variables if name != "params"] if train else []
-        logits, changed = model.apply(variables, images, train=train, mutable=mutable)
+        with_inputs = isinstance(model, WithQuantizedInputs)
+        call: dict[str, Any] = {"alpha": alpha} if with_inputs else {}
+        logits, changed = model.apply(variables, images, train=train, mutable=mutable, **call)
         return logits, changed
 
     return Applied(lambda key, images: model.init(key, images, train=True), apply)
@@ -81,7 +83,7 @@ def in_float(model: nn.Module, bits: Bits) -> Applied:
 
 
 def by_ab(estimator: ab.Estimator, scale: Literal["absmax", "least_squares"] = "absmax") -> Library:
-    """Ours: kernels blended in the loss, inputs of layers quantized by an interceptor.
+    """Ours: kernels blended in the loss, those of the inputs of products quantized.
 
     `scale` is that of the kernels; `least_squares`, which the peers do not have, is our default.
     """
@@ -90,27 +92,19 @@ def by_ab(estimator: ab.Estimator, scale: Literal["absmax", "least_squares"] = "
         kernels = ab.Uniform(bits=bits.weights, scale=scale)
         rules = ab.Rules([(r"(.*/)?kernel", kernels), (r".*", None)])
         plain = _plain(model)
-
-        def with_inputs(alpha: ArrayLike) -> contextlib.AbstractContextManager[None]:
-            if bits.activations is None:
-                return contextlib.nullcontext()
+        if bits.activations is not None:
             quantizer = ActivationQuantizer(bits=bits.activations, signed=False)
             signed = dataclasses.replace(quantizer, signed=True)  # images have both signs
             inputs = ActivationRules([(r"stem|conv0", signed), (r".*", quantizer)])
-            return quantized_inputs(inputs, alpha)
-
-        def init(key: Array, images: Array) -> Variables:
-            with with_inputs(0.0):
-                return plain.init(key, images)
+            plain = _plain(WithQuantizedInputs(model, inputs))
 
         def apply(
             variables: Variables, images: Array, train: bool, alpha: ArrayLike
         ) -> tuple[Array, Variables]:
             effective = ab.blend(variables["params"], rules, alpha, estimator=estimator)
-            with with_inputs(alpha):
-                return plain.apply({**variables, "params": effective}, images, train, alpha)
+            return plain.apply({**variables, "params": effective}, images, train, alpha)
 
-        return Applied(init, apply)
+        return Applied(plain.init, apply)
 
     return apply_library
 

@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 import ab_jax as ab
 from ab_jax.export.packed import read_packed, readable
-from ab_jax.linen import ActivationRules
+from ab_jax.linen import RANGES, Model, WithQuantizedInputs, module_of, ranges_by_address
+from ab_jax.products import ActivationRules
 from ab_jax.training.checkpoint import Checkpoints
 from experiments.settings.build import make_model
 from experiments.settings.config import Config, FlagError
@@ -46,7 +46,7 @@ class TrainedNetwork:
         `scales: learned` where the codes are at scales that the run trained.
     """
 
-    model: nn.Module
+    model: Model
     variables: dict[str, Any]
     rules: ab.Rules
     activation_rules: ActivationRules | None
@@ -115,6 +115,7 @@ def read_run(
     if scales is not None:
         description["scales"] = "learned"
     variables = {"params": ab.quantize(params, rules, scales=scales), **stored["model_state"]}
+    variables = _with_todays_ranges(model, image_shape, variables)
     _check_fits(model, image_shape, variables)
     if of_activations is not None:
         description["activation_rules"] = readable(of_activations)
@@ -122,7 +123,7 @@ def read_run(
     return TrainedNetwork(model, variables, rules, of_activations, description)
 
 
-def load_packed(path: Path, network: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_packed(path: Path, network: str | None = None) -> tuple[Model, dict[str, Any]]:
     """The model and the variables of a packed file that `experiments.export` wrote.
 
     `model.apply(variables, images, train=False)` gives the logits of the network at alpha 1, bit
@@ -138,17 +139,19 @@ def load_packed(path: Path, network: str | None = None) -> tuple[nn.Module, dict
     packed = read_packed(path)
     try:
         model, _, _ = rebuilt(packed.network, network)
-        _check_fits(model, packed.network["image_shape"], packed.variables)
+        image_shape = packed.network["image_shape"]
+        variables = _with_todays_ranges(model, image_shape, packed.variables)
+        _check_fits(model, image_shape, variables)
     # Flags that make no sense fail in Flax and JAX in as many ways as there are.
     except Exception as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{path} holds none of the experiments' networks: {reason}") from error
-    return model, ab.dequantize(packed.variables)
+    return model, ab.dequantize(variables)
 
 
 def rebuilt(
     description: Mapping[str, Any], network: str | None = None
-) -> tuple[nn.Module, ab.Rules, ActivationRules | None]:
+) -> tuple[Model, ab.Rules, ActivationRules | None]:
     """The model, and the rules of its weights and of its activations, from a description.
 
     Args:
@@ -173,9 +176,10 @@ def rebuilt(
         raise ValueError(str(error)) from error
 
 
-def plain_convolutions(model: nn.Module) -> nn.Module:
+def plain_convolutions(model: Model) -> Model:
     """The model without the convolutions that are made for CPUs (`ab_jax.models.convolution`)."""
-    return model.clone(cpu_convolutions=False) if hasattr(model, "cpu_convolutions") else model
+    has_them = hasattr(module_of(model), "cpu_convolutions")
+    return model.clone(cpu_convolutions=False) if has_them else model
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -213,7 +217,19 @@ def _config(description: Mapping[str, Any], trusted: str | None) -> Config:
         raise ValueError(str(error)) from error
 
 
-def _check_fits(model: nn.Module, image_shape: list[int], variables: Mapping[str, Any]) -> None:
+def _with_todays_ranges(
+    model: Model, image_shape: list[int], variables: dict[str, Any]
+) -> dict[str, Any]:
+    """The variables, with ranges that older code has written by the names of today."""
+    if not isinstance(model, WithQuantizedInputs) or RANGES not in variables:
+        return variables
+    spec = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    shapes = jax.eval_shape(ab.dequantize, variables)
+    like = model.initial_ranges(shapes, spec, train=False)
+    return {**variables, RANGES: ranges_by_address(variables[RANGES], like)}
+
+
+def _check_fits(model: Model, image_shape: list[int], variables: Mapping[str, Any]) -> None:
     spec = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     init = functools.partial(model.init, train=False)
     wanted = _shapes(jax.eval_shape(init, jax.random.key(0), spec))

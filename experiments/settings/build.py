@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +15,8 @@ from ab_jax.blend import AlphaSchedule
 from ab_jax.data import Dataset, steps_per_epoch
 from ab_jax.data.stream import StreamedDataset
 from ab_jax.estimators import rule_of_codes
-from ab_jax.linen import QuantizedInputs, keep_input, layer_paths
+from ab_jax.linen import Model, WithQuantizedInputs, module_of
+from ab_jax.products import find_products
 from ab_jax.training.loop import Training
 from ab_jax.training.optimizers import make_optimizer, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
@@ -53,8 +53,8 @@ def make_model(
     image_size: int,
     axis_name: str | None = None,
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None,
-) -> nn.Module:
-    """The network that the flags ask for.
+) -> Model:
+    """The network that the flags ask for, with quantized inputs if they ask for these.
 
     Args:
       num_classes: of the data.
@@ -72,7 +72,6 @@ def make_model(
         "image_size": image_size,
         "width": c.width,
         "dtype": c.dtype,
-        "quantize_input": keep_input if inputs is None else QuantizedInputs(inputs, axis_name),
         "axis_name": axis_name,
         "axis_index_groups": axis_index_groups,
     }
@@ -84,11 +83,10 @@ def make_model(
         asked["width"] = f"--width={c.width:g}"
     if c.dtype != "float32":
         asked["dtype"] = f"--dtype={c.dtype}"
-    if inputs is not None:
-        asked["quantize_input"] = f"--act_bits={c.act_bits}"
     if axis_index_groups is not None:
         asked["axis_index_groups"] = f"--norm_group={c.norm_group}"
-    return make_network(c.network, fields, asked)
+    network = make_network(c.network, fields, asked)
+    return network if inputs is None else WithQuantizedInputs(network, inputs, axis_name)
 
 
 def steps_of(config: Config, dataset: Images) -> int:
@@ -137,7 +135,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         axis_name=AXIS,
         axis_index_groups=parallel.norm_groups,
     )
-    check_network(c.network, model, dataset.image_shape)
+    check_network(c.network, module_of(model), dataset.image_shape)
     alpha, of_activations = _alphas(c, model, dataset.image_shape, rules, steps)
     return Training(
         model=model,
@@ -181,7 +179,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
 
 def _alphas(
     config: Config,
-    model: nn.Module,
+    model: Model,
     image_shape: tuple[int, int, int],
     rules: ab.Rules,
     steps: int,
@@ -202,7 +200,7 @@ def _alphas(
 
 def layerwise_schedule(
     config: Config,
-    model: nn.Module,
+    model: Model,
     image_shape: tuple[int, int, int],
     rules: ab.Rules,
     steps: int,
@@ -217,18 +215,25 @@ def layerwise_schedule(
       steps: length of the run.
 
     Raises:
-      ValueError: a quantized parameter of no Dense or Conv layer; more layers than steps.
+      ValueError: a quantized parameter that enters no product; more layers than steps.
     """
     c = config
     assert c.ramp is not None, "settled"
+    module = module_of(model)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    init = functools.partial(model.init, train=False)
-    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    init = functools.partial(module.init, train=False)
+    variables = jax.eval_shape(init, jax.random.key(0), images)
+    params = variables.pop("params")
+
+    def forward(params: Any, others: Any, images: Any) -> Any:
+        return module.apply({"params": params, **others}, images, train=False)
+
     paths = ab.quantized_paths(params, rules)
-    called = layer_paths(model, images, train=False)
-    layers = [name for name in called if any(path.startswith(f"{name}/") for path in paths)]
+    # A marked input has the address of its weight, whether or not a product is seen behind it.
+    called = [p.weight or p.address for p in find_products(forward, params, variables, images)]
+    layers = list(dict.fromkeys(path for path in called if path in paths))
     return ab.layerwise_ramp(
-        [f"{re.escape(name)}/.*" for name in layers][:: 1 if c.layer_order == "forward" else -1],
+        [re.escape(path) for path in layers][:: 1 if c.layer_order == "forward" else -1],
         round(c.ramp_start * steps),
         round(c.ramp_stop * steps),
         ramp=RAMPS[c.ramp],

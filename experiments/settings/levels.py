@@ -5,7 +5,7 @@ import re
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.linen import ActivationRules
+from ab_jax.products import ActivationRules
 from experiments.settings.config import Config, FlagError
 from experiments.settings.networks import network_of
 

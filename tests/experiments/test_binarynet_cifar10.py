@@ -165,7 +165,7 @@ def test_act_bits_quantizes_the_input_of_every_layer() -> None:
     variables = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     layers = [name for name, leaf in variables["params"].items() if "kernel" in leaf]
     assert len(layers) == 9
-    assert sorted(variables[RANGES]) == sorted(f"{layer}_input" for layer in layers)
+    assert sorted(variables[RANGES]) == sorted(layers)
     rules = activation_rules(Config(act_bits=4))
     assert rules is not None
     bits = {layer: (rules.of(layer).bits, rules.of(layer).signed) for layer in ("conv0", "head")}

@@ -23,7 +23,7 @@ from ab_jax.data import load
 from ab_jax.data.load import facts
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.export.qwix import InputCodes, read_qwix, serve, to_qwix
-from ab_jax.linen import RANGES, QuantizedInputs
+from ab_jax.linen import RANGES, WithQuantizedInputs
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.training.checkpoint import Checkpoints
@@ -146,7 +146,8 @@ def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     )
     rules = activation_rules(config)
     assert rules is not None
-    model = MobileNet(num_classes=5, width=1 / 16, stem=32, quantize_input=QuantizedInputs(rules))
+    plain = MobileNet(num_classes=5, width=1 / 16, stem=32)
+    model = WithQuantizedInputs(plain, rules)
     data = {"name": "colours", "image_shape": [8, 8, 3], "mean": [0.5, 0.4, 0.3], "classes": 5}
     path = tmp_path_factory.mktemp("runs") / "mobilenet"
     variables = random_variables(model, (8, 8, 3))
@@ -169,14 +170,8 @@ def test_a_mobilenet_comes_back_with_its_ranges(
     images = rng.normal(size=(4, 8, 8, 3)).astype(np.float32)
     activations = activation_rules(config)
     assert activations is not None
-    by_hand = MobileNet(
-        num_classes=5,
-        width=1 / 16,
-        stem=32,
-        activation=relu6,
-        quantize_input=QuantizedInputs(activations),
-        dtype="float32",
-    )
+    plain = MobileNet(num_classes=5, width=1 / 16, stem=32, activation=relu6, dtype="float32")
+    by_hand = WithQuantizedInputs(plain, activations)
     assert model == by_hand
     logits = apply(model, found, images)
     assert same_bits(logits, apply(by_hand, expected, images))
@@ -222,16 +217,18 @@ def test_qwix_gets_codes_and_ranges(mobilenet_run: Run, tmp_path: Path) -> None:
     assert len(found.inputs) == 28
     ranges = variables[RANGES]
     for layer, bits, signed, limit in (
-        ("stem", 8, True, ranges["stem_input"]),
-        ("block3/pointwise", 4, False, ranges["block3"]["pointwise_input"]),
-        ("head", 8, False, ranges["head_input"]),
+        ("stem", 8, True, ranges["stem"]["kernel"]),
+        ("block3/pointwise", 4, False, ranges["block3"]["pointwise"]["kernel"]),
+        ("head", 8, False, ranges["head"]["kernel"]),
     ):
         assert found.inputs[layer] == InputCodes(bits=bits, signed=signed, limit=float(limit))
     # Each of them is of a layer that Qwix serves.
     model = plain_convolutions(rebuilt(found.network)[0])
     images = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
     _, served = serve(model, found.variables, images, inputs=found.inputs, train=False)
-    expected = ActivationQuantizer(bits=4, signed=False).scale(ranges["block3"]["pointwise_input"])
+    expected = ActivationQuantizer(bits=4, signed=False).scale(
+        ranges["block3"]["pointwise"]["kernel"]
+    )
     scale = served["params"]["block3"]["pointwise"]["conv_general_dilated0_lhs_scale"].array
     assert same_bits(scale.reshape(()), expected)
 

@@ -10,10 +10,11 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.activations import ACTIVATIONS, ActivationQuantizer
-from ab_jax.linen import ActivationRules, QuantizedInputs
+from ab_jax.linen import RANGES, Model, WithQuantizedInputs
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import CIFAR, KERAS_V1, KERAS_V2, TIMM_V2, ResNet
+from ab_jax.products import ActivationRules
 
 CLASSES = 5
 
@@ -21,7 +22,7 @@ CLASSES = 5
 class Network(NamedTuple):
     """A model at alpha 1, its variables with codes in them, and the size of its images."""
 
-    model: nn.Module
+    model: Model
     variables: dict[str, Any]
     image_shape: tuple[int, int, int]
 
@@ -41,17 +42,20 @@ def uniform_rules(bits: int, **fields: Any) -> ab.Rules:
     )
 
 
-def inputs(bits: int, limit: float | None = None, first: str = "stem") -> QuantizedInputs:
+def with_inputs(
+    model: nn.Module, bits: int, limit: float | None = None, first: str = "stem"
+) -> WithQuantizedInputs:
     """Images signed at 8 bits, the rest as bits say, with measured ranges or a fixed one."""
     images = ActivationQuantizer(bits=8, signed=True)
-    return QuantizedInputs(
+    return WithQuantizedInputs(
+        model,
         ActivationRules(
             [
                 (first, images),
                 ("head", ActivationQuantizer(bits=8, limit=limit, signed=False)),
                 (r".*", ActivationQuantizer(bits=bits, limit=limit, signed=False)),
             ]
-        )
+        ),
     )
 
 
@@ -66,39 +70,33 @@ def _resnet(**fields: Any) -> ResNet:
 
 #: Model, rules of its weights, size of its images. Between them they have every operation.
 LONG = pytest.mark.long
-NETWORKS: dict[str, tuple[nn.Module, ab.Rules, int]] = {
-    "binarynet": (BinaryNet(**SMALL, quantize_input=inputs(8, first="conv0")), BINARY, 8),
+NETWORKS: dict[str, tuple[Model, ab.Rules, int]] = {
+    "binarynet": (with_inputs(BinaryNet(**SMALL), 8, first="conv0"), BINARY, 8),
     "binarynet, sign": (BinaryNet(**SMALL, activation=ACTIVATIONS["sign"]), ONE_SCALE, 8),
     "mobilenet": (
-        MobileNet(**SMALL, stem=32, quantize_input=inputs(8, 6.0)),
+        with_inputs(MobileNet(**SMALL, stem=32), 8, 6.0),
         uniform_rules(4),
         8,
     ),
-    "resnet v1": (_resnet(stem=32, quantize_input=inputs(4)), uniform_rules(4, axis=None), 8),
+    "resnet v1": (with_inputs(_resnet(stem=32), 4), uniform_rules(4, axis=None), 8),
     "resnet v1, keras": (
-        _resnet(variant=KERAS_V1, quantize_input=inputs(8)),
+        with_inputs(_resnet(variant=KERAS_V1), 8),
         uniform_rules(8, symmetric=False),
         32,
     ),
     "resnet v2": (
-        _resnet(variant=TIMM_V2, stem=64, quantize_input=inputs(8)),
+        with_inputs(_resnet(variant=TIMM_V2, stem=64), 8),
         uniform_rules(8),
         16,
     ),
     "resnet v2, keras": (
-        _resnet(variant=KERAS_V2, quantize_input=inputs(4)),
+        with_inputs(_resnet(variant=KERAS_V2), 4),
         uniform_rules(2),
         33,
     ),
     "resnet, basic": (
-        ResNet(
-            (1, 1),
-            8,
-            bottleneck=False,
-            num_classes=CLASSES,
-            variant=CIFAR,
-            stem=32,
-            quantize_input=inputs(8),
+        with_inputs(
+            ResNet((1, 1), 8, bottleneck=False, num_classes=CLASSES, variant=CIFAR, stem=32), 8
         ),
         uniform_rules(4),
         8,
@@ -141,6 +139,8 @@ def make(name: str, rng: np.random.Generator) -> Network:
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array | ab.Quantized:
         name = path[-1].key
+        if path[0].key == RANGES:
+            return jnp.asarray(rng.uniform(2, 3, leaf.shape), leaf.dtype)
         if name == "kernel":
             where = jax.tree_util.keystr(path[1:], simple=True, separator="/")
             return _random_codes(leaf.shape, rules.of(where), rng)
@@ -150,8 +150,6 @@ def make(name: str, rng: np.random.Generator) -> Network:
             value = rng.uniform(0.5, 2, leaf.shape)
             if name == "scale":
                 value *= rng.choice([-1, 1], leaf.shape)
-            elif name.endswith("_input"):
-                value = rng.uniform(2, 3, leaf.shape)
         return jnp.asarray(value, leaf.dtype)
 
     return Network(model, jax.tree.map_with_path(draw, shapes), (size, size, 3))

@@ -62,7 +62,7 @@ def test_what_quantizers_make_comes_back_bit_for_bit(
     variables = {
         "params": ab.quantize(params, rules),
         "batch_stats": {"norm": {"mean": jnp.asarray(rng.normal(size=7), jnp.float32)}},
-        RANGES: {"stem_input": jnp.float32(rng.uniform(1, 2))},
+        RANGES: {"stem": {"kernel": jnp.float32(rng.uniform(1, 2))}},
         "counters": {"steps": jnp.int32(rng.integers(1000)), "flags": jnp.arange(3, dtype="uint8")},
     }
     described = {"config": {"width": 0.5, "names": ["é", None, True]}}

@@ -121,7 +121,7 @@ def test_what_is_written_is_read(quantized: dict[str, Any], tmp_path: Path, int4
     assert read_qwix(path).inputs == read_qwix(path).network == {}
     tree = {
         "params": {**to_qwix(quantized, int4=int4), "norm": {"scale": jnp.ones(3)}},
-        RANGES: {"layer0_input": jnp.float32(0.7)},
+        RANGES: {"layer0": {"kernel": jnp.float32(0.7)}},
     }
     write_qwix(path, tree, inputs=INPUTS, network={"classes": 3})
     found = read_qwix(path)
@@ -168,8 +168,8 @@ def test_inputs_have_the_ranges_of_the_variables() -> None:
         ]
     )
     ranges = {
-        # Of our models, beside the layers; then of any model, within them.
-        "stem_input": jnp.float32(1.5),
+        # By address; then as until version 0.2, beside the layers or within them.
+        "stem": {"kernel": jnp.float32(1.5)},
         "block": {"conv_input": jnp.float32(2.5), "never_input": jnp.float32(0)},
         "head": {"input": jnp.float32(0.25)},
     }
@@ -186,7 +186,7 @@ def test_inputs_have_the_ranges_of_the_variables() -> None:
 
 def test_a_stack_of_layers_has_a_range_a_layer(tmp_path: Path, quantized: dict[str, Any]) -> None:
     rules = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=False))])
-    ranges = {"stack": {"input": jnp.asarray([1.5, 0.25, 2.0])}, "never": {"input": jnp.zeros(3)}}
+    ranges = {"stack": {"kernel": jnp.asarray([1.5, 0.25, 2.0])}, "never": {"kernel": jnp.zeros(3)}}
     inputs = input_codes({RANGES: ranges}, rules, ["stack", "never"])
     assert inputs == {"stack": InputCodes(bits=8, signed=False, limit=(1.5, 0.25, 2.0))}
     write_qwix(tmp_path / "net", {"params": to_qwix(quantized)}, inputs=inputs)
@@ -206,7 +206,7 @@ def test_a_stack_of_layers_has_a_range_a_layer(tmp_path: Path, quantized: dict[s
 def test_ranges_that_cannot_be_exported_are_named(found: Any, message: str) -> None:
     rules = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=False))])
     with pytest.raises(ValueError, match=message):
-        input_codes({RANGES: {"a": {"b": {"input": jnp.asarray(found)}}}}, rules, ["a/b"])
+        input_codes({RANGES: {"a": {"b": {"kernel": jnp.asarray(found)}}}}, rules, ["a/b"])
 
 
 @pytest.mark.parametrize(

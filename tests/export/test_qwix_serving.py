@@ -13,8 +13,9 @@ import pytest
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.qwix import InputCodes, input_codes, serve, to_qwix
-from ab_jax.linen import RANGES, ActivationRules, layer_paths, quantized_inputs
+from ab_jax.linen import RANGES, WithQuantizedInputs, layer_paths
 from ab_jax.models.convolution import cpu_conv_general_dilated
+from ab_jax.products import ActivationRules
 
 IMAGES = (2, 6, 6, 3)
 FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
@@ -129,12 +130,7 @@ def test_a_layer_sums_the_very_integers(
 
     variables = to_qwix({"params": {"layer": {"kernel": weight}}})
     served, variables = serve(One(conv), variables, x, inputs={"layer": codes})
-
-    def apply(variables: Any, x: Any) -> jax.Array:
-        with quantized_inputs(ActivationRules([(".*", of_input)]), 1.0):
-            return served.apply(variables, x)
-
-    found, text = run(apply, variables, x)
+    found, text = run(served.apply, variables, x)
 
     integers = np.asarray(of_input.codes(x, codes.limit), np.int64)
     sums = products_of_integers(integers, np.asarray(weight.codes, np.int64), conv)
@@ -163,22 +159,15 @@ def test_a_network_with_quantized_inputs_gives_our_outputs(
     images = draw(rng)
     quantized = ab.quantize(params, rules(depthwise=ab.Ternary()))
     ranges = {
-        name: {"input": jnp.float32(rng.uniform(1, 2))} for name in ("stem", "depthwise", "head")
+        name: {"kernel": jnp.float32(rng.uniform(1, 2))} for name in ("stem", "depthwise", "head")
     }
     variables = {"params": quantized, RANGES: ranges}
-
-    def apply(model: nn.Module) -> Callable[..., jax.Array]:
-        def function(variables: Any, images: Any) -> jax.Array:
-            with quantized_inputs(activations, 1.0):
-                return model.apply(variables, images)
-
-        return function
-
-    expected, _ = run(apply(Net()), ab.dequantize(variables), images)
+    model = WithQuantizedInputs(Net(), activations)
+    expected, _ = run(model.apply, ab.dequantize(variables), images)
     inputs = input_codes(variables, activations, layer_paths(Net(), images))
     assert inputs.keys() == ranges.keys()
-    served, variables = serve(Net(), to_qwix(variables), images, inputs=inputs)
-    found, _ = run(apply(served), variables, images)
+    served, variables = serve(model, to_qwix(variables), images, inputs=inputs)
+    found, _ = run(served.apply, variables, images)
     # A sum's last bit may, seldom, move an activation to its next step.
     apart = np.abs(found - expected) / np.ptp(expected)
     assert np.median(apart) < 1e-5
@@ -271,8 +260,7 @@ class Layer(nn.Module):
 
 
 def scanned(name: str | None = None) -> nn.Module:
-    axes = {"params": 0, RANGES: 0}
-    layers = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=3)
+    layers = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
     return layers(name=name)
 
 
@@ -295,18 +283,10 @@ def test_a_stack_is_served_with_a_range_a_layer(
     quantizer = ActivationQuantizer(bits=8, signed=signed)
     activations = ActivationRules([(".*", quantizer)])
     limits = rng.uniform(0.5, 2, 3).astype(np.float32)
-    variables = {"params": quantized, RANGES: {"layers": {"dense": {"input": limits}}}}
-
-    def apply(model: nn.Module) -> Callable[..., jax.Array]:
-        def function(variables: Any, x: Any) -> jax.Array:
-            with quantized_inputs(activations, 1.0):
-                return model.apply(variables, x)
-
-        return function
-
+    variables = {"params": quantized, RANGES: {"layers": {"dense": {"kernel": limits}}}}
     inputs = input_codes(variables, activations, layer_paths(Stack(), x))
     served, form = serve(Stack(), to_qwix(variables), x, inputs=inputs)
-    found, text = run(apply(served), form, x)
+    found, text = run(served.apply, form, x)
     assert re.search(r"stablehlo\.dot_general\b.*tensor<[\dx]+xi8>, tensor<[\dx]+xi8>", text)
     expected = x.astype(np.float64)
     kernels = ab.dequantize(quantized)["layers"]["dense"]["kernel"]

@@ -16,8 +16,9 @@ import pytest
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.stablehlo import to_stablehlo
-from ab_jax.linen import RANGES, ActivationRules, QuantizedInputs
+from ab_jax.linen import RANGES, WithQuantizedInputs
 from ab_jax.models.mobilenet import MobileNet
+from ab_jax.products import ActivationRules
 from experiments.exported.finished_networks import plain_convolutions
 from tests.export.small_networks import make
 
@@ -51,15 +52,10 @@ assert not loaded & {"ab_jax", "flax", "optax", "orbax"}, loaded
 
 
 @pytest.fixture
-def network(rng: np.random.Generator) -> tuple[MobileNet, dict[str, Any]]:
+def network(rng: np.random.Generator) -> tuple[WithQuantizedInputs, dict[str, Any]]:
     """A small MobileNet with 8-bit activations, of random parameters, statistics and ranges."""
-    model = MobileNet(
-        num_classes=5,
-        width=1 / 16,
-        stem=32,
-        quantize_input=QuantizedInputs(INPUTS, None),
-        cpu_convolutions=False,
-    )
+    plain = MobileNet(num_classes=5, width=1 / 16, stem=32, cpu_convolutions=False)
+    model = WithQuantizedInputs(plain, INPUTS)
     images = jax.ShapeDtypeStruct((1, *SHAPE), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     params = jax.tree.map(
@@ -70,7 +66,7 @@ def network(rng: np.random.Generator) -> tuple[MobileNet, dict[str, Any]]:
     return model, {"params": ab.quantize(params, RULES), **rest}
 
 
-def apply_to(model: MobileNet) -> Any:
+def apply_to(model: WithQuantizedInputs) -> Any:
     """From uint8 images, which are normalized inside."""
     return lambda variables, images: model.apply(
         variables, images.astype(jnp.float32) / 127.5 - 1, train=False
@@ -86,7 +82,7 @@ def integers_in(module: str) -> Iterator[bytes]:
             yield np.array(re.findall(r"-?\d+", value), np.int8).tobytes()
 
 
-def test_the_integers_inside_are_ours(network: tuple[MobileNet, dict[str, Any]]) -> None:
+def test_the_integers_inside_are_ours(network: tuple[WithQuantizedInputs, dict[str, Any]]) -> None:
     model, variables = network
     data = to_stablehlo(apply_to(model), variables, SHAPE, dtype=jnp.uint8)
     module = str(jax.export.deserialize(bytearray(data)).mlir_module())
@@ -102,7 +98,7 @@ def test_the_integers_inside_are_ours(network: tuple[MobileNet, dict[str, Any]])
 
 @pytest.mark.long
 def test_another_process_gets_the_same_logits_of_any_number_of_images(
-    network: tuple[MobileNet, dict[str, Any]], rng: np.random.Generator, tmp_path: Path
+    network: tuple[WithQuantizedInputs, dict[str, Any]], rng: np.random.Generator, tmp_path: Path
 ) -> None:
     model, variables = network
     apply = apply_to(model)
@@ -137,7 +133,9 @@ def test_activations_of_one_bit_take_any_number_of_images(rng: np.random.Generat
         assert np.median(np.abs(found - expected)) < 1e-5 * np.ptp(expected)
 
 
-def test_what_cannot_be_exported_is_refused(network: tuple[MobileNet, dict[str, Any]]) -> None:
+def test_what_cannot_be_exported_is_refused(
+    network: tuple[WithQuantizedInputs, dict[str, Any]],
+) -> None:
     model, variables = network
     with pytest.raises(ValueError, match=r"no quantized leaf.*ab\.quantize"):
         to_stablehlo(apply_to(model), ab.dequantize(variables), SHAPE)

@@ -208,7 +208,10 @@ def test_what_is_marked_is_an_input_and_is_not_listed_twice():
     np.testing.assert_array_equal(marked(params, X), unseen(params, X))
     # A product with an equation after all, as the same layer has on another backend.
     twice = lambda p, x: mark(x[:, :6], "w") @ p["w"]
-    assert listed(twice, params, X) == {"w": ("marked", None)}
+    assert listed(twice, params, X) == {"w": ("marked", (1,))}
+    (product,) = find_products(twice, params, X)
+    assert product.shapes == ((4, 6),), "the input, as it was marked"
+    assert product.followed_by.shapes == ((4, 6), (6, 2))
 
 
 def test_nothing_is_computed_to_find_products():

@@ -76,6 +76,7 @@ def test_values_and_ranges_are_those_of_numpy(rng, params):
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:.*goes with the next release:FutureWarning")
 def test_it_is_the_linen_layers_path_bit_for_bit_over_three_steps(rng, quantizer):
     model, x = Pictures(), jnp.asarray(rng.normal(size=(4, 8, 8, 3)), jnp.float32)
     rules = ActivationRules([(".*", quantizer)])

@@ -17,7 +17,6 @@ from jax.typing import ArrayLike
 
 import ab_jax as ab
 from ab_jax.data import Images
-from ab_jax.linen import InputQuantizer, keep_input
 from ab_jax.training.parallel import AXIS
 from ab_jax.training.train_step import Preprocessing
 
@@ -32,12 +31,10 @@ class TinyNet(nn.Module):
     norm: bool = True
     axis_name: str | None = AXIS
     batch_stats_momentum: float = 0.9
-    quantize_input: InputQuantizer = keep_input
 
     @nn.compact
     def __call__(self, images: Array, *, train: bool, alpha: ArrayLike = 1.0) -> Array:
-        x = self.quantize_input(self, "conv", images, alpha)
-        x = nn.Conv(self.features, (3, 3), use_bias=False, name="conv")(x)
+        x = nn.Conv(self.features, (3, 3), use_bias=False, name="conv")(images)
         if self.norm:
             x = nn.BatchNorm(
                 use_running_average=not train,
@@ -46,7 +43,7 @@ class TinyNet(nn.Module):
                 name="norm",
             )(x)
         x = nn.relu(x).reshape(x.shape[0], -1)
-        return nn.Dense(CLASSES, name="head")(self.quantize_input(self, "head", x, alpha))
+        return nn.Dense(CLASSES, name="head")(x)
 
 
 @pytest.fixture(scope="session", autouse=True)

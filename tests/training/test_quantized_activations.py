@@ -15,7 +15,8 @@ import pytest
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data import Images
-from ab_jax.linen import RANGES, ActivationRules, QuantizedInputs
+from ab_jax.linen import RANGES, Model, WithQuantizedInputs
+from ab_jax.products import ActivationRules
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.optimizers import make_optimizer
@@ -34,12 +35,12 @@ RULES = ActivationRules(
 
 
 @pytest.fixture(scope="module")
-def quantized(model: nn.Module) -> nn.Module:
-    return model.clone(quantize_input=QuantizedInputs(RULES, AXIS))
+def quantized(model: nn.Module) -> WithQuantizedInputs:
+    return WithQuantizedInputs(model, RULES, AXIS)
 
 
 def train(
-    model: nn.Module,
+    model: Model,
     parallel: Parallel,
     images: Images,
     batches: np.ndarray,
@@ -73,7 +74,7 @@ def batches(rng: np.random.Generator, images: Images) -> np.ndarray:
 @pytest.mark.long
 def test_all_devices_keep_the_ranges_of_the_whole_batch(
     devices: list[jax.Device],
-    quantized: nn.Module,
+    quantized: WithQuantizedInputs,
     images: Images,
     batches: np.ndarray,
     rules: ab.Rules,
@@ -88,8 +89,11 @@ def test_all_devices_keep_the_ranges_of_the_whole_batch(
             Parallel("shard_map", tuple(devices[:4])),
         )
     ]
-    ranges = [jax.tree.map(float, state.model_state[RANGES]) for state in states]
-    assert set(ranges[0]) == {"conv_input", "head_input"}
+    ranges = [
+        {layer: float(of["kernel"]) for layer, of in state.model_state[RANGES].items()}
+        for state in states
+    ]
+    assert set(ranges[0]) == {"conv", "head"}
     assert min(ranges[0].values()) > 0.1
     for other in ranges[1:]:
         assert other == pytest.approx(ranges[0], rel=1e-3)  # a bisection may end one step apart
@@ -100,13 +104,13 @@ def test_all_devices_keep_the_ranges_of_the_whole_batch(
         x = kept.normalize(kept.augment(key, jnp.asarray(images.images[indices]), positions))
         largest = float(jnp.abs(x).max())
         expected = largest if expected is None else 0.5 * expected + 0.5 * largest
-    assert ranges[0]["conv_input"] == pytest.approx(expected, rel=1e-5)
+    assert ranges[0]["conv"] == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_activations_follow_a_ramp_of_their_own(
     devices: list[jax.Device],
     model: nn.Module,
-    quantized: nn.Module,
+    quantized: WithQuantizedInputs,
     images: Images,
     batches: np.ndarray,
     rules: ab.Rules,
@@ -114,7 +118,7 @@ def test_the_activations_follow_a_ramp_of_their_own(
 ) -> None:
     parallel = Parallel("pmap", tuple(devices[:1]))
 
-    def params(model: nn.Module, activation_alpha: float) -> Any:
+    def params(model: Model, activation_alpha: float) -> Any:
         state = train(model, parallel, images, batches[:1], rules, preprocessing, activation_alpha)
         return jax.tree.leaves(state.params)
 
@@ -126,7 +130,7 @@ def test_the_activations_follow_a_ramp_of_their_own(
 
 def test_readings_leave_the_ranges_as_they_are(
     devices: list[jax.Device],
-    quantized: nn.Module,
+    quantized: WithQuantizedInputs,
     images: Images,
     batches: np.ndarray,
     rules: ab.Rules,
@@ -151,7 +155,8 @@ def test_readings_leave_the_ranges_as_they_are(
         ]
     )
     stats = {"batch_stats": state.model_state["batch_stats"]}
-    constant = quantized.clone(quantize_input=QuantizedInputs(fixed))
+    constant = dataclasses.replace(quantized, rules=fixed)
+    stats[RANGES] = state.model_state[RANGES]
     one = Evaluator(constant, preprocessing, parallel, BATCH)
     expected = one.read(state.params, stats, 1.0, one.place(images))
     got = evaluator.read(state.params, state.model_state, 1.0, placed)
@@ -162,7 +167,7 @@ def test_readings_leave_the_ranges_as_they_are(
 
 def test_a_step_counts_the_inputs_that_are_not_finite_and_keeps_their_range(
     devices: list[jax.Device],
-    quantized: nn.Module,
+    quantized: WithQuantizedInputs,
     images: Images,
     rules: ab.Rules,
     preprocessing: Preprocessing,
@@ -189,14 +194,14 @@ def test_a_step_counts_the_inputs_that_are_not_finite_and_keeps_their_range(
         assert int(metrics["not_finite_inputs"]) == count
         assert jax.tree.structure(after) == jax.tree.structure(start)
         ranges = after.model_state[RANGES]
-        assert float(ranges["conv_input"]) > 0
-        assert (float(ranges["head_input"]) > 0) == (count == 0)
+        assert float(ranges["conv"]["kernel"]) > 0
+        assert (float(ranges["head"]["kernel"]) > 0) == (count == 0)
 
 
 def test_a_network_starts_from_one_with_or_without_ranges(
-    rng: np.random.Generator, model: nn.Module, quantized: nn.Module, tmp_path: Path
+    rng: np.random.Generator, model: nn.Module, quantized: WithQuantizedInputs, tmp_path: Path
 ) -> None:
-    def used(model: nn.Module) -> TrainState:
+    def used(model: Model) -> TrainState:
         state = create_state(model, OPTIMIZER, SHAPE, seed=3)
         draw: Callable[[Any], Any] = lambda x: jnp.asarray(rng.random(x.shape), x.dtype)
         return dataclasses.replace(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ab_jax.activations import relu, relu6, sign
+from ab_jax.activations import TokenQuantizer, relu, relu6, sign
 from ab_jax.export.dictionaries import check_unboxed
 from ab_jax.export.graph.operations import (
     Add,
@@ -39,7 +39,15 @@ from ab_jax.export.graph.operations import (
     shape_of,
 )
 from ab_jax.input_ranges import checked_range
-from ab_jax.linen import RANGES, QuantizedInputs, keep_input
+from ab_jax.linen import (
+    RANGES,
+    ActivationRules,
+    Model,
+    QuantizedInputs,
+    WithQuantizedInputs,
+    keep_input,
+    module_of,
+)
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.convolution import Padding, lax_padding
 from ab_jax.models.mobilenet import MobileNet
@@ -47,12 +55,12 @@ from ab_jax.models.resnet import ResNet
 
 
 def describe(
-    model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+    model: Model, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
 ) -> Graph:
     """The model's inference as a graph.
 
     Args:
-      model: a `BinaryNet`, `MobileNet` or `ResNet`.
+      model: a `BinaryNet`, `MobileNet` or `ResNet`, or `WithQuantizedInputs` of one.
       variables: its collections; in `params` there is a `Quantized` for each leaf that has codes.
       image_shape: (height, width, channels).
 
@@ -61,15 +69,17 @@ def describe(
         shape that the model does not take, variables that are not its own or in boxes of Flax's, a
         range that is not finite, or a kernel with a scale for each bit (`LeastSquaresBinary`).
     """
-    network = _NETWORKS.get(type(model))
+    module = module_of(model)
+    network = _NETWORKS.get(type(module))
     if network is None:
         raise ValueError(
-            f"{type(model).__name__} is none of the models that can be described: "
+            f"{type(module).__name__} is none of the models that can be described: "
             f"{', '.join(kind.__name__ for kind in _NETWORKS)}."
         )
     check_unboxed(variables)
-    builder = _Builder(model, variables, image_shape)
-    network(builder, model)
+    rules = model.rules if isinstance(model, WithQuantizedInputs) else _rules_of_module(module)
+    builder = _Builder(module, rules, variables, image_shape)
+    network(builder, module)
     return Graph(tuple(builder.nodes), image_shape)
 
 
@@ -154,9 +164,14 @@ class _Builder:
     """The nodes so far, and the variables that further ones are made of. Values are numbered."""
 
     def __init__(
-        self, model: nn.Module, variables: Mapping[str, Any], image_shape: tuple[int, int, int]
+        self,
+        model: nn.Module,
+        rules: ActivationRules | None,
+        variables: Mapping[str, Any],
+        image_shape: tuple[int, int, int],
     ) -> None:
         self._model: Any = model
+        self._rules = rules
         self._variables = variables
         self._shapes: list[tuple[int, ...]] = [image_shape]
         self.nodes: list[Node] = []
@@ -227,17 +242,19 @@ class _Builder:
 
     def _quantized(self, path: str, x: int) -> int:
         """The value as the layer sees it."""
-        quantize = self._model.quantize_input
-        if quantize is keep_input:
-            return x
-        if not isinstance(quantize, QuantizedInputs):
-            raise ValueError(f"quantize_input is {quantize}, which cannot be described.")
-        quantizer = quantize.rules.of(path)
+        quantizer = None if self._rules is None else self._rules.of(path)
         if quantizer is None:
             return x
+        if isinstance(quantizer, TokenQuantizer):
+            raise ValueError(
+                f"The input of {path} has a scale for each image, which the formats for inference "
+                f"do not hold. Give it an ActivationQuantizer."
+            )
         limit = quantizer.limit
         if limit is None:
-            limit = checked_range(path, self._at(RANGES, f"{path}_input"))
+            by_hand = isinstance(self._model.quantize_input, QuantizedInputs)
+            name = f"{path}_input" if by_hand else f"{path}/kernel"
+            limit = checked_range(path, self._at(RANGES, name))
             if not limit > 0:  # never measured: the model leaves it alone, too
                 return x
         return self.add(f"{path}_input", Quantize(quantizer, limit), x)
@@ -257,6 +274,16 @@ class _Builder:
                 )
             branch = branch[key]
         return branch
+
+
+def _rules_of_module(module: Any) -> ActivationRules | None:
+    """Those of a model that calls its `quantize_input`, as until version 0.2; None: it has none."""
+    quantize = module.quantize_input
+    if quantize is keep_input:
+        return None
+    if not isinstance(quantize, QuantizedInputs):
+        raise ValueError(f"quantize_input is {quantize}, which cannot be described.")
+    return quantize.rules
 
 
 _ACTIVATIONS: dict[Callable[..., Any], Operation] = {

@@ -131,7 +131,7 @@ def input_codes(
     """The codes of the layers' inputs, with the ranges that the variables hold.
 
     Args:
-      variables: with the collection `RANGES`, of our models or of `quantized_inputs`.
+      variables: with the collection `RANGES` of `ab_jax.linen.WithQuantizedInputs`.
       rules: of the activations.
       layers: paths of the layers, as `ab_jax.linen.layer_paths` lists them.
 
@@ -238,9 +238,13 @@ def _tuples(codes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _range(ranges: Mapping[str, Any], path: str) -> float | list[float]:
-    """The range of a layer's input, which our models keep beside the layer, others inside it."""
+    """The range of a layer's input; until version 0.2 it had other names."""
     *parents, layer = path.split("/")
-    for keys in ([*parents, f"{layer}_input"], [*parents, layer, "input"]):
+    for keys in (
+        [*parents, layer, "kernel"],
+        [*parents, f"{layer}_input"],
+        [*parents, layer, "input"],
+    ):
         found: Any = ranges
         for key in keys:
             found = found.get(key) if isinstance(found, Mapping) else None

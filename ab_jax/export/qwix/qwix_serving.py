@@ -1,7 +1,7 @@
 """Serving by Qwix: a Linen model whose layers compute with our codes, by Qwix's kernels.
 
     variables = to_qwix({"params": quantize(params, rules), **state})
-    inputs = input_codes(variables, activation_rules, layer_paths(model, images, train=False))
+    inputs = input_codes(variables, input_rules, layer_paths(model, images, train=False))
     served, variables = serve(model, variables, images, inputs=inputs, train=False)
     logits = served.apply(variables, images, train=False)
 
@@ -16,8 +16,8 @@ Inputs of 8 bits without sign are stored less 128, since a convolution takes int
 then subtracts the convolution of that zero point: a second one. Inputs with a sign, or of 7 bits
 and less, need none.
 
-The model keeps quantizing its inputs itself, by `quantize_input` or within `quantized_inputs`: that
-clips them to the range. Qwix then finds the very same codes.
+Static ranges of Qwix do not clip: an input is rounded to the values of its codes before its layer,
+and Qwix then finds the very same codes.
 """
 
 import dataclasses
@@ -32,6 +32,7 @@ import qwix
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ab_jax.export.qwix.qwix_arrays import InputCodes
+from ab_jax.linen import RANGES, Model, module_of
 
 _CONVOLUTIONS = (nn.Conv,)
 _PRODUCTS = (nn.Dense, nn.DenseGeneral)
@@ -39,18 +40,18 @@ _LOWEST = -128  # of int8
 
 
 def serve(
-    model: nn.Module,
+    model: Model,
     variables: Mapping[str, Any],
     *args: Any,
     inputs: Mapping[str, InputCodes] | None = None,
     **kwargs: Any,
-) -> tuple[nn.Module, dict[str, Any]]:
+) -> tuple["ServedModel", dict[str, Any]]:
     """The model in Qwix's PTQ mode, and its variables as it then takes them.
 
     Args:
-      model: a Linen module whose Dense, DenseGeneral and Conv layers compute by
-        `jax.lax.dot_general` and `jax.lax.conv_general_dilated` (so ours are made with
-        `cpu_convolutions=False`).
+      model: a Linen module, or `WithQuantizedInputs` of one, whose Dense, DenseGeneral
+        and Conv layers compute by `jax.lax.dot_general` and `jax.lax.conv_general_dilated` (so ours
+        are made with `cpu_convolutions=False`).
       variables: of the model, with `qwix.QArray` where a kernel is quantized.
       *args, **kwargs: of its `__call__`; arrays may be `jax.ShapeDtypeStruct`. Nothing is computed.
       inputs: the codes of the layers' inputs by path; other layers' inputs stay in float.
@@ -63,7 +64,9 @@ def serve(
         (`nn.RNN`); names the parameter and the fix.
     """
     inputs = dict(inputs or {})
+    model = module_of(model)
     variables = nn.unbox(dict(variables))  # what says where arrays lie is no part of them
+    variables = {name: x for name, x in variables.items() if name != RANGES}
     params = flatten_dict(dict(variables["params"]))
     layers = _layers(model, args, kwargs)
     kernels = {keys[:-1]: (keys[-1], leaf) for keys, leaf in params.items() if _is_qarray(leaf)}
@@ -111,7 +114,42 @@ def serve(
         else:
             raise ValueError(f"The variables lack the parameter {'/'.join(keys)} of the model.")
     served = qwix.quantize_model(model, _Provider(rules(None)))
-    return served, {**variables, "params": unflatten_dict(filled)}
+    return ServedModel(served, inputs), {**variables, "params": unflatten_dict(filled)}
+
+
+@dataclasses.dataclass(frozen=True)
+class ServedModel:
+    """A model in Qwix's PTQ mode.
+
+    Attributes:
+      model: as Qwix makes it.
+      inputs: the codes of the layers' inputs by path.
+    """
+
+    model: nn.Module
+    inputs: Mapping[str, InputCodes]
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """What the model gives; the arguments are those of `flax.linen.Module.apply`."""
+        with nn.intercept_methods(self._to_codes):
+            return self.model.apply(variables, *args, **kwargs)
+
+    def _to_codes(self, call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        """Calls a layer with the values of the codes of its input."""
+        module = context.module
+        is_layer = isinstance(module, (*_CONVOLUTIONS, *_PRODUCTS))
+        codes = self.inputs.get("/".join(module.path))
+        if context.method_name != "__call__" or not is_layer or codes is None:
+            return call(*args, **kwargs)
+        x, *rest = args or (kwargs.pop("inputs"),)
+        limits = jnp.atleast_1d(jnp.asarray(codes.limit, jnp.float32))
+        limit = limits[0]
+        if limits.size > 1:  # of a stack that of the layer whose turn it is, known by its scale
+            own = module.variables["params"]
+            (scale,) = [own[name].array for name in own if name.endswith("_lhs_scale")]
+            scale = scale.reshape(())
+            limit = limits[jnp.argmin(jnp.abs(codes.quantizer.scale(limits) - scale))]
+        return call(codes.quantizer(x, limit, 1.0), *rest, **kwargs)
 
 
 class _Provider(qwix.PtqProvider):

@@ -5,7 +5,7 @@ import optax
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.linen import ActivationRules, quantized_inputs
+from ab_jax.linen import ActivationRules, WithQuantizedInputs
 
 
 class Net(nn.Module):
@@ -17,19 +17,19 @@ class Net(nn.Module):
         return nn.Dense(10, use_bias=False)(x.mean((1, 2)))
 
 
-model = Net()
 rules = ab.Rules([(r".*kernel", ab.Uniform(bits=8, scale="absmax")), (r".*", None)])
 inputs = ActivationRules([(r".*", ActivationQuantizer(bits=8, signed=True))])
 alpha = ab.cubic_ramp(start=0, stop=900)
+model = WithQuantizedInputs(Net(), inputs)
 
 
 def init(key, images):
-    with quantized_inputs(inputs, 0.0):
-        return model.init(key, images, train=True)
+    return model.init(key, images, train=True)
 
 
 def loss_fn(params, state, images, labels, step):
     variables = {"params": ab.blend(params, rules, alpha(step)), **state}
-    with quantized_inputs(inputs, alpha(step)):
-        logits, state = model.apply(variables, images, train=True, mutable=list(state))
+    logits, state = model.apply(
+        variables, images, train=True, alpha=alpha(step), mutable=list(state)
+    )
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean(), state
