@@ -171,7 +171,8 @@ class Checkpoints:
             check_same_shapes(self._directory, there, here)
         targets = {item: where_to(tree) for item, tree in wanted.items()}
         targets["network"] = with_ranges_of(stored["network"], targets["network"])
-        restored = to_own(self._restore(path, **targets))
+        found = self._restore(path, **targets)
+        restored = {item: to_own(found[item]) for item in targets}
         if int(step := restored["rest"]["step"]) != int(path.name):  # of older ones
             raise ValueError(f"{path} is the checkpoint of step {step}. Give it that name.")
         restored["network"] = with_todays_ranges(restored["network"], wanted["network"])

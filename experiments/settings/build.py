@@ -136,6 +136,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         axis_index_groups=parallel.norm_groups,
     )
     check_network(c.network, module_of(model), dataset.image_shape)
+    _check_inputs(c, model, dataset.image_shape)
     alpha, of_activations = _alphas(c, model, dataset.image_shape, rules, steps)
     return Training(
         model=model,
@@ -175,6 +176,24 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         watch=c.watch,
         profile=c.profile,
     )
+
+
+def _check_inputs(config: Config, model: Model, image_shape: tuple[int, int, int]) -> None:
+    """Whether the rules of quantized inputs, if there are any, fit the network.
+
+    Raises:
+      FlagError: they do not.
+    """
+    if not isinstance(model, WithQuantizedInputs):
+        return
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+    try:
+        jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
+    except ValueError as error:
+        raise FlagError(
+            f"--act_bits={config.act_bits} does not fit --network={config.network}: {error} The "
+            f"first and the last layer are called as an experiments.settings.networks.Network says."
+        ) from error
 
 
 def _alphas(

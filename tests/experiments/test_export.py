@@ -23,7 +23,7 @@ from ab_jax.data import load
 from ab_jax.data.load import facts
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.export.qwix import InputCodes, read_qwix, serve, to_qwix
-from ab_jax.linen import RANGES, WithQuantizedInputs
+from ab_jax.linen import RANGES, WithQuantizedInputs, module_of
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.training.checkpoint import Checkpoints
@@ -184,6 +184,25 @@ def test_a_mobilenet_comes_back_with_its_ranges(
     assert "bits=4" in described["activation_rules"][2][1]
 
 
+@pytest.mark.long
+def test_a_file_of_older_code_is_read_with_its_ranges(
+    mobilenet_run: Run, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    """They had the names of layers, and no fixed ranges among them."""
+    network = read_run(mobilenet_run.path)
+    ranges = dict(network.variables[RANGES])
+    old = {f"{name}_input": ranges.pop(name)["kernel"] for name in ("stem", "head")}
+    for block, layers in ranges.items():
+        old[block] = {f"{layer}_input": found["kernel"] for layer, found in layers.items()}
+    packed = dataclasses.replace(network, variables={**network.variables, RANGES: old})
+    export.packed(packed, tmp_path / "old")
+    export.packed(network, tmp_path / "new")
+    (model, one), (_, other) = (load_packed(tmp_path / name) for name in ("old", "new"))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+    images = rng.normal(size=(2, 8, 8, 3)).astype(np.float32)
+    assert np.all(np.isfinite(apply(model, one, images)))
+
+
 @pytest.mark.parametrize(
     "name", ["binarynet_run", pytest.param("mobilenet_run", marks=pytest.mark.long)]
 )
@@ -306,6 +325,8 @@ def test_every_network_is_rebuilt_from_its_flags() -> None:
         config = dataclasses.replace(defaults, network=name)
         description = {"experiment": "any", "config": recorded(config), "classes": 7}
         model, rules, inputs = rebuilt({**description, "image_shape": [64, 64, 3]})
+        assert isinstance(model, WithQuantizedInputs) == (inputs is not None)
+        model = module_of(model)
         assert model.num_classes == 7
         assert rules == weight_rules(config)
         assert (inputs is None) == (name in of_cifar)

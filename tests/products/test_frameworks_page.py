@@ -98,6 +98,15 @@ def test_a_line_makes_a_function_of_each_framework(names, framework):
     assert np.any(at_1 != at_0)
 
 
+def test_a_linen_module_is_called_as_before(names):
+    params = names["variables"]["params"]
+    limits = names["state"]["activation_ranges"]
+    np.testing.assert_allclose(limits["stem"]["kernel"], np.abs(IMAGES).max())
+    plain = names["linen_model"].apply({"params": params}, IMAGES)
+    np.testing.assert_allclose(names["outputs"], plain, atol=0.05 * np.abs(plain).max())
+    assert np.any(names["outputs"] != plain)
+
+
 def test_the_nnx_step_moves_the_model_its_statistics_and_the_ranges(names):
     before, after = names["before"], nnx.to_pure_dict(nnx.state(names["model"]))
     for path in (("stem", "kernel"), ("norm", "mean")):

@@ -16,13 +16,14 @@ import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.data import Images
 from ab_jax.linen import RANGES, Model, WithQuantizedInputs
-from ab_jax.products import ActivationRules
+from ab_jax.products import ActivationRules, CutOffWarning
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import AXIS, Parallel
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.train_step import Preprocessing, make_train_step
+from ab_jax.training.watching import warn_of_cut_off
 
 BATCH, SHAPE = 16, (4, 4, 1)
 OPTIMIZER = make_optimizer("sgd", optax.constant_schedule(0.1))
@@ -192,6 +193,8 @@ def test_a_step_counts_the_inputs_that_are_not_finite_and_keeps_their_range(
         after, metrics = compiled(parallel.replicate(state), *placed, indices, indices)
         after, metrics = parallel.unreplicate((after, metrics))
         assert int(metrics["not_finite_inputs"]) == count
+        assert metrics["cut_off"].shape == (2,)
+        assert np.all(metrics["cut_off"] == 0), "the head follows a ReLU"
         assert jax.tree.structure(after) == jax.tree.structure(start)
         ranges = after.model_state[RANGES]
         assert float(ranges["conv"]["kernel"]) > 0
@@ -225,3 +228,33 @@ def test_a_network_starts_from_one_with_or_without_ranges(
                 both = stored[source] if source == "quantized" else like
                 expected[RANGES] = both.model_state[RANGES]
             jax.tree.map(np.testing.assert_array_equal, got.model_state, expected)
+
+
+def test_a_run_of_older_code_goes_on_with_its_ranges(
+    rng: np.random.Generator, quantized: WithQuantizedInputs, tmp_path: Path
+) -> None:
+    """Its checkpoints name a range by the layer, and hold none that are fixed."""
+    fixed = ActivationQuantizer(bits=8, limit=6.0, signed=False)
+    model = dataclasses.replace(quantized, rules=ActivationRules([RULES.rules[0], ("head", fixed)]))
+    like = create_state(model, OPTIMIZER, SHAPE, seed=3)
+    limit = jnp.float32(rng.uniform(1, 2))
+    old = dataclasses.replace(
+        like,
+        params=jax.tree.map(lambda x: x + 1, like.params),
+        model_state={**like.model_state, RANGES: {"conv_input": limit}},
+    )
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(old)
+    wanted = {"conv": {"kernel": limit}, "head": {"kernel": jnp.float32(6)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        for restored in (checkpoints.restore(like), checkpoints.restore_network(like)):
+            assert restored.model_state[RANGES] == wanted
+            jax.tree.map(np.testing.assert_array_equal, restored.params, old.params)
+            assert jax.tree.structure(restored) == jax.tree.structure(like)
+
+
+def test_a_run_names_what_its_unsigned_ranges_cut_off(rng: np.random.Generator) -> None:
+    ranges = {"block10": {"a": {"kernel": 0}}, "block2": {"b#1": {"kernel": 0}, "b": {"kernel": 0}}}
+    warn_of_cut_off(ranges, jnp.asarray([0.0, 0.0005, 0.0]))
+    with pytest.warns(CutOffWarning, match=r"block2/b#1/kernel cuts off 25\.0%.*signed=True"):
+        warn_of_cut_off(ranges, jnp.asarray([0.0, 0.0, 0.25]))

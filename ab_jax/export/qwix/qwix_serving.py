@@ -117,7 +117,7 @@ def serve(
     return ServedModel(served, inputs), {**variables, "params": unflatten_dict(filled)}
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # known by itself, for `jax.jit`
 class ServedModel:
     """A model in Qwix's PTQ mode.
 
