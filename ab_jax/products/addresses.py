@@ -35,7 +35,7 @@ class Found:
       origins: of its operands.
       key: of the equation.
       scans: around it, the outermost first, with their lengths.
-      mesh_axes, opaque: see `Product`.
+      mesh_axes, apart, opaque: see `Product`.
       line: file and line of the model.
     """
 
@@ -44,6 +44,7 @@ class Found:
     key: Key
     scans: tuple[tuple[Key, int], ...]
     mesh_axes: tuple[str, ...]
+    apart: frozenset[str]
     opaque: str | None
     line: str
 
@@ -147,6 +148,8 @@ def _unnamed(found: Found, shapes: Mapping[str, tuple[int, ...]], layers: set[Ke
         where=found.line,
         opaque=found.opaque,
         mesh_axes=found.mesh_axes,
+        varies=tuple(origin.varies for origin in origins),
+        apart=found.apart,
         operands=LEFT_RIGHT,
         params=equation.params,
         key=found.key,

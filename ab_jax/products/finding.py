@@ -24,6 +24,7 @@ from ab_jax.products.origins import (
     of_parameter,
     sliced,
     stacked,
+    varying,
 )
 from ab_jax.products.product import Product
 from ab_jax.rules import leaves_by_path
@@ -39,6 +40,19 @@ _CUSTOM = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Parting:
+    """A `cond` or a `while` through which devices may go differently.
+
+    Attributes:
+      axes: those along which devices may part there.
+      before: those along which they may have done so before, further out.
+    """
+
+    axes: frozenset[str]
+    before: frozenset[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class Traced:
     """A function as a jaxpr, and what was found in it.
 
@@ -47,12 +61,14 @@ class Traced:
       structure: of what the function returns.
       products: all there are, in the order of the program.
       lookups: parameters of which the inputs pick entries, by path; where.
+      partings: what devices do at each `cond` and `while`, by the keys of these.
     """
 
     jaxpr: Any
     structure: Any
     products: tuple[Product, ...]
     lookups: Mapping[str, str]
+    partings: Mapping[Key, Parting]
 
 
 def find_products(f: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Product, ...]:
@@ -80,7 +96,7 @@ def traced(f: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     origins = [of_parameter(path, jnp.ndim(leaf)) for path, leaf in leaves]
     walk.body(jaxpr, [*origins, *[INPUT] * (len(jaxpr.in_avals) - len(leaves))], ())
     products = named(walk.found, {path: jnp.shape(leaf) for path, leaf in leaves})
-    return Traced(jaxpr, jax.tree.structure(shape), products, walk.lookups)
+    return Traced(jaxpr, jax.tree.structure(shape), products, walk.lookups, walk.partings)
 
 
 def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
@@ -110,14 +126,16 @@ class _Walk:
     """Gathers products on the way through a jaxpr.
 
     Where an equation stands is told by a key, the scans, the mesh axes and the opaque body around
-    it.
+    it, and the axes along which devices may not all come by.
     """
 
     def __init__(self) -> None:
         self.found: dict[Key, Found] = {}
         self.lookups: dict[str, str] = {}
+        self.partings: dict[Key, Parting] = {}
         self.scans: tuple[tuple[Key, int], ...] = ()
         self.mesh_axes: tuple[str, ...] = ()
+        self.apart: frozenset[str] = frozenset()
         self.opaque: str | None = None
         self.line = ""
 
@@ -143,8 +161,7 @@ class _Walk:
         if name in CALLS:
             return self.call(equation, origins, key)
         if name == "shard_map":
-            around = {"mesh_axes": (*self.mesh_axes, *mesh_axes(params))}
-            return self.within(equation, origins, key, **around)
+            return self.sharded(equation, origins, key)
         if name == "cond":
             return self.branches(equation, origins, key)
         if name == "scan":
@@ -186,12 +203,29 @@ class _Walk:
         vars(self).update(outer)
         return results
 
+    def sharded(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
+        axes = mesh_axes(equation.params)
+        parts = [
+            dataclasses.replace(origin, varies=origin.varies | _names(spec))
+            for origin, spec in zip(origins, equation.params["in_specs"], strict=True)
+        ]
+        results = self.within(equation, parts, key, mesh_axes=(*self.mesh_axes, *axes))
+        return [dataclasses.replace(r, varies=r.varies.difference(axes)) for r in results]
+
+    def parting(self, key: Key, decided_by: Origin) -> frozenset[str]:
+        """The axes along which devices may not all come by the body of a `cond` or `while`."""
+        self.partings[key] = Parting(decided_by.varies - self.apart, self.apart)
+        return self.apart | decided_by.varies
+
     def branches(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
         chosen_by, *operands = origins
+        outer, self.apart = self.apart, self.parting(key, chosen_by)
         branches = equation.params["branches"]
         results = [self.body(branch, operands, (*key, k)) for k, branch in enumerate(branches)]
+        self.apart = outer
         by_data = [INPUT] if chosen_by.data else []
-        return [joined([*of_branches, *by_data]) for of_branches in zip(*results, strict=True)]
+        joint = [joined([*of_branches, *by_data]) for of_branches in zip(*results, strict=True)]
+        return [_varying_too(origin, chosen_by) for origin in joint]
 
     def scan(self, params: Mapping[str, Any], origins: list[Origin], key: Key) -> list[Origin]:
         first, last = carried(params)
@@ -207,14 +241,23 @@ class _Walk:
     def loop(self, params: Mapping[str, Any], origins: list[Origin], key: Key) -> list[Origin]:
         of_test = params["cond_nconsts"]
         first = of_test + params["body_nconsts"]
-        carry, _ = self.settled(
-            lambda carry: self.body(params["body_jaxpr"], [*origins[of_test:first], *carry], key),
-            origins[first:],
-        )
+        outer = self.apart
+
+        def once(carry: list[Origin]) -> list[Origin]:
+            test = self.test(params["cond_jaxpr"], [*origins[:of_test], *carry], (*key, -1))
+            self.apart = self.parting(key, test)
+            results = self.body(params["body_jaxpr"], [*origins[of_test:first], *carry], key)
+            self.apart = outer
+            return [_varying_too(result, test) for result in results]
+
+        return self.settled(once, origins[first:])[0]
+
+    def test(self, jaxpr: Any, origins: list[Origin], key: Key) -> Origin:
+        """Of what says whether a loop goes on. Products in there cannot be changed."""
         outer, self.opaque = self.opaque, self.opaque or "while"
-        self.body(params["cond_jaxpr"], [*origins[:of_test], *carry], (*key, -1))
+        (result,) = self.body(jaxpr, origins, key)
         self.opaque = outer
-        return carry
+        return result
 
     def settled(
         self, body: Callable[[list[Origin]], list[Origin]], carry: list[Origin]
@@ -231,17 +274,29 @@ class _Walk:
         """Of a product or a mark: kept, by its key."""
         line = self.line or model_line(equation)
         self.found[key] = Found(
-            equation, tuple(origins), key, self.scans, self.mesh_axes, self.opaque, line
+            equation, tuple(origins), key, self.scans, self.mesh_axes, self.apart, self.opaque, line
         )
         if not any(origin.data for origin in origins):
             return self.plain(equation, origins)
-        return [Origin(data=True, above=frozenset({key}))] * len(equation.outvars)
+        result = Origin(data=True, above=frozenset({key}), varies=varying(origins))
+        return [result] * len(equation.outvars)
 
     def note_lookup(self, equation: Any, origins: list[Origin]) -> None:
         picked, *indices = origins
         if not picked.data and any(origin.data for origin in indices):
             for path in picked.leaves:
                 self.lookups.setdefault(path, self.line or model_line(equation))
+
+
+def _varying_too(origin: Origin, decided_by: Origin) -> Origin:
+    """The origin of what a `cond` or a `while` gives, which is decided by that."""
+    return dataclasses.replace(origin, varies=origin.varies | decided_by.varies)
+
+
+def _names(spec: Any) -> frozenset[str]:
+    """The axes of a mesh over which a `PartitionSpec` spreads."""
+    parts = [(part,) if isinstance(part, str) else part for part in spec if part is not None]
+    return frozenset(name for part in parts for name in part)
 
 
 def _floating(aval: Any) -> bool:

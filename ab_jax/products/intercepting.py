@@ -19,12 +19,13 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from ab_jax.products.finding import called, carried, mesh_axes, opened, traced
+from ab_jax.products.finding import Parting, called, carried, mesh_axes, opened, traced
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
 
 State = dict[str, Any]
 Handler = Callable[[Product, int, Any, Any], tuple[Any, Any]]
+Gate = Callable[[str, Any, Parting], Any]
 
 
 def intercept(
@@ -32,6 +33,8 @@ def intercept(
     handler: Handler,
     *,
     chosen: Callable[[Sequence[Product]], Iterable[Product]] | None = None,
+    parted: Gate = lambda address, entry, parting: entry,
+    met: Gate = lambda address, entry, parting: entry,
 ) -> Callable[..., tuple[Any, State]]:
     """`f` with what a handler makes of the operands of its products.
 
@@ -42,6 +45,10 @@ def intercept(
         shape and dtype and the new entry, or None for no entry.
       chosen: of all products those that the handler shall see; None: all but constants and
         parameters among themselves.
+      parted, met: `(address, entry, parting) -> entry`, before and after a `cond` or a `while`
+        through which devices may go differently along the axes of the `finding.Parting`. In there
+        a handler may not gather what devices along these axes saw (`Product.apart` has them), or
+        the program never ends; `met` may.
 
     Returns:
       `(state, params, *inputs) -> (outputs, state)`. Entries that no product has stay as they are.
@@ -54,7 +61,8 @@ def intercept(
         wanted = (
             [p for p in products if p.inputs or p.opaque] if chosen is None else chosen(products)
         )
-        evaluation = _Evaluation({product.key: product for product in wanted}, handler)
+        by_key = {product.key: product for product in wanted}
+        evaluation = _Evaluation(by_key, handler, function.partings, (parted, met))
         leaves = jax.tree.leaves((params, *inputs))
         results, state = evaluation.body(function.jaxpr, leaves, dict(state), ())
         return jax.tree.unflatten(function.structure, results), state
@@ -78,12 +86,20 @@ def refuse_opaque(product: Product) -> None:
 class _Evaluation:
     """Evaluates jaxprs; what holds none of the products goes by JAX's own evaluator."""
 
-    def __init__(self, products: Mapping[Key, Product], handler: Handler) -> None:
+    def __init__(
+        self,
+        products: Mapping[Key, Product],
+        handler: Handler,
+        partings: Mapping[Key, Parting],
+        gates: tuple[Gate, Gate],
+    ) -> None:
         for product in products.values():
             if product.opaque is not None:
                 refuse_opaque(product)
         self.products = products
         self.handler = handler
+        self.partings = partings
+        self.parted, self.met = gates
 
     def inside(self, key: Key) -> list[Product]:
         """The products in the body of an equation, or at it."""
@@ -135,8 +151,14 @@ class _Evaluation:
                 way = self.loop
             case _:
                 way = self.call
+        parting = self.partings.get(key)
+        if parting is None or not parting.axes:
+            results, mine = way(params, values, mine, key)
+            return results, {**state, **mine}
+        mine = {address: self.parted(address, entry, parting) for address, entry in mine.items()}
         results, mine = way(params, values, mine, key)
-        return results, {**state, **mine}
+        joint = {address: self.met(address, entry, parting) for address, entry in mine.items()}
+        return results, {**state, **joint}
 
     def product(
         self, jaxpr: Any, equation: Any, values: list[Any], state: State, product: Product

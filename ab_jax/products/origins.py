@@ -24,6 +24,13 @@ _LAYOUT = {
     *("copy", "copy_p", "expand_dims", "sharding_constraint", "reshard", "reduce_precision"),
     *("optimization_barrier", "name"),
 }
+#: Stands for the axes that the function itself is mapped over, as by `jax.pmap` around it.
+AROUND = ""
+# Collectives whose results are the same on all devices of their axes.
+_SAME_AFTER = {
+    *("psum", "psum2", "psum_invariant", "pmax", "pmin"),
+    *("all_gather", "all_gather_invariant"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Origin:
         the weights of experts.
       above: the nearest products before it.
       scans: the scans that hand it out slice by slice, where it depends on parameters alone.
+      varies: the axes of meshes along which devices may have different ones, and `AROUND`.
     """
 
     data: bool = False
@@ -45,15 +53,17 @@ class Origin:
     looked_up: bool = False
     above: frozenset[Key] = frozenset()
     scans: frozenset[Key] = frozenset()
+    varies: frozenset[str] = frozenset()
 
 
 NOWHERE = Origin()  # of constants
-INPUT = Origin(data=True)
+INPUT = Origin(data=True, varies=frozenset({AROUND}))
 
 
 def of_parameter(path: str, axes: int) -> Origin:
     """The origin of a parameter with so many axes."""
-    return Origin(leaves={path: tuple(frozenset({i}) for i in range(axes))})
+    own = {path: tuple(frozenset({i}) for i in range(axes))}
+    return Origin(leaves=own, varies=frozenset({AROUND}))
 
 
 def joined(origins: Iterable[Origin]) -> Origin:
@@ -75,7 +85,13 @@ def joined(origins: Iterable[Origin]) -> Origin:
         looked_up=looked_up,
         above=frozenset().union(*(origin.above for origin in known)),
         scans=frozenset().union(*(origin.scans for origin in known)),
+        varies=varying(known),
     )
+
+
+def varying(origins: Iterable[Origin]) -> frozenset[str]:
+    """The axes along which devices may have different ones of any of these."""
+    return frozenset[str]().union(*(origin.varies for origin in origins))
 
 
 def sliced(origin: Origin, scan: Key) -> Origin:
@@ -107,6 +123,7 @@ def derived(
       results: the shapes of its results.
     """
     found = joined(_moved(primitive, params, s, o) for s, o in zip(shapes, origins, strict=True))
+    found = dataclasses.replace(found, varies=_after(primitive, params, found.varies))
     touched = [origin for origin in origins if origin != NOWHERE]
     if found.data:
         looked_up, leaves = False, {}
@@ -125,6 +142,17 @@ def derived(
         )
         for shape in results
     ]
+
+
+def _after(primitive: str, params: Mapping[str, Any], varies: frozenset[str]) -> frozenset[str]:
+    """The axes along which the results of an equation vary, whose operands vary along these."""
+    if primitive not in _SAME_AFTER and primitive != "axis_index":
+        return varies
+    named = params["axes"] if "axes" in params else params["axis_name"]
+    names = named if isinstance(named, tuple) else (named,)
+    if primitive == "axis_index":
+        return varies.union(names)
+    return varies.difference(names) if params.get("axis_index_groups") is None else varies
 
 
 def _united(one: Axes, other: Axes) -> Axes:

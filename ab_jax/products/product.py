@@ -32,6 +32,10 @@ class Product:
       where: file and line of the model, not of its framework; empty if unknown.
       opaque: the primitive in whose body it lies, where operands cannot be replaced.
       mesh_axes: those of the `shard_map`s around it.
+      varies: for each operand, the axes along which devices may have different ones: of these, and
+        "", which stands for those that the function itself is mapped over, as by `jax.pmap`.
+      apart: the axes along which devices may not all come by, since it lies in a `cond` or `while`
+        that is decided by what varies along them. No collective over them may stand there.
       operands: names of its operands: of two activations the layers they come from (`query` and
         `key`), if those differ; else `left` and `right`.
       params: of the equation, such as its dimension numbers.
@@ -53,6 +57,8 @@ class Product:
     where: str
     opaque: str | None
     mesh_axes: tuple[str, ...]
+    varies: tuple[frozenset[str], ...]
+    apart: frozenset[str]
     operands: tuple[str, ...]
     params: Mapping[str, Any] = dataclasses.field(repr=False)
     key: Key = dataclasses.field(repr=False)

@@ -37,9 +37,10 @@ from jax.typing import ArrayLike
 
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.blend import check_alpha
-from ab_jax.products.finding import find_products
+from ab_jax.products.finding import Parting, find_products
 from ab_jax.products.input_rules import ActivationRules, addresses_with_rules
 from ab_jax.products.intercepting import intercept, refuse_opaque
+from ab_jax.products.origins import AROUND
 from ab_jax.products.product import Product
 from ab_jax.products.ranges import InPass, Range
 
@@ -72,6 +73,12 @@ def quantize_inputs(
       measured is left as it is. It raises a ValueError: rules that do not fit the products (see
       `Rules.assign`); a product that a rule quantizes, but whose operands cannot be replaced;
       ranges of other products; an alpha outside [0, 1].
+
+      On several devices a range is that of all, within `jax.shard_map` too, and what is quantized
+      is quantized by it. In a `cond` or `while` through which they may go differently they first
+      measure each for itself, while their inputs are quantized by the range from before, and meet
+      after it: in the largest maximum, or the mean percentile of those that came by, the largest
+      `cut` of one of them and the most of `not_finite`.
     """
 
     def quantized(
@@ -83,6 +90,21 @@ def quantize_inputs(
     ) -> tuple[Any, Ranges]:
         check_alpha(alpha, " of the inputs")
         by_input: dict[str, Any] = {}
+
+        def along(axes: frozenset[str]) -> tuple[str, ...]:
+            names = {axis_name if name == AROUND else name for name in axes}
+            return tuple(sorted(name for name in names if name))
+
+        def parted(address: str, found: InPass, parting: Parting) -> InPass:
+            axes = along(parting.axes)
+            return found.parted(axes) if measure and axes else found
+
+        def met(address: str, found: InPass, parting: Parting) -> InPass:
+            axes, quantizer = along(parting.axes), by_input[address]
+            if not (measure and axes):
+                return found
+            found = found.met(axes, is_mean=quantizer.percentile is not None)
+            return found if along(parting.before) else found.ranged(quantizer.momentum)
 
         def chosen(products: Sequence[Product]) -> list[Product]:
             listed = _addressed(products, one_range_a_weight)
@@ -98,12 +120,16 @@ def quantize_inputs(
                 return quantizer(x, product.contracted[side], alpha), None
             if measure:
                 axes = (*([axis_name] if axis_name else []), *product.mesh_axes)
-                found = _measured(quantizer, x, found, axes)
+                apart = along(product.apart)
+                after = _measured(quantizer, x, found, tuple(a for a in axes if a not in apart))
+                # Devices that went ways of their own share the range from before.
+                found = after._replace(limit=found.limit) if apart else after
             limit = found.limit if quantizer.limit is None else quantizer.limit
             return quantizer(x, limit, alpha), found
 
         state = {address: InPass.of(found.limit) for address, found in ranges.items()}
-        outputs, state = intercept(f, handler, chosen=chosen)(state, params, *inputs)
+        evaluated = intercept(f, handler, chosen=chosen, parted=parted, met=met)
+        outputs, state = evaluated(state, params, *inputs)
         if not measure:
             return outputs, dict(ranges)
         return outputs, {path: state[path].ended(found) for path, found in ranges.items()}

@@ -67,16 +67,44 @@ class InPass(NamedTuple):
         """After one more."""
         finite = jnp.isfinite(measured)
         largest = jnp.where(finite, jnp.maximum(self.largest, measured), self.largest)
+        cut = jnp.maximum(self.cut, jnp.where(finite, cut, 0))
+        count = self.not_finite + (~finite).astype(jnp.int32)
+        return InPass(self.start, largest, self._asked(largest, momentum), cut, count)
+
+    def _asked(self, largest: Array, momentum: float) -> Array:
+        """The range that follows from the largest measurement."""
         # Selected before the sum, not after it, which would let XLA round it otherwise: a run that
         # is resumed shall be the same bit for bit. Without a measurement 1 and 0 keep the start.
         none = largest < 0
         kept, added = jnp.where(none, 1.0, momentum), jnp.where(none, 0.0, 1 - momentum)
         asked = jnp.where(none, self.start, largest)
         moved = kept * self.start + added * asked
-        limit = jnp.where(self.start > 0, moved, asked)
-        cut = jnp.maximum(self.cut, jnp.where(finite, cut, 0))
-        count = self.not_finite + (~finite).astype(jnp.int32)
-        return InPass(self.start, largest, limit, cut, count)
+        return jnp.where(self.start > 0, moved, asked)
+
+    def parted(self, axes: tuple[str, ...]) -> "InPass":
+        """Before devices along these axes go ways of their own; range and start stay in common."""
+        # A sum, so that JAX knows them to vary: whether there are meshes whose values it checks, or
+        # they vary already, `jax.lax.pcast` would have to be told.
+        here = 0 * jax.lax.axis_index(axes)
+        largest, cut, count = (
+            entry + here.astype(entry.dtype) for entry in (self.largest, self.cut, self.not_finite)
+        )
+        return InPass(self.start, largest, self.limit, cut, count)
+
+    def met(self, axes: tuple[str, ...], *, is_mean: bool) -> "InPass":
+        """After that: the largest of devices, or the mean of those that measured; no range yet."""
+        if is_mean:
+            some = (self.largest >= 0).astype(jnp.float32)
+            total, count = jax.lax.psum((some * self.largest, some), axes)
+            largest = jnp.where(count > 0, total / jnp.maximum(count, 1), -1)
+        else:
+            largest = jax.lax.pmax(self.largest, axes)
+        cut, count = jax.lax.pmax((self.cut, self.not_finite), axes)
+        return InPass(self.start, largest, self.limit, cut, count)
+
+    def ranged(self, momentum: float) -> "InPass":
+        """With the range that follows from the largest measurement."""
+        return self._replace(limit=self._asked(self.largest, momentum))
 
     def ended(self, before: Range) -> Range:
         """After the pass; `before` it."""
