@@ -38,16 +38,24 @@ def second_moments(
       order of the axes in `Product.contracted` (of convolutions input channels first, then the
       window): as the weight operand has them. `stack` are the layers of a scan, `groups` the batch
       axes of a matrix product, or the feature groups of a convolution (one of them, if there are
-      none).
+      none). Within `jax.shard_map` they are of all devices, of what these share counted once.
 
     Raises:
-      ValueError: no batch, or no such product.
+      ValueError: no batch, or no such product; by name a product whose data are the kernel of a
+        convolution, a convolution with `batch_group_count`, and within `jax.shard_map` one of which
+        a device has its own part of the input and of the weight, or that it may leave out alone.
     """
     moments: dict[str, Array] | None = None
     measured = jax.jit(intercept(f, _handler, chosen=lambda found: _asked(found, chosen)))
     for inputs in batches:
         if moments is None:
             products = _asked(find_products(f, params, *inputs), chosen)
+            for product in products:
+                if why := _refusal(product):
+                    raise ValueError(
+                        f"The input of {product} has no second moments: {why}. Leave it out by "
+                        f"chosen=lambda product: product.address != {product.address!r}."
+                    )
             moments = {p.address: jnp.zeros((*p.stack, *_shape(p))) for p in products}
             if not moments:
                 raise ValueError("No product with a weight is chosen: there is nothing to measure.")
@@ -68,9 +76,33 @@ def _handler(product: Product, side: int, x: Array, moment: Array) -> tuple[Arra
         _rows_of_windows(product, side, x) if _is_convolution(product) else _rows(product, side, x)
     )
     of_all = jnp.einsum("...ri,...rj->...ij", rows, rows, preferred_element_type=jnp.float32)
-    if product.mesh_axes:
-        of_all = lax.psum(of_all, product.mesh_axes)
+    spread = tuple(axis for axis in product.mesh_axes if axis in product.varies[side])
+    shared = tuple(axis for axis in product.mesh_axes if axis not in product.varies[side])
+    if spread:
+        of_all = lax.psum(of_all, spread)
+    if shared:  # counted once; the maximum of equals, so that JAX knows them to be
+        of_all = lax.pmax(of_all, shared)
     return x, moment + of_all
+
+
+def _refusal(product: Product) -> str | None:
+    """Why a product has no moments that the weights could be judged by, if so."""
+    (side,) = product.data
+    if _is_convolution(product) and side == 1:
+        return "its data are the kernel of the convolution"
+    if _is_convolution(product) and product.params["batch_group_count"] > 1:
+        return "its batch is split into groups (batch_group_count)"
+    apart = product.apart.intersection(product.mesh_axes)
+    if apart:
+        return f"in a cond or a while devices along {sorted(apart)} may leave it out alone"
+    both = frozenset.intersection(*product.varies).intersection(product.mesh_axes)
+    if both:
+        return (
+            f"each device along {sorted(both)} has its own part of it and of the weight, so that "
+            f"it is summed over in parts, or meets another layer on each. The function without "
+            f"jax.shard_map has them, of arrays that lie on the same devices"
+        )
+    return None
 
 
 def _is_convolution(product: Product) -> bool:

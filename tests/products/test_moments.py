@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from ab_jax.products import second_moments
 
@@ -87,3 +89,75 @@ def test_only_what_is_chosen_is_measured(rng):
         second_moments(f, params, [(x,)], chosen=lambda product: False)
     with pytest.raises(ValueError, match="no batch"):
         second_moments(f, params, [])
+
+
+def split(mesh, body, in_specs, out_specs, check_vma=True):
+    sharded = jax.shard_map(
+        body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+    )
+    return lambda p, x: sharded(p["w"], x)
+
+
+# What each device computes, and how the weight, the data and the result lie.
+SPLIT = {
+    "rows": (lambda w, x: x @ w, (P(), P("d")), P("d")),
+    "outputs": (lambda w, x: x @ w, (P(None, "d"), P()), P(None, "d")),
+    "a weight that is gathered": (
+        lambda w, x: x @ jax.lax.all_gather(w, "d", tiled=True),
+        (P("d"), P("d")),
+        P("d"),
+    ),
+    "data that are gathered": (
+        lambda w, x: jax.lax.all_gather(x, "d", tiled=True) @ w,
+        (P(None, "d"), P("d")),
+        P(None, "d"),
+    ),
+}
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("how", SPLIT)
+def test_over_devices_each_row_counts_once(rng, devices, how, check_vma):
+    mesh = jax.make_mesh((4,), ("d",), devices=devices[:4], axis_types=(AxisType.Auto,))
+    p, x = {"w": jnp.ones((8, 4))}, rng.normal(size=(4, 8)).astype(np.float32)
+    found = second_moments(split(mesh, *SPLIT[how], check_vma=check_vma), p, [(x,)])
+    np.testing.assert_allclose(found["w"], x.T @ x, rtol=1e-4, atol=1e-5)
+
+
+def swapped(p, x):
+    return jax.lax.conv_general_dilated(
+        p["w"], x.reshape(2, 2, 2, 4), (1, 1), "VALID", dimension_numbers=NUMBERS
+    )
+
+
+def batch_groups(p, x):
+    return jax.lax.conv_general_dilated(
+        x.reshape(2, 2, 2, 4),
+        p["w"],
+        (1, 1),
+        "VALID",
+        dimension_numbers=NUMBERS,
+        batch_group_count=2,
+    )
+
+
+def test_products_without_such_moments_are_refused_by_name(rng, devices):
+    mesh = jax.make_mesh((4,), ("d",), devices=devices[:4], axis_types=(AxisType.Auto,))
+    x = jnp.asarray(rng.normal(size=(4, 8)), jnp.float32)
+    in_parts = split(mesh, lambda w, x: jax.lax.psum(x @ w, "d"), (P("d"), P(None, "d")), P())
+    a_layer_each = split(mesh, lambda w, x: x @ w[0], (P("d"), P("d")), P("d"))
+    maybe = split(
+        mesh,
+        lambda w, x: jax.lax.cond(x[0, 0] > 0, lambda x: x @ w, lambda x: x, x),
+        (P(), P("d")),
+        P("d"),
+    )
+    for f, shape, why in (
+        (in_parts, (8, 3), r"along \['d'\] has its own part .* summed over in parts"),
+        (a_layer_each, (4, 8, 3), r"along \['d'\] has its own part .* another layer on each"),
+        (maybe, (8, 8), r"devices along \['d'\] may leave it out alone"),
+        (swapped, (2, 5, 5, 2), "its data are the kernel of the convolution"),
+        (batch_groups, (1, 1, 4, 2), "its batch is split into groups"),
+    ):
+        with pytest.raises(ValueError, match=rf"input of w .*{why}.*product.address != 'w'"):
+            second_moments(f, {"w": jnp.ones(shape)}, [(x,)])
