@@ -65,6 +65,7 @@ def quantize_inputs(
       rules: by the addresses of inputs (see `ActivationRules`).
       axis_name: the mapped axis over which batches are spread, if any (`jax.pmap`).
       one_range_a_weight: whether several products of one weight have one range; else each its own.
+        All of them must lie in scans over the same layers, or none.
 
     Returns:
       `(params, *inputs, ranges, alpha=1.0, measure=False) -> (outputs, ranges)`. `ranges` are those
@@ -257,7 +258,17 @@ def _has_range(quantizer: Any) -> bool:
 def _addressed(products: Sequence[Product], one_range_a_weight: bool) -> Sequence[Product]:
     if not one_range_a_weight:
         return products
-    return [product.without_count() if product.weight else product for product in products]
+    listed = [product.without_count() if product.weight else product for product in products]
+    first: dict[str, Product] = {}
+    for product in listed:
+        other = first.setdefault(product.address, product)
+        if product.inputs and other.inputs and product.stack != other.stack:
+            raise ValueError(
+                f"The uses of {product.address} cannot have one range: {other} has one for each of "
+                f"the layers {list(other.stack)} of the scans around it, {product} for "
+                f"{list(product.stack)}. Leave one_range_a_weight out."
+            )
+    return listed
 
 
 def _quantizers(products: Sequence[Product], rules: ActivationRules) -> dict[str, Any]:

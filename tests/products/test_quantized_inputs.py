@@ -152,6 +152,26 @@ def test_uses_of_one_weight_have_ranges_of_their_own_or_one_by_choice(rng):
     assert shared.keys() == {"w"}
 
 
+def test_uses_in_a_scan_over_layers_and_outside_of_it_do_not_share_a_range(rng):
+    def f(p, x):
+        x = x @ p["w"][0]
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+
+    p = {"w": jnp.asarray(rng.normal(size=(3, 4, 4)), jnp.float32)}
+    x = jnp.asarray(rng.normal(size=(2, 4)), jnp.float32)
+    assert {a: r.limit.shape for a, r in measure_ranges(f, EIGHT, p, [(x,)]).items()} == {
+        "w": (),
+        "w#1": (3,),
+    }
+    for refused in (
+        lambda: initial_ranges(f, EIGHT, p, x, one_range_a_weight=True),
+        lambda: measure_ranges(f, EIGHT, p, [(x,)], one_range_a_weight=True),
+        lambda: quantize_inputs(f, EIGHT, one_range_a_weight=True)(p, x, ranges={}),
+    ):
+        with pytest.raises(ValueError, match=r"uses of w cannot have one range.*\[\].*\[3\]"):
+            refused()
+
+
 def test_each_operand_of_two_activations_has_a_rule_and_a_range():
     f, params, inputs = NETWORKS["plain_scan"]()
     rules = ActivationRules(
