@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend import core
 
 from ab_jax.products.finding import Parting, called, carried, mesh_axes, opened, traced
@@ -42,7 +43,7 @@ def intercept(
       f: `f(params, *inputs)`, as for `find_products`.
       handler: `(product, side, x, state) -> (x, state)`; is given the operand of that side and the
         entry of the state at `product.inputs[side]`, or None, and returns an operand of the same
-        shape and dtype and the new entry, or None for no entry.
+        shape and dtype and the new entry; None keeps the old one, if there is one.
       chosen: of all products those that the handler shall see; None: all but constants and
         parameters among themselves.
       parted, met: `(address, entry, parting) -> entry`, before and after a `cond` or a `while`
@@ -52,7 +53,10 @@ def intercept(
 
     Returns:
       `(state, params, *inputs) -> (outputs, state)`. Entries that no product has stay as they are.
-      It raises a ValueError where a product is chosen whose operands cannot be replaced.
+      It raises a ValueError where a product is chosen whose operands cannot be replaced; and where
+      in a `cond`, `while` or `scan` an entry appears that was not there before, or becomes one of
+      another structure, shape or dtype. (In a scan over layers new ones may appear; those that were
+      there before have an axis in front for the layers.)
     """
 
     def intercepted(state: Mapping[str, Any], params: Any, *inputs: Any) -> tuple[Any, State]:
@@ -100,6 +104,8 @@ class _Evaluation:
         self.handler = handler
         self.partings = partings
         self.parted, self.met = gates
+        # Of a loop or a branch: the addresses whose entries may change their shape, or appear.
+        self.free: set[str] | None = None  # all
 
     def inside(self, key: Key) -> list[Product]:
         """The products in the body of an equation, or at it."""
@@ -172,6 +178,8 @@ class _Evaluation:
                 )
             values = [*values[:side], seen, *values[side + 1 :]]
             if entry is not None:
+                if self.free is not None and address not in self.free:
+                    _check_kept(product, address, state.get(address), entry)
                 state = {**state, address: entry}
         fresh = dict(zip(equation.invars, values, strict=True))
         known = {v: x for v, x in fresh.items() if not isinstance(v, core.Literal)}
@@ -185,6 +193,15 @@ class _Evaluation:
         self, params: Mapping[str, Any], values: Sequence[Any], state: State, key: Key
     ) -> tuple[Sequence[Any], State]:
         return self.body(called(params), values, state, key)
+
+    def closed(
+        self, free: set[str], jaxpr: Any, values: Sequence[Any], state: State, key: Key
+    ) -> tuple[list[Any], State]:
+        """The results of a body that must leave the state as it found it, but for some entries."""
+        outer, self.free = self.free, free if self.free is None else free & self.free
+        results = self.body(jaxpr, values, state, key)
+        self.free = outer
+        return results
 
     def rematerialized(
         self, params: Mapping[str, Any], values: Sequence[Any], state: State, key: Key
@@ -201,7 +218,7 @@ class _Evaluation:
         self, params: Mapping[str, Any], values: Sequence[Any], state: State, key: Key
     ) -> tuple[Sequence[Any], State]:
         def run(k: int, branch: Any) -> Callable[..., tuple[Sequence[Any], State]]:
-            return lambda state, *values: self.body(branch, values, state, (*key, k))
+            return lambda state, *values: self.closed(set(), branch, values, state, (*key, k))
 
         ways = [run(k, branch) for k, branch in enumerate(params["branches"])]
         found: tuple[Sequence[Any], State] = jax.lax.switch(values[0], ways, state, *values[1:])
@@ -220,14 +237,15 @@ class _Evaluation:
 
         def run(carried: Any, given: Any) -> Any:
             (carry, shared), (slices, own) = carried, given
-            results, new = self.body(
-                params["jaxpr"], [*values[:first], *carry, *slices], {**shared, **own}, key
-            )
+            values_of_one = [*values[:first], *carry, *slices]
+            entries = {**shared, **own}
+            results, new = self.closed(stacked, params["jaxpr"], values_of_one, entries, key)
             shared, own = _split(new, stacked)
             count = last - first
             return (results[:count], shared), (results[count:], own)
 
         shared, own = _split(state, stacked)
+        _check_layers(own, params["length"])
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
         (carry, shared), (results, own) = jax.lax.scan(
             run, (list(values[first:last]), shared), (list(values[last:]), own), **options
@@ -246,7 +264,8 @@ class _Evaluation:
 
         def run(carried: Any) -> Any:
             carry, state = carried
-            return self.body(params["body_jaxpr"], [*values[of_test:first], *carry], state, key)
+            given = [*values[of_test:first], *carry]
+            return self.closed(set(), params["body_jaxpr"], given, state, key)
 
         found: tuple[Sequence[Any], State] = jax.lax.while_loop(
             test, run, (list(values[first:]), state)
@@ -270,6 +289,40 @@ class _Evaluation:
             return self.body(called(params), values, state, key)
 
         return run(state, list(values))
+
+
+def _check_kept(product: Product, address: str, old: Any, new: Any) -> None:
+    if old is None:
+        raise ValueError(
+            f"The handler makes an entry of the state at {address}, where there was none before: "
+            f"{product} lies in a cond, while or scan, which hand on entries, but make none. Give "
+            f"one in the state that goes in."
+        )
+    was, makes = jax.tree.map(jax.typeof, (old, new))
+    before, after = map(jax.tree.leaves, (was, makes))
+    structure: Any = jax.tree.structure(was)
+    same = structure == jax.tree.structure(makes) and all(
+        one.shape == other.shape
+        and (one.dtype == other.dtype or one.weak_type or other.weak_type)  # JAX casts these
+        for one, other in zip(before, after, strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"The handler makes {makes} of the entry of the state at {address}, which is {was}: "
+            f"{product} lies in a cond, while or scan, where entries keep structure, shape and "
+            f"dtype."
+        )
+
+
+def _check_layers(state: State, length: int) -> None:
+    for address, entry in state.items():
+        for leaf in jax.tree.leaves(entry):
+            if jnp.shape(leaf)[:1] != (length,):
+                raise ValueError(
+                    f"The entry of the state at {address} holds an array of shape "
+                    f"{list(jnp.shape(leaf))}: in a scan over layers it needs an axis in "
+                    f"front for these, of length {length}."
+                )
 
 
 def _split(state: State, stacked: set[str]) -> tuple[State, State]:

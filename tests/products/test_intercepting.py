@@ -109,6 +109,48 @@ def test_a_loop_of_unknown_length_and_branches_carry_it_too(rng):
     }
 
 
+def in_a_scan(p, x):
+    return jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["w"]), None), x, None, length=3)[0]
+
+
+def in_a_branch(p, x):
+    return jax.lax.cond(x[0, 0] > 0, lambda x: x @ p["w"], lambda x: x, x)
+
+
+def in_a_while(p, x):
+    return jax.lax.while_loop(lambda x: x[0, 0] > 9, lambda x: x @ p["w"], x)
+
+
+def over_layers_in_a_branch(p, x):
+    layers = lambda x: jax.lax.scan(lambda x, w: (x @ w, None), x, p["w"][None])[0]
+    return jax.lax.cond(x[0, 0] > 0, layers, lambda x: x, x)
+
+
+@pytest.mark.parametrize("f", [in_a_scan, in_a_branch, in_a_while, over_layers_in_a_branch])
+def test_loops_and_branches_make_no_entries_and_keep_their_shapes(rng, f):
+    p, x = {"w": jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)}, jnp.ones((2, 3))
+    with pytest.raises(
+        ValueError, match=r"entry of the state at w, where there was none.*w \(dot_general"
+    ):
+        intercept(f, counting)({}, p, x)
+    wider = lambda product, side, x, state: (x, jax.tree.map(lambda s: s[..., None], state))
+    start = jnp.zeros((1, 2) if f is over_layers_in_a_branch else (2,))
+    with pytest.raises(ValueError, match=r"\[2,1\]\).*entry of the state at w.*\[2\]\).*keep"):
+        intercept(f, wider)({"w": (start,)}, p, x)
+    # None keeps the old entry, and whoever has none needs none.
+    quiet = intercept(f, lambda product, side, x, state: (x, None))
+    assert quiet({}, p, x)[1] == {}
+    np.testing.assert_array_equal(quiet({"w": start}, p, x)[1]["w"], start)
+
+
+def test_in_a_scan_over_layers_entries_may_appear_and_have_an_axis_for_them(rng):
+    f, params, inputs = NETWORKS["plain_scan"]()
+    _, state = intercept(f, counting)({}, params, *inputs)
+    np.testing.assert_array_equal(state["layers/in"], np.ones(3))
+    with pytest.raises(ValueError, match=r"state at layers/in .* shape \[2\].*of length 3"):
+        intercept(f, counting)({"layers/in": jnp.zeros(2, int)}, params, *inputs)
+
+
 def test_it_maps_over_an_ensemble(rng):
     f, params, inputs = NETWORKS["haiku_convolutions"]()
     halved = intercept(f, lambda product, side, x, state: (x / 2, state))
