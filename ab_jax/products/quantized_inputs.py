@@ -245,10 +245,11 @@ def _measured(
     """The range after one more measurement; a fixed one stays, but is seen to cut off."""
     if x.size == 0:  # as JAX makes them itself, in an associative scan
         return found
-    cut = quantizer.share_cut(x, axes)
-    if quantizer.limit is not None:
-        return found.after(jnp.float32(quantizer.limit), 0.0, cut)
-    return found.after(quantizer.measure(x, axes), quantizer.momentum, cut)
+    measured, cut = quantizer.measure(x, axes), quantizer.share_cut(x, axes)
+    if quantizer.limit is not None:  # measured all the same: to see whether it is finite
+        measured = jnp.where(jnp.isfinite(measured), jnp.float32(quantizer.limit), measured)
+        return found.after(measured, 0.0, cut)
+    return found.after(measured, quantizer.momentum, cut)
 
 
 def _has_range(quantizer: Any) -> bool:

@@ -261,6 +261,19 @@ def test_what_is_not_finite_leaves_a_range_alone_and_is_counted(rng, params):
     assert [int(found.not_finite) for found in after.values()] == [1, 1]
 
 
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("number", [np.nan, np.inf])
+def test_what_is_not_finite_is_counted_under_a_fixed_range_too(rng, params, signed, number):
+    x = np.abs(rng.normal(size=(5, 6))).astype(np.float32)
+    fixed = ActivationQuantizer(bits=8, signed=signed, limit=2.0)
+    rules = ActivationRules([("first", fixed), (".*", None)])
+    quantized = quantize_inputs(two_layers, rules)
+    start = initial_ranges(two_layers, rules, params, x)
+    x[rng.integers(5), rng.integers(6)] = number
+    _, ranges = quantized(params, jnp.asarray(x), ranges=start, measure=True)
+    assert [float(entry) for entry in ranges["first/kernel"]] == [2, 0, 1]
+
+
 def test_mistakes_are_named(params):
     x = jnp.ones((2, 6))
     third = ActivationRules([("third", ActivationQuantizer(bits=8)), (".*", None)])
