@@ -80,10 +80,15 @@ def refuse_opaque(product: Product) -> None:
     Raises:
       ValueError: always.
     """
+    if product.opaque == "while":
+        place = "test of a while, which gives nothing back but whether to go on"
+        way = "compute it in the body of the loop, which hands the result to the test"
+    else:
+        place = f"body of a {product.opaque}"
+        way = f'mark its input where it is called: ab_jax.products.mark(x, "{product.address}")'
     raise ValueError(
-        f"The operands of {product} cannot be replaced, since it lies in the body of a "
-        f"{product.opaque}. Give it the rule ({product.address!r}, None) to leave it as it is; or "
-        f'mark its input where it is called: ab_jax.products.mark(x, "{product.address}").'
+        f"The operands of {product} cannot be replaced, since it lies in the {place}. Give it the "
+        f"rule ({product.address!r}, None) to leave it as it is; or {way}."
     )
 
 

@@ -71,7 +71,8 @@ def quantize_inputs(
       `(params, *inputs, ranges, alpha=1.0, measure=False) -> (outputs, ranges)`. `ranges` are those
       of `initial_ranges` or of an earlier call; they come back as they are unless `measure` is set,
       a Python bool: `jax.jit(quantized, static_argnames="measure")`. An input whose range was never
-      measured is left as it is. It raises a ValueError: rules that do not fit the products (see
+      measured is left as it is. One of float8 is quantized as float32, and its levels are rounded
+      to float8 again. It raises a ValueError: rules that do not fit the products (see
       `Rules.assign`); a product that a rule quantizes, but whose operands cannot be replaced;
       ranges of other products; an alpha outside [0, 1].
 
@@ -117,6 +118,9 @@ def quantize_inputs(
             quantizer = by_input[product.inputs[side]]
             if quantizer is None:
                 return x, None
+            if x.dtype.itemsize < 2:  # float8: JAX computes with none, but turns them into others
+                seen, found = handler(product, side, x.astype(jnp.float32), found)
+                return seen.astype(x.dtype), found
             if isinstance(quantizer, TokenQuantizer):
                 return quantizer(x, product.contracted[side], alpha), None
             if measure:
