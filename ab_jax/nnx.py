@@ -125,18 +125,19 @@ def initial_ranges(
     *inputs: Any,
     method: str = "__call__",
     only: Any = nnx.Param,
+    **keywords: Any,
 ) -> InputRanges:
     """Ranges, none measured yet, of the inputs that the rules quantize at a measured range.
 
     Args:
       model, rules, method, only: as for `quantize_inputs`.
-      *inputs: as the model is called with; nothing is computed.
+      *inputs, **keywords: as the model is called with; nothing is computed.
 
     Raises:
       As `ab_jax.products.initial_ranges`.
     """
     forward, params, rest = _forward(model, method, only)
-    of_inputs = products.initial_ranges(forward, rules, params, rest, *inputs)
+    of_inputs = products.initial_ranges(forward, rules, params, rest, inputs, keywords)
     return InputRanges(of_inputs)
 
 
@@ -147,18 +148,20 @@ def measure_ranges(
     *,
     method: str = "__call__",
     only: Any = nnx.Param,
+    **keywords: Any,
 ) -> InputRanges:
     """Ranges measured on some batches, of a module that is trained already and stays as it is.
 
     Args:
       model, rules, method, only: as for `quantize_inputs`.
       batches: what the model is called with, a tuple each.
+      **keywords: what it is called with besides, for all of them.
 
     Raises, warns:
       As `ab_jax.products.measure_ranges`.
     """
     forward, params, rest = _forward(model, method, only)
-    calls = ((rest, *inputs) for inputs in batches)
+    calls = ((rest, inputs, keywords) for inputs in batches)
     return InputRanges(products.measure_ranges(forward, rules, params, calls))
 
 
@@ -170,12 +173,13 @@ def describe_products(
     ranges: InputRanges | None = None,
     method: str = "__call__",
     only: Any = nnx.Param,
+    **keywords: Any,
 ) -> products.ProductDescription:
     """What rules do to each product of a module, as a table; nothing is computed.
 
     Args:
       model, method, only: as for `quantize_inputs`.
-      *inputs: as the model is called with.
+      *inputs, **keywords: as the model is called with.
       rules, input_rules, ranges: as for `ab_jax.products.describe_products`.
 
     Raises:
@@ -184,7 +188,7 @@ def describe_products(
     forward, params, rest = _forward(model, method, only)
     known = None if ranges is None else _held(ranges)
     return products.describe_products(
-        forward, params, rest, *inputs, rules=rules, input_rules=input_rules, ranges=known
+        forward, params, rest, inputs, keywords, rules=rules, input_rules=input_rules, ranges=known
     )
 
 
@@ -216,7 +220,8 @@ def quantize_inputs(
       only: an NNX filter, which Variables are parameters; all others count as data.
 
     Returns:
-      A function of the inputs.
+      A function of what the model is called with, keywords too. Python's bools and strings among
+      it reach the model as they are.
 
     Raises:
       TypeError: `model` is no NNX module, or `ranges` no `InputRanges`. From the function as
@@ -226,9 +231,9 @@ def quantize_inputs(
     _held(ranges)
     quantized = products.quantize_inputs(forward, rules, axis_name=axis_name)
 
-    def call(*inputs: Any) -> Any:
+    def call(*inputs: Any, **keywords: Any) -> Any:
         (outputs, changed), found = quantized(
-            params, rest, *inputs, ranges=_held(ranges), alpha=alpha, measure=measure
+            params, rest, inputs, keywords, ranges=_held(ranges), alpha=alpha, measure=measure
         )
         nnx.update(model, changed)
         if measure:
@@ -252,12 +257,17 @@ def _held(ranges: InputRanges) -> products.Ranges:
 def _forward(
     model: nnx.Module, method: str, only: Any
 ) -> tuple[Callable[..., Any], nnx.State, nnx.State]:
-    """A method as a function of parameters, other Variables and inputs; gives these back too."""
+    """A method as a function of parameters, other Variables, inputs and keywords.
+
+    It gives the other Variables back too.
+    """
     structure, params, rest = _split(model, only)
 
-    def forward(params: nnx.State, rest: nnx.State, *inputs: Any) -> tuple[Any, nnx.State]:
+    def forward(
+        params: nnx.State, rest: nnx.State, inputs: tuple[Any, ...], keywords: dict[str, Any]
+    ) -> tuple[Any, nnx.State]:
         module = nnx.merge(structure, params, rest, copy=True)
-        outputs = getattr(module, method)(*inputs)
+        outputs = getattr(module, method)(*inputs, **keywords)
         return outputs, nnx.state(module, nnx.Not(only))
 
     return forward, params, rest

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ab_jax.products.addresses import Found, in_framework, model_line, named
+from ab_jax.products.flags import without_flags
 from ab_jax.products.marks import address_of
 from ab_jax.products.origins import (
     INPUT,
@@ -57,7 +58,7 @@ class Traced:
     """A function as a jaxpr, and what was found in it.
 
     Attributes:
-      jaxpr: closed; takes the leaves of the parameters and then those of the inputs.
+      jaxpr: closed; takes the leaves of the parameters and then those of the inputs, without flags.
       structure: of what the function returns.
       products: all there are, in the order of the program.
       lookups: parameters of which the inputs pick entries, by path; where.
@@ -80,7 +81,8 @@ def find_products(f: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Pro
     Args:
       f: any function that JAX can trace.
       params: a tree of arrays or `jax.ShapeDtypeStruct`, by whose paths products are named.
-      *inputs: likewise; what depends on them is data.
+      *inputs: likewise; what depends on them is data. Python's bools and strings are not: the
+        function is traced with them as they are.
 
     Raises:
       ValueError: two parameters of one path.
@@ -90,7 +92,8 @@ def find_products(f: Callable[..., Any], params: Any, *inputs: Any) -> tuple[Pro
 
 def traced(f: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     """The function as a jaxpr with its products; as `find_products`."""
-    jaxpr, shape = jax.make_jaxpr(f, return_shape=True)(params, *inputs)
+    inputs, flags = without_flags(inputs)
+    jaxpr, shape = jax.make_jaxpr(flags.held(f), return_shape=True)(params, *inputs)
     leaves = leaves_by_path(params)
     walk = _Walk()
     origins = [of_parameter(path, jnp.ndim(leaf)) for path, leaf in leaves]

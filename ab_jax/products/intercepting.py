@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from ab_jax.products.finding import Parting, called, carried, mesh_axes, opened, traced
+from ab_jax.products.flags import without_flags
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
 
@@ -67,7 +68,7 @@ def intercept(
         )
         by_key = {product.key: product for product in wanted}
         evaluation = _Evaluation(by_key, handler, function.partings, (parted, met))
-        leaves = jax.tree.leaves((params, *inputs))
+        leaves = jax.tree.leaves((params, *without_flags(inputs)[0]))
         results, state = evaluation.body(function.jaxpr, leaves, dict(state), ())
         return jax.tree.unflatten(function.structure, results), state
 

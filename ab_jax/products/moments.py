@@ -5,6 +5,7 @@ that sum to `sum of dW.T @ H @ dW` with `H = X.T @ X`: the matrix that GPTQ (arX
 section 3) and its kin work with.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from ab_jax.products.finding import find_products
+from ab_jax.products.flags import Flags, without_flags
 from ab_jax.products.intercepting import intercept
 from ab_jax.products.product import Product
 
@@ -46,7 +48,13 @@ def second_moments(
         a device has its own part of the input and of the weight, or that it may leave out alone.
     """
     moments: dict[str, Array] | None = None
-    measured = jax.jit(intercept(f, _handler, chosen=lambda found: _asked(found, chosen)))
+
+    @functools.cache
+    def measured(flags: Flags) -> Callable[..., Any]:
+        return jax.jit(
+            intercept(flags.held(f), _handler, chosen=lambda found: _asked(found, chosen))
+        )
+
     for inputs in batches:
         if moments is None:
             products = _asked(find_products(f, params, *inputs), chosen)
@@ -59,7 +67,8 @@ def second_moments(
             moments = {p.address: jnp.zeros((*p.stack, *_shape(p))) for p in products}
             if not moments:
                 raise ValueError("No product with a weight is chosen: there is nothing to measure.")
-        _, moments = measured(moments, params, *inputs)
+        arrays, flags = without_flags(inputs)
+        _, moments = measured(flags)(moments, params, *arrays)
     if moments is None:
         raise ValueError("There is no batch to measure second moments on.")
     return moments

@@ -25,6 +25,7 @@ What attention makes of its softmax is the operand called `product` of the secon
     (r".*/product#1/product", ActivationQuantizer(bits=8, signed=False, limit=1.0))
 """
 
+import functools
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ from jax.typing import ArrayLike
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.blend import check_alpha
 from ab_jax.products.finding import Parting, find_products
+from ab_jax.products.flags import Flags, without_flags
 from ab_jax.products.input_rules import ActivationRules, addresses_with_rules
 from ab_jax.products.intercepting import intercept, refuse_opaque
 from ab_jax.products.origins import AROUND
@@ -61,7 +63,9 @@ def quantize_inputs(
     """`f` with quantized inputs of its products.
 
     Args:
-      f: `f(params, *inputs)`, the forward function, that JAX can trace.
+      f: `f(params, *inputs)`, the forward function, that JAX can trace. Inputs that are Python's
+        bools or strings are given to it as they are (under `jax.jit` if they are static there);
+        keywords by `functools.partial`.
       rules: by the addresses of inputs (see `ActivationRules`).
       axis_name: the mapped axis over which batches are spread, if any (`jax.pmap`).
       one_range_a_weight: whether several products of one weight have one range; else each its own.
@@ -89,7 +93,14 @@ def quantize_inputs(
         ranges: Mapping[str, Range],
         alpha: ArrayLike = 1.0,
         measure: bool = False,
+        **others: Any,
     ) -> tuple[Any, Ranges]:
+        if others:
+            raise TypeError(
+                f"quantize_inputs knows the keywords ranges, alpha and measure, not "
+                f"{sorted(others)}. Give the function its own ones first: "
+                f"quantize_inputs(functools.partial(f, {next(iter(others))}=...), rules)."
+            )
         check_alpha(alpha, " of the inputs")
         by_input: dict[str, Any] = {}
 
@@ -190,13 +201,17 @@ def measure_ranges(
     Warns:
       CutOffWarning: see `check_ranges`.
     """
-    quantized = jax.jit(
-        quantize_inputs(f, rules, one_range_a_weight=one_range_a_weight), static_argnames="measure"
-    )
+
+    @functools.cache
+    def program(flags: Flags) -> Callable[..., tuple[Any, Ranges]]:
+        whole = quantize_inputs(flags.held(f), rules, one_range_a_weight=one_range_a_weight)
+        return jax.jit(whole, static_argnames="measure")
+
     measured: list[Ranges] = []
     for inputs in batches:
         start = initial_ranges(f, rules, params, *inputs, one_range_a_weight=one_range_a_weight)
-        _, found = quantized(params, *inputs, ranges=start, alpha=0.0, measure=True)
+        arrays, flags = without_flags(inputs)
+        _, found = program(flags)(params, *arrays, ranges=start, alpha=0.0, measure=True)
         measured.append(found)
     if not measured:
         raise ValueError("There is no batch to measure ranges on.")

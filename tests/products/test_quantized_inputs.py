@@ -16,6 +16,7 @@ from ab_jax.products import (
     initial_ranges,
     measure_ranges,
     quantize_inputs,
+    second_moments,
 )
 from tests.products.networks_of_frameworks import NETWORKS, Pictures, drawn
 
@@ -300,6 +301,8 @@ def test_mistakes_are_named(params):
         quantized(params, x, ranges=start, alpha=1.5)
     with pytest.raises(TypeError, match="ActivationQuantizer or TokenQuantizer"):
         ActivationRules([(".*", 8)])
+    with pytest.raises(TypeError, match=r"not \['train'\].*functools.partial\(f, train=...\)"):
+        quantized(params, x, ranges=start, train=True)
 
 
 def test_devices_agree_on_the_range(rng, params, devices):
@@ -402,6 +405,20 @@ def test_a_product_in_the_test_of_a_loop_is_told_where_it_could_stand(rng):
         return jax.lax.while_loop(lambda s: s[1] > 9, step, (x, jnp.float32(10)))[0]
 
     np.testing.assert_allclose(measure_ranges(in_the_body, EIGHT, p, [(x,)])["w"].limit, 1)
+
+
+def test_batches_may_hold_flags(rng, params):
+    def f(p, x, kind):
+        return two_layers(p, x) if kind == "deep" else x @ p["first"]["kernel"]
+
+    batches = [(rng.normal(size=(4, 6)).astype(np.float32) * k, "deep") for k in (1, 3)]
+    found = measure_ranges(f, EIGHT, params, batches)
+    largest = np.abs(batches[1][0]).max()
+    np.testing.assert_allclose(found["first/kernel"].limit, largest)
+    assert found.keys() == {"first/kernel", "second/kernel"}
+    moments = second_moments(f, params, batches)
+    wanted = sum(x.T @ x for x, _ in batches)
+    np.testing.assert_allclose(moments["first/kernel"], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_with_a_derivative_of_its_own_is_left_or_refused(rng):
