@@ -33,6 +33,14 @@ from ab_jax.rules import leaves_by_path
 PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 #: Calls whose bodies are as good as written out.
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
+# Calls of programs that are no jaxprs, which may hold products of their operands: cuDNN's attention
+# among them, which `jax.nn.dot_product_attention` calls if asked.
+_PROGRAMS = {
+    *("ffi_call", "pure_callback", "io_callback"),
+    *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
+    *("dot_product_attention_fp8_fwd", "dot_product_attention_fp8_fwd_wrapper"),
+    *("scaled_matmul", "scaled_matmul_wrapper"),
+}
 # Their bodies are theirs to differentiate: operands in there cannot be replaced.
 _CUSTOM = {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
@@ -171,16 +179,15 @@ class _Walk:
             return self.scan(params, origins, key)
         if name == "while":
             return self.loop(params, origins, key)
+        if _is_program(equation):
+            return self.note_opaque(equation, origins, key)
         if not any(_has_products(sub) for sub in core.jaxprs_in_params(params)):
             if name in ("gather", "dynamic_slice"):
                 self.note_lookup(equation, origins)
             return self.plain(equation, origins)
         if name in _CUSTOM:
             return self.within(equation, origins, key, opaque=self.opaque or name)
-        outer, self.opaque = self.opaque, self.opaque or name
-        results = self.note(equation, origins, key)
-        self.opaque = outer
-        return results
+        return self.note_opaque(equation, origins, key)
 
     def call(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
         """Of a call that is as good as written out."""
@@ -284,6 +291,13 @@ class _Walk:
         result = Origin(data=True, above=frozenset({key}), varies=varying(origins))
         return [result] * len(equation.outvars)
 
+    def note_opaque(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
+        """Of an equation that holds products, of whose operands none is known to enter one."""
+        outer, self.opaque = self.opaque, self.opaque or equation.primitive.name
+        results = self.note(equation, origins, key)
+        self.opaque = outer
+        return results
+
     def note_lookup(self, equation: Any, origins: list[Origin]) -> None:
         picked, *indices = origins
         if not picked.data and any(origin.data for origin in indices):
@@ -312,7 +326,15 @@ def _has_products(jaxpr: Any) -> bool:
 
 def _is_product(equation: Any) -> bool:
     name = equation.primitive.name
-    return name in PRODUCTS or (name == "name" and address_of(equation.params["name"]) is not None)
+    is_mark = name == "name" and address_of(equation.params["name"]) is not None
+    return name in PRODUCTS or is_mark or _is_program(equation)
+
+
+def _is_program(equation: Any) -> bool:
+    """Whether it calls a program that may be a product: of two matrices or more, for a result."""
+    operands = [v.aval for v in equation.invars if getattr(v.aval, "ndim", 0) >= 2]
+    matrices = sum(map(_floating, operands))
+    return equation.primitive.name in _PROGRAMS and matrices >= 2 and bool(equation.outvars)
 
 
 def _equations(jaxpr: Any) -> Iterator[Any]:

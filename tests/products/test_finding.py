@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
-from ab_jax.products import find_products, mark
+from ab_jax.activations import ActivationQuantizer
+from ab_jax.products import ActivationRules, find_products, initial_ranges, mark
 from tests.products.networks_of_frameworks import NETWORKS, drawn
 
 X = drawn(9, 4, 8)
@@ -235,6 +237,54 @@ def test_bodies_of_every_kind_of_custom_call_are_listed():
 
     for product in find_products(solved, {"w": jnp.eye(3)}, jnp.ones(3)):
         assert product.opaque is None or product.inputs == {}
+
+
+def by_a_library(x, w):
+    return jax.ffi.ffi_call("a_product", jax.ShapeDtypeStruct((4, 8), x.dtype))(x, w)
+
+
+def by_numpy(x, w):
+    shape = jax.ShapeDtypeStruct((4, 8), x.dtype)
+    return jax.pure_callback(np.matmul, shape, x, w, vmap_method="sequential")
+
+
+# As jax.nn.dot_product_attention(implementation="cudnn") leaves it in a jaxpr, with a derivative of
+# its own around it: without that library JAX does not trace the call itself.
+CUDNN = core.Primitive("dot_product_attention_fwd_wrapper")
+CUDNN.multiple_results = True
+CUDNN.def_abstract_eval(lambda query, *_, **options: [query])
+attended = jax.custom_vjp(lambda q, k, v: CUDNN.bind(q, k, v, jnp.zeros(0), scale=0.5)[0])
+attended.defvjp(lambda *operands: (attended(*operands), ()), lambda _, g: (g, g, g))
+
+
+def by_cudnn(p, x):
+    q, k, v = (jnp.einsum("bd,de->be", x, p[name])[None, :, None] for name in "qkv")
+    return attended(q, k, v)[0, :, 0]
+
+
+@pytest.mark.parametrize("product_by", [by_a_library, by_numpy])
+def test_programs_that_are_no_jaxprs_are_listed_as_what_cannot_be_changed(product_by):
+    p = {"w": drawn(0, 8, 8)}
+    (product,) = find_products(lambda p, x: product_by(x, p["w"]), p, X)
+    assert (product.address, product.kind, product.inputs) == ("w", "weight", {})
+    assert product.opaque in ("ffi_call", "pure_callback")
+    # What is marked is not listed twice; a number makes no product, nor does what gives no result.
+    assert listed(lambda p, x: product_by(mark(x, "w"), p["w"]), p, X) == {"w": ("marked", None)}
+    assert listed(lambda p, x: product_by(x, jnp.float32(2)), p, X) == {}
+    assert listed(lambda p, x: jax.debug.callback(print, x, p["w"]), p, X) == {}
+
+
+def test_attention_of_cudnn_is_listed_as_what_cannot_be_changed():
+    p = {name: drawn(i, 8, 8) for i, name in enumerate("qkv")}
+    *weights, product = find_products(by_cudnn, p, X)
+    assert [weight.address for weight in weights] == ["q", "k", "v"]
+    assert (product.address, product.kind) == ("product", "activation")
+    assert product.opaque.startswith("custom_vjp")
+    eight = ActivationQuantizer(bits=8)
+    with pytest.raises(ValueError, match=r"operands of product .*\('product', None\)"):
+        initial_ranges(by_cudnn, ActivationRules([(".*", eight)]), p, X)
+    rules = ActivationRules([("product", None), (".*", eight)])
+    assert initial_ranges(by_cudnn, rules, p, X).keys() == set("qkv")
 
 
 def test_only_floats_are_marked():
