@@ -84,7 +84,9 @@ def quantize_inputs(
       is quantized by it. In a `cond` or `while` through which they may go differently they first
       measure each for itself, while their inputs are quantized by the range from before, and meet
       after it: in the largest maximum, or the mean percentile of those that came by, the largest
-      `cut` of one of them and the most of `not_finite`.
+      `cut` of one of them and the most of `not_finite`. Layers of which each device has its own
+      within a `shard_map`, such as stages of a pipeline or experts, share one range too: they are
+      one product of the mapped function.
     """
 
     def quantized(

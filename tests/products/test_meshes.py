@@ -204,3 +204,21 @@ def test_what_is_not_finite_on_a_device_alone_is_counted(rng, devices):
     )
     assert ranges["w"].not_finite == 1
     np.testing.assert_allclose(ranges["w"].limit, np.nanmax(x[[0, 1, 3]]))
+
+
+def test_layers_of_which_each_device_has_its_own_share_a_range(rng, devices):
+    """As library.md says, and experts that are one product; those of a scan do not."""
+    x = rng.normal(size=(4, 1, 6)).astype(np.float32)
+    x *= np.float32([1, 9, 3, 2])[:, None, None]
+    p = {"w": rng.normal(size=(4, 6, 6)).astype(np.float32)}
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    mesh = jax.make_mesh((4,), ("d",), devices=devices[:4], axis_types=(AxisType.Auto,))
+    own = jax.shard_map(jnp.matmul, mesh=mesh, in_specs=(P("d"), P("d")), out_specs=P("d"))
+    over_layers = lambda p, x: jax.lax.map(lambda both: both[0] @ both[1], (x, p["w"]))
+    for f, wanted in (
+        (lambda p, x: own(x, p["w"]), np.abs(x).max()),
+        (lambda p, x: jax.vmap(jnp.matmul)(x, p["w"]), np.abs(x).max()),
+        (over_layers, np.abs(x).max((1, 2))),
+    ):
+        found = measure_ranges(f, rules, p, [(x,)])["w"]
+        np.testing.assert_allclose(found.limit, wanted)
