@@ -5,7 +5,7 @@ what they settle at.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,19 +28,17 @@ from ab_jax.products.origins import (
     varying,
 )
 from ab_jax.products.product import Product
+from ab_jax.products.product_equations import (
+    PRODUCTS,
+    has_products,
+    is_floating,
+    is_program,
+    opened,
+)
 from ab_jax.rules import leaves_by_path
 
-PRODUCTS = {"dot_general", "conv_general_dilated", "ragged_dot_general"}
 #: Calls whose bodies are as good as written out.
 CALLS = {"jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint"}
-# Calls of programs that are no jaxprs, which may hold products of their operands: cuDNN's attention
-# among them, which `jax.nn.dot_product_attention` calls if asked.
-_PROGRAMS = {
-    *("ffi_call", "pure_callback", "io_callback"),
-    *("dot_product_attention_fwd", "dot_product_attention_fwd_wrapper"),
-    *("dot_product_attention_fp8_fwd", "dot_product_attention_fp8_fwd_wrapper"),
-    *("scaled_matmul", "scaled_matmul_wrapper"),
-}
 # Their bodies are theirs to differentiate: operands in there cannot be replaced.
 _CUSTOM = {
     *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr", "custom_lin"),
@@ -110,11 +108,6 @@ def traced(f: Callable[..., Any], params: Any, *inputs: Any) -> Traced:
     return Traced(jaxpr, jax.tree.structure(shape), products, walk.lookups, walk.partings)
 
 
-def opened(jaxpr: Any) -> tuple[Any, Sequence[Any]]:
-    """A jaxpr, open or closed, with its constants."""
-    return (jaxpr.jaxpr, jaxpr.consts) if hasattr(jaxpr, "consts") else (jaxpr, ())
-
-
 def called(params: Mapping[str, Any]) -> Any:
     """The body of a call; primitives keep it under different names."""
     return next(params[name] for name in ("jaxpr", "call_jaxpr", "call") if name in params)
@@ -166,7 +159,7 @@ class _Walk:
     def equation(self, equation: Any, origins: list[Origin], key: Key) -> list[Origin]:
         """The origins of an equation's results."""
         name, params = equation.primitive.name, equation.params
-        is_product = name in PRODUCTS and all(_floating(v.aval) for v in equation.invars[:2])
+        is_product = name in PRODUCTS and all(is_floating(v.aval) for v in equation.invars[:2])
         if is_product or (name == "name" and address_of(params["name"]) is not None):
             return self.note(equation, origins, key)
         if name in CALLS:
@@ -179,9 +172,9 @@ class _Walk:
             return self.scan(params, origins, key)
         if name == "while":
             return self.loop(params, origins, key)
-        if _is_program(equation):
+        if is_program(equation):
             return self.note_opaque(equation, origins, key)
-        if not any(_has_products(sub) for sub in core.jaxprs_in_params(params)):
+        if not any(has_products(sub) for sub in core.jaxprs_in_params(params)):
             if name in ("gather", "dynamic_slice"):
                 self.note_lookup(equation, origins)
             return self.plain(equation, origins)
@@ -314,32 +307,3 @@ def _names(spec: Any) -> frozenset[str]:
     """The axes of a mesh over which a `PartitionSpec` spreads."""
     parts = [(part,) if isinstance(part, str) else part for part in spec if part is not None]
     return frozenset(name for part in parts for name in part)
-
-
-def _floating(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)
-
-
-def _has_products(jaxpr: Any) -> bool:
-    return any(_is_product(equation) for equation in _equations(jaxpr))
-
-
-def _is_product(equation: Any) -> bool:
-    name = equation.primitive.name
-    is_mark = name == "name" and address_of(equation.params["name"]) is not None
-    return name in PRODUCTS or is_mark or _is_program(equation)
-
-
-def _is_program(equation: Any) -> bool:
-    """Whether it calls a program that may be a product: of two matrices or more, for a result."""
-    operands = [v.aval for v in equation.invars if getattr(v.aval, "ndim", 0) >= 2]
-    matrices = sum(map(_floating, operands))
-    return equation.primitive.name in _PROGRAMS and matrices >= 2 and bool(equation.outvars)
-
-
-def _equations(jaxpr: Any) -> Iterator[Any]:
-    """All equations, those of bodies too."""
-    for equation in opened(jaxpr)[0].eqns:
-        yield equation
-        for sub in core.jaxprs_in_params(equation.params):
-            yield from _equations(sub)

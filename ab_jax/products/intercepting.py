@@ -17,15 +17,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core
 
 from ab_jax.products.finding import Parting, called, carried, mesh_axes, opened, traced
 from ab_jax.products.flags import without_flags
+from ab_jax.products.loop_state import State, check_kept, check_layers, split
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
 
-State = dict[str, Any]
 Handler = Callable[[Product, int, Any, Any], tuple[Any, Any]]
 Gate = Callable[[str, Any, Parting], Any]
 
@@ -185,7 +184,7 @@ class _Evaluation:
             values = [*values[:side], seen, *values[side + 1 :]]
             if entry is not None:
                 if self.free is not None and address not in self.free:
-                    _check_kept(product, address, state.get(address), entry)
+                    check_kept(product, address, state.get(address), entry)
                 state = {**state, address: entry}
         fresh = dict(zip(equation.invars, values, strict=True))
         known = {v: x for v, x in fresh.items() if not isinstance(v, core.Literal)}
@@ -246,12 +245,12 @@ class _Evaluation:
             values_of_one = [*values[:first], *carry, *slices]
             entries = {**shared, **own}
             results, new = self.closed(stacked, params["jaxpr"], values_of_one, entries, key)
-            shared, own = _split(new, stacked)
+            shared, own = split(new, stacked)
             count = last - first
             return (results[:count], shared), (results[count:], own)
 
-        shared, own = _split(state, stacked)
-        _check_layers(own, params["length"])
+        shared, own = split(state, stacked)
+        check_layers(own, params["length"])
         options = {name: params[name] for name in ("length", "reverse", "unroll")}
         (carry, shared), (results, own) = jax.lax.scan(
             run, (list(values[first:last]), shared), (list(values[last:]), own), **options
@@ -295,46 +294,6 @@ class _Evaluation:
             return self.body(called(params), values, state, key)
 
         return run(state, list(values))
-
-
-def _check_kept(product: Product, address: str, old: Any, new: Any) -> None:
-    if old is None:
-        raise ValueError(
-            f"The handler makes an entry of the state at {address}, where there was none before: "
-            f"{product} lies in a cond, while or scan, which hand on entries, but make none. Give "
-            f"one in the state that goes in."
-        )
-    was, makes = jax.tree.map(jax.typeof, (old, new))
-    before, after = map(jax.tree.leaves, (was, makes))
-    structure: Any = jax.tree.structure(was)
-    same = structure == jax.tree.structure(makes) and all(
-        one.shape == other.shape
-        and (one.dtype == other.dtype or one.weak_type or other.weak_type)  # JAX casts these
-        for one, other in zip(before, after, strict=True)
-    )
-    if not same:
-        raise ValueError(
-            f"The handler makes {makes} of the entry of the state at {address}, which is {was}: "
-            f"{product} lies in a cond, while or scan, where entries keep structure, shape and "
-            f"dtype."
-        )
-
-
-def _check_layers(state: State, length: int) -> None:
-    for address, entry in state.items():
-        for leaf in jax.tree.leaves(entry):
-            if jnp.shape(leaf)[:1] != (length,):
-                raise ValueError(
-                    f"The entry of the state at {address} holds an array of shape "
-                    f"{list(jnp.shape(leaf))}: in a scan over layers it needs an axis in "
-                    f"front for these, of length {length}."
-                )
-
-
-def _split(state: State, stacked: set[str]) -> tuple[State, State]:
-    """What a loop carries, and what it hands out slice by slice."""
-    inside = {address: entry for address, entry in state.items() if address in stacked}
-    return {a: entry for a, entry in state.items() if a not in stacked}, inside
 
 
 def _evaluated(jaxpr: Any, equations: Sequence[Any], known: Mapping[Any, Any]) -> dict[Any, Any]:

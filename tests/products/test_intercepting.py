@@ -215,23 +215,3 @@ def test_shard_map_keeps_its_specs_and_gives_back_state_that_is_the_same_everywh
     found, state = jax.jit(intercept(f, largest))({"w": jnp.zeros(())}, p, x)
     np.testing.assert_array_equal(found, jax.jit(f)(p, x))
     assert state["w"] == np.max(np.asarray(x))
-
-
-def test_flags_among_the_inputs_reach_the_function_as_they_are(rng):
-    p = {"w": jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)}
-    x = jnp.asarray(rng.normal(size=(2, 3)), jnp.float32)
-
-    def f(p, batch, twice, kind):
-        y = batch["x"] @ p["w"] if kind == "product" else batch["x"]
-        return y @ p["w"] if twice and not batch["once"] else y
-
-    def addresses(*inputs):
-        return [product.address for product in find_products(f, p, *inputs)]
-
-    batch = {"x": x, "once": False}
-    assert addresses(batch, True, "product") == ["w", "w#1"]
-    assert addresses(batch, False, "product") == ["w"]
-    assert addresses({"x": x, "once": True}, True, "none") == []
-    doubled = intercept(f, lambda product, side, x, state: (2 * x, state))
-    found, _ = doubled({}, p, batch, True, "product")
-    np.testing.assert_allclose(found, 4 * f(p, batch, True, "product"), rtol=1e-5)

@@ -16,7 +16,6 @@ from ab_jax.products import (
     initial_ranges,
     measure_ranges,
     quantize_inputs,
-    second_moments,
 )
 from tests.products.networks_of_frameworks import NETWORKS, Pictures, drawn
 
@@ -361,39 +360,6 @@ def test_half_precision_stays_half_precision(rng):
     assert drawn(0, 1).dtype == jnp.float32
 
 
-@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2], ids=lambda t: t.__name__)
-@pytest.mark.parametrize(
-    "quantizer",
-    [
-        ActivationQuantizer(bits=4),
-        ActivationQuantizer(bits=4, signed=False, percentile=90.0),
-        ActivationQuantizer(bits=4, limit=1.5, backward="blended"),
-        TokenQuantizer(bits=4),
-    ],
-    ids=str,
-)
-def test_eight_bit_floats_are_quantized_as_longer_ones(rng, dtype, quantizer):
-    x = jnp.asarray(np.abs(rng.normal(size=(5, 6))), dtype)
-    p = {"w": jnp.asarray(rng.normal(size=(6, 3)), dtype)}
-    rules = ActivationRules([(".*", quantizer)])
-
-    def f(p, x):
-        return jax.lax.dot(x, p["w"], preferred_element_type=jnp.float32)
-
-    start = initial_ranges(f, rules, p, x)
-    y, ranges = quantize_inputs(f, rules)(p, x, ranges=start, measure=True)
-    longer = x.astype(jnp.float32)
-    if isinstance(quantizer, TokenQuantizer):
-        values = quantizer(longer, (1,), 1.0)
-    else:
-        limit = quantizer.limit or quantizer.measure(longer)
-        np.testing.assert_allclose(ranges["w"].limit, limit)
-        values = quantizer(longer, limit, 1.0)
-    np.testing.assert_allclose(y, f(p, values.astype(dtype)), rtol=1e-5)
-    at_0, _ = quantize_inputs(f, rules)(p, x, ranges=ranges, alpha=0.0)
-    np.testing.assert_array_equal(at_0, f(p, x))
-
-
 def test_a_product_in_the_test_of_a_loop_is_told_where_it_could_stand(rng):
     f = lambda p, x: jax.lax.while_loop(lambda x: jnp.sum(x @ p["w"]) > 9, lambda x: x / 2, x)
     p, x = {"w": jnp.asarray(rng.normal(size=(3, 3)), jnp.float32)}, jnp.ones((2, 3))
@@ -405,20 +371,6 @@ def test_a_product_in_the_test_of_a_loop_is_told_where_it_could_stand(rng):
         return jax.lax.while_loop(lambda s: s[1] > 9, step, (x, jnp.float32(10)))[0]
 
     np.testing.assert_allclose(measure_ranges(in_the_body, EIGHT, p, [(x,)])["w"].limit, 1)
-
-
-def test_batches_may_hold_flags(rng, params):
-    def f(p, x, kind):
-        return two_layers(p, x) if kind == "deep" else x @ p["first"]["kernel"]
-
-    batches = [(rng.normal(size=(4, 6)).astype(np.float32) * k, "deep") for k in (1, 3)]
-    found = measure_ranges(f, EIGHT, params, batches)
-    largest = np.abs(batches[1][0]).max()
-    np.testing.assert_allclose(found["first/kernel"].limit, largest)
-    assert found.keys() == {"first/kernel", "second/kernel"}
-    moments = second_moments(f, params, batches)
-    wanted = sum(x.T @ x for x, _ in batches)
-    np.testing.assert_allclose(moments["first/kernel"], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_attention_with_a_derivative_of_its_own_is_left_or_refused(rng):
