@@ -168,6 +168,27 @@ def test_of_two_axes_devices_part_along_those_that_decide(rng, devices):
         np.testing.assert_allclose(ranges["w"].limit, 7)
 
 
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_who_parts_once_more_meets_step_by_step(rng, devices, check_vma):
+    """First along one axis, by what devices along the other one sum up; then along both."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 2), ("d", "e"), devices=devices[:4], axis_types=kinds)
+    x = np.abs(rng.normal(size=(2, 2, 6))).astype(np.float32)
+    x[..., 0] = [[3, 1], [0, 1]]
+    x[..., 1] = rng.permutation([[0, 1], [1, 0]])
+
+    def body(p, x):
+        inner = lambda x: jax.lax.cond(x[0, 0, 1] > 0.5, lambda x: x @ p["w"], lambda x: x, x)
+        return jax.lax.cond(jax.lax.psum(x[0, 0, 0], "e") > 2, inner, lambda x: x, x)
+
+    f = over_devices(body, mesh, P("d", "e"), check_vma)
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8))])
+    p = {"w": rng.normal(size=(6, 6)).astype(np.float32)}
+    ranges = measure_ranges(f, rules, p, [(x,)])
+    (row,) = [row for row in x[0] if row[1] > 0.5]
+    np.testing.assert_allclose(ranges["w"].limit, row.max())
+
+
 @pytest.mark.parametrize("around", ["pmap", "vmap", "shard_map"])
 def test_where_the_function_itself_is_mapped_they_meet_too(rng, devices, around):
     x = rng.normal(size=(4, 1, 6)).astype(np.float32)
