@@ -42,11 +42,15 @@ class MalformedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """An array within a file: its dtype, its shape, and its first byte after the header."""
+    """An array within a file: its dtype, its shape, and its first byte after the header.
+
+    `axes` are those of the shape as they lie there, the slowest first; None: in their own order.
+    """
 
     dtype: np.dtype
     shape: tuple[int, ...]
     begin: int
+    axes: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

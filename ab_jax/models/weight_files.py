@@ -27,7 +27,7 @@ def safetensors_places(path: Path) -> dict[str, Place]:
     Raises:
       WeightsError: it is no such file, or malformed. OSError: it cannot be read.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         header = read_header(file)
         start = len(header.raw)
         return {
@@ -46,8 +46,8 @@ def keras_places(path: Path) -> dict[str, Place]:
       WeightsError: it is no such file, malformed, or has what Keras does not write.
         OSError: it cannot be read.
     """
-    with _opened(path) as opened:
-        root = hdf5.File(opened).root
+    with opened(path) as file:
+        root = hdf5.File(file).root
         root = root.child("model_weights") or root
         if "layer_names" not in root.attributes():
             raise MalformedError(
@@ -79,12 +79,19 @@ def read_array(file: BinaryIO, place: Place) -> np.ndarray:
     file.seek(place.begin)
     count = math.prod(place.shape)
     data = file.read(count * place.dtype.itemsize)
-    return np.frombuffer(data, place.dtype, count).reshape(place.shape)
+    axes = range(len(place.shape)) if place.axes is None else place.axes
+    lying = np.frombuffer(data, place.dtype, count).reshape([place.shape[axis] for axis in axes])
+    return lying.transpose(np.argsort(axes))
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, whose name is put into whatever is found to be wrong in it."""
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """An open file, whose name is put into whatever is found to be wrong in it.
+
+    Raises:
+      WeightsError: it is no regular file, or a `MalformedError` was raised within the context.
+        OSError: it cannot be read.
+    """
     try:
         if path.exists() and not path.is_file():
             raise MalformedError("it is no regular file")
