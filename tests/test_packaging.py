@@ -29,6 +29,7 @@ EXTRAS = {
     "qwix": "requirements-qwix.txt",
     "onnx": "requirements-onnx.txt",
     "litert": "requirements-litert.txt",
+    "pretrained": "requirements-pretrained.txt",
     "slurm": "requirements-slurm.txt",
     "peers": "requirements-peers.txt",
     "torch": "requirements-torch.txt",

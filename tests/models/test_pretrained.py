@@ -1,6 +1,7 @@
 """Weights trained elsewhere, loaded: the logits must be those of the network they come from.
 
-Keras' are computed by Keras; timm's by a network written out in numpy, under timm's names.
+Keras' are computed by Keras; those of PyTorch's state dicts by a network written out in numpy,
+under the names that its weights have there.
 """
 
 import os
@@ -22,9 +23,11 @@ from numpy.lib.stride_tricks import sliding_window_view
 from safetensors.numpy import save_file
 
 from ab_jax.models.binarynet import BinaryNet
+from ab_jax.models.efficientnet_lite import EfficientNetLite
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.models.resnet import KERAS_V1, KERAS_V2, TIMM_V2, TORCHVISION, ResNet, resnet50
+from tests.models import torch_writer
 
 
 def logits_of(model: nn.Module, variables: Any, images: np.ndarray) -> np.ndarray:
@@ -115,14 +118,18 @@ def test_the_layout_of_keras_3_is_refused(
         load_pretrained(keras_mobilenet / "keras3.weights.h5", variables)
 
 
-# timm: networks written out, which name their weights and draw them when they first ask for them
+# PyTorch: networks written out, which name their weights and draw them when they first ask for them
 
 
 class Torch:
     """PyTorch's layers in numpy, on [batch, channels, height, width], at test time."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
+    def __init__(
+        self, rng: np.random.Generator, *, epsilon: float = 1e-5, same: bool = False
+    ) -> None:
         self.rng = rng
+        self.epsilon = epsilon
+        self.same = same  # pad as TensorFlow does
         self.weights: dict[str, np.ndarray] = {}
 
     def draw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
@@ -138,9 +145,9 @@ class Torch:
         kernel = self.draw(f"{name}.weight", (features, x.shape[1], window, window))
         return np.einsum("nchwij,ocij->nohw", self.windows(x, window, stride, 0.0), kernel)
 
-    def depthwise(self, x: np.ndarray, name: str, stride: int) -> np.ndarray:
-        kernel = self.draw(f"{name}.weight", (x.shape[1], 1, 3, 3))
-        return np.einsum("nchwij,cij->nchw", self.windows(x, 3, stride, 0.0), kernel[:, 0])
+    def depthwise(self, x: np.ndarray, name: str, stride: int, window: int = 3) -> np.ndarray:
+        kernel = self.draw(f"{name}.weight", (x.shape[1], 1, window, window))
+        return np.einsum("nchwij,cij->nchw", self.windows(x, window, stride, 0.0), kernel[:, 0])
 
     def max_pool(self, x: np.ndarray) -> np.ndarray:
         return self.windows(x, 3, 2, -np.inf).max((4, 5))
@@ -151,18 +158,21 @@ class Torch:
             for part in ("weight", "bias", "running_mean", "running_var")
         )
         self.weights[f"{name}.num_batches_tracked"] = np.array(7)
-        return (x - mean) / np.sqrt(var + 1e-5) * scale + shift
+        return (x - mean) / np.sqrt(var + self.epsilon) * scale + shift
 
     def head(self, x: np.ndarray, name: str, classes: int, *, conv: bool = False) -> np.ndarray:
         shape = (classes, x.shape[1], 1, 1) if conv else (classes, x.shape[1])
         kernel = self.draw(f"{name}.weight", shape).reshape(classes, -1)
         return x.mean((2, 3)) @ kernel.T + self.draw(f"{name}.bias", (classes,))
 
-    @staticmethod
-    def windows(x: np.ndarray, window: int, stride: int, padding: float) -> np.ndarray:
-        """[batch, channels, height, width, window, window], padded alike on all sides."""
-        sides = (window // 2, window // 2)
-        padded = np.pad(x, ((0, 0), (0, 0), sides, sides), constant_values=padding)
+    def windows(self, x: np.ndarray, window: int, stride: int, padding: float) -> np.ndarray:
+        """[batch, channels, height, width, window, window]."""
+        sides = [(window // 2, window // 2)] * 2
+        if self.same:
+            # As much as the last window lacks; what is odd in it comes behind.
+            lacking = [max(0, window - 1 - (size - 1) % stride) for size in x.shape[2:]]
+            sides = [(lack // 2, lack - lack // 2) for lack in lacking]
+        padded = np.pad(x, ((0, 0), (0, 0), *sides), constant_values=padding)
         return sliding_window_view(padded, (window, window), (2, 3))[:, :, ::stride, ::stride]
 
 
@@ -176,6 +186,28 @@ def timm_mobilenet(torch: Torch, x: np.ndarray) -> np.ndarray:
             x = torch.conv(x, f"{block}.conv_pw", features, 1)
             x = np.clip(torch.norm(x, f"{block}.bn2"), 0, 6)
     return torch.head(x, "classifier", 5)
+
+
+def efficientnet_lite(torch: Torch, x: np.ndarray) -> np.ndarray:
+    """Of an eighth of the width; its names are those of the package with the published weights."""
+    x = np.clip(torch.norm(torch.conv(x, "_conv_stem", 4, 3, 2), "_bn0"), 0, 6)
+    stages = [(1, 1, 3, 2), (2, 2, 3, 3), (2, 2, 5, 5), (3, 2, 3, 10), (3, 1, 5, 14), (4, 2, 5, 24)]
+    blocks = [
+        (stride if first else 1, window, features)
+        for count, stride, window, features in [*stages, (1, 1, 3, 40)]
+        for first in [True] + [False] * (count - 1)
+    ]
+    for i, (stride, window, features) in enumerate(blocks):
+        block, y = f"_blocks.{i}", x
+        if i > 0:
+            y = torch.conv(y, f"{block}._expand_conv", 6 * x.shape[1], 1)
+            y = np.clip(torch.norm(y, f"{block}._bn0"), 0, 6)
+        y = torch.depthwise(y, f"{block}._depthwise_conv", stride, window)
+        y = np.clip(torch.norm(y, f"{block}._bn1"), 0, 6)
+        y = torch.norm(torch.conv(y, f"{block}._project_conv", features, 1), f"{block}._bn2")
+        x = x + y if x.shape == y.shape else y
+    x = np.clip(torch.norm(torch.conv(x, "_conv_head", 160, 1), "_bn1"), 0, 6)
+    return torch.head(x, "_fc", 5)
 
 
 def timm_resnet(torch: Torch, x: np.ndarray) -> np.ndarray:
@@ -227,13 +259,25 @@ TIMM = {
 }
 
 
+LITE = EfficientNetLite(num_classes=5, width=1 / 8)
+
+
 def write_timm(rng: np.random.Generator, network: str, path: Path) -> tuple[Any, Any, Any]:
     """The network, random images and their logits; its weights are in the file."""
     reference, model = TIMM[network]
-    torch = Torch(rng)
+    return write(Torch(rng), reference, model, path)
+
+
+def write(
+    torch: Torch, reference: Callable[..., np.ndarray], model: nn.Module, path: Path
+) -> tuple[Any, Any, Any]:
+    rng = torch.rng
     images = rng.normal(size=(2, 48, 48, 3)).astype(np.float32)
     logits = reference(torch, images.transpose(0, 3, 1, 2).astype(np.float64))
-    save_file(torch.weights, path)
+    if path.suffix == ".safetensors":
+        save_file(torch.weights, path)
+    else:
+        torch_writer.save(path, torch_writer.state_dict(torch.weights))
     return model, images, logits
 
 
@@ -244,6 +288,24 @@ def test_networks_of_timm(
     path = tmp_path / "weights.safetensors"
     model, images, logits = write_timm(rng, network, path)
     loaded = load_pretrained(path, random_variables(model, (48, 48, 3)))
+    assert_close(logits_of(model, loaded, images), logits)
+
+
+@pytest.mark.parametrize("name", ["net.pth", "net.pt", "net.safetensors"])
+def test_efficientnet_lite_of_pytorch(
+    rng: np.random.Generator, tmp_path: Path, random_variables: Callable[..., Any], name: str
+) -> None:
+    torch = Torch(rng, epsilon=1e-3, same=True)
+    model, images, logits = write(torch, efficientnet_lite, LITE, tmp_path / name)
+    loaded = load_pretrained(tmp_path / name, random_variables(model, (48, 48, 3)))
+    assert_close(logits_of(model, loaded, images), logits)
+
+
+def test_networks_of_timm_are_read_from_pytorchs_older_files(
+    rng: np.random.Generator, tmp_path: Path, random_variables: Callable[..., Any]
+) -> None:
+    model, images, logits = write_timm(rng, "resnet", tmp_path / "resnet.pth")
+    loaded = load_pretrained(tmp_path / "resnet.pth", random_variables(model, (48, 48, 3)))
     assert_close(logits_of(model, loaded, images), logits)
 
 
@@ -316,7 +378,7 @@ def test_other_variables_are_passed_on(
     assert jax.tree.structure(loaded) == jax.tree.structure(variables)
 
 
-@pytest.mark.parametrize("name", ["resnet50.pth", "model.keras", "weights"])
+@pytest.mark.parametrize("name", ["resnet50.ckpt", "model.keras", "weights"])
 def test_other_kinds_of_files_are_refused(
     tmp_path: Path, random_variables: Callable[..., Any], name: str
 ) -> None:
@@ -325,7 +387,14 @@ def test_other_kinds_of_files_are_refused(
     assert name in str(error.value)
 
 
+def test_keras_has_no_efficientnet_lite(
+    tmp_path: Path, random_variables: Callable[..., Any]
+) -> None:
+    with pytest.raises(ValueError, match="Keras applications, which have no EfficientNet-Lite"):
+        load_pretrained(tmp_path / "lite.h5", random_variables(LITE, (48, 48, 3)))
+
+
 def test_other_networks_are_refused(timm_file: Path, random_variables: Callable[..., Any]) -> None:
     variables = random_variables(BinaryNet(width=1e-6), (8, 8, 3))
-    with pytest.raises(ValueError, match=r"for MobileNet and ResNet.*'dense0'"):
+    with pytest.raises(ValueError, match=r"for MobileNet, EfficientNetLite and ResNet.*'dense0'"):
         load_pretrained(timm_file, variables)

@@ -1,7 +1,8 @@
 """Files of weights from strangers: what is in them, and what is refused before it is read.
 
-HDF5 files are written by h5py and safetensors by its own library, both on a network of a few
-numbers, so that thousands of damaged ones can be read; the values come back as they were written.
+HDF5 files are written by h5py, safetensors by its own library and PyTorch's by `torch_writer`, all
+of a network of a few numbers, so that thousands of damaged ones can be read; the values come back
+as they were written.
 """
 
 import itertools
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.models.weight_files import WeightsError
+from tests.models import torch_writer
 
 COUNT = 1500  # mutants of each format
 PEAK = 2**19  # bytes that Python and NumPy may hold beyond 40 times the file's own
@@ -110,6 +112,11 @@ def write_timm(path: Path, variables: dict[str, Any], dtype: Any = np.float32) -
     arrays["bn1.num_batches_tracked"] = np.array(7)
     save_file(arrays, path, {"format": "pt"})
     return path
+
+
+def write_torch(path: Path, variables: dict[str, Any]) -> Path:
+    arrays = {**named(variables, 2), "bn1.num_batches_tracked": np.array(7)}
+    return torch_writer.save(path, torch_writer.state_dict(arrays, "F"))
 
 
 def other(variables: dict[str, Any]) -> dict[str, Any]:
@@ -322,7 +329,7 @@ def test_a_malformed_safetensors_file_is_refused(
     refused(forged(write_timm(tmp_path / "net.safetensors", variables), change), message)
 
 
-@pytest.mark.parametrize("suffix", ["h5", "safetensors"])
+@pytest.mark.parametrize("suffix", ["h5", "safetensors", "pth", "pt"])
 def test_what_is_no_file_of_weights_at_all(
     tmp_path: Path,
     variables: dict[str, Any],
@@ -367,7 +374,8 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("name", "write"), [("net.h5", write_keras), ("net.safetensors", write_timm)]
+    ("name", "write"),
+    [("net.h5", write_keras), ("net.safetensors", write_timm), ("net.pth", write_torch)],
 )
 def test_mutants_are_refused_by_one_error_or_load_small(
     tmp_path: Path,
