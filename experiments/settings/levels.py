@@ -87,6 +87,9 @@ def weight_rules(config: Config) -> ab.Rules:
 def activation_rules(config: Config) -> ActivationRules | None:
     """Inputs of layers by the flags: the images signed, the others, after a ReLU, not.
 
+    Inputs after no ReLU are signed too, where the network names them. They have no end that is
+    known: of a fixed range their largest magnitude takes the place.
+
     Raises:
       FlagError: flags that exclude each other.
     """
@@ -103,6 +106,9 @@ def activation_rules(config: Config) -> ActivationRules | None:
     rules = [(re.escape(network.first), images), (r".*", _after_relu(c, c.act_bits))]
     if c.outer_bits is not None:
         rules.insert(1, (re.escape(network.last), _after_relu(c, c.outer_bits)))
+    if network.signed is not None:
+        after_none = dataclasses.replace(_after_relu(c, c.act_bits), signed=True, limit=None)
+        rules.insert(1, (network.signed, after_none))
     return ActivationRules(rules)
 
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from ab_jax.models.binarynet import BinaryNet
+from ab_jax.models.efficientnet_lite import EfficientNetLite
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import TIMM_V2, TORCHVISION, resnet20, resnet50
 from experiments.settings.choices import choose, is_elsewhere, load_elsewhere
@@ -46,12 +47,15 @@ class Network:
       make: makes it.
       first, last: paths of its first and its last layer, which --outer_bits is for; the input of
         the first one, the images, has 8 bits and a sign.
+      signed: a pattern of the paths of other layers whose inputs have both signs, since no ReLU
+        comes before them; None: there are none.
     """
 
     label: str
     make: Callable[..., nn.Module]
     first: str = "stem"
     last: str = "head"
+    signed: str | None = None
 
 
 def stem_for(image_size: int) -> int:
@@ -69,6 +73,11 @@ NETWORKS: dict[str, Network] = {
     # The stem is the one for 32 pixels; smaller and larger images pass it too.
     "resnet20": Network(label="ResNet-20", make=resnet20),
     "mobilenet_v1": Network(label="MobileNet v1", make=_with_stem(MobileNet)),
+    "efficientnet_lite0": Network(
+        label="EfficientNet-Lite0",
+        make=_with_stem(EfficientNetLite),
+        signed=r"block\d+/expand|top",
+    ),
     "resnet50_v1": Network(
         label="ResNet-50 v1", make=_with_stem(functools.partial(resnet50, variant=TORCHVISION))
     ),

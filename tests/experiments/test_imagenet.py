@@ -184,6 +184,20 @@ def test_the_first_and_the_last_layer_keep_8_bits():
     assert activation_rules(dataclasses.replace(config, act_bits=None)) is None
 
 
+def test_inputs_that_no_relu_precedes_are_signed_and_measured():
+    config = dataclasses.replace(
+        mobilenet_v1_imagenet.DEFAULTS, network="efficientnet_lite0", act_bits=4, act_range="fixed"
+    )
+    rules = activation_rules(config)
+    assert rules is not None
+    assert [(p, q.bits, q.signed, q.limit) for p, q in rules.rules] == [
+        ("stem", 8, True, None),
+        (r"block\d+/expand|top", 4, True, None),
+        ("head", 8, False, 6.0),
+        (".*", 4, False, 6.0),
+    ]
+
+
 def test_weights_have_scales_by_channel_or_one():
     for granularity, fit, axis in (("channel", "least_squares", -1), ("tensor", "absmax", None)):
         config = dataclasses.replace(
