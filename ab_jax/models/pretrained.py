@@ -1,5 +1,7 @@
 """Weights trained elsewhere: Keras applications' HDF5 files and PyTorch's state dicts.
 
+Safetensors may have Keras' names too: `conv1/kernel`, `conv_dw_1/depthwise_kernel`.
+
 A file fits the network it was trained in, so the network must be made for it:
 
     Keras MobileNet (alpha is our width)    MobileNet()
@@ -30,6 +32,8 @@ from flax import traverse_util
 from ab_jax.models.torch_files import torch_places
 from ab_jax.models.weight_files import (
     WeightsError,
+    by_keras_names,
+    has_keras_names,
     keras_places,
     read_array,
     safetensors_places,
@@ -53,7 +57,7 @@ def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool 
     Args:
       path: `.h5` (Keras applications, legacy HDF5 layout), `.safetensors`, or `.pth` and `.pt` as
         `torch.save` wrote them before PyTorch 1.6; the latter with the names of timm, or of
-        EfficientNet-Lite0's package.
+        EfficientNet-Lite0's package. Safetensors may have those of Keras, as `layer/weight`.
       variables: a MobileNet's, EfficientNetLite's or ResNet's `{"params": ..., "batch_stats":
         ...}`, which say what must be in the file; other collections, and parameters that are no
         kernel, bias or norm scale, are passed on as they are.
@@ -74,6 +78,8 @@ def load_pretrained(path: Path, variables: Mapping[str, Any], *, new_head: bool 
     elif path.suffix in (".safetensors", ".pth", ".pt"):
         read = safetensors_places if path.suffix == ".safetensors" else torch_places
         places, source_of, convert = read(path), torch_name, from_torch
+        if has_keras_names(places):
+            places, source_of, convert = by_keras_names(path, places), keras_name, from_keras
         # The counters that PyTorch's norms keep are no weights.
         places = {n: place for n, place in places.items() if not n.endswith("num_batches_tracked")}
     else:

@@ -64,14 +64,36 @@ def keras_places(path: Path) -> dict[str, Place]:
                 if place is None:
                     waiting.append(item)
                     continue
-                # Older ResNet files call the head `probs`, and some weights are decorated.
-                layer = {"probs": "predictions"}.get(item.path[first], item.path[first])
-                weight = item.path[-1].removesuffix(":0").removeprefix("depthwise_")
-                name = f"{layer}/{weight}"
-                if name in places:
-                    raise MalformedError(f"{shown(name)} stands in it twice")
-                places[name] = place
+                _add_keras(places, item.path[first], item.path[-1], place)
         return places
+
+
+def has_keras_names(places: dict[str, Place]) -> bool:
+    """Whether arrays are named `layer/weight`, as Keras does; PyTorch's names have dots alone."""
+    return bool(places) and all("/" in name for name in places)
+
+
+def by_keras_names(path: Path, places: dict[str, Place]) -> dict[str, Place]:
+    """The arrays of a safetensors file that `has_keras_names`, by the names of `keras_places`.
+
+    Raises:
+      WeightsError: two names mean one weight.
+    """
+    named: dict[str, Place] = {}
+    with _named(path):
+        for name, place in places.items():
+            layer, *_, weight = name.split("/")
+            _add_keras(named, layer, weight, place)
+    return named
+
+
+def _add_keras(places: dict[str, Place], layer: str, weight: str, place: Place) -> None:
+    # Older ResNet files call the head `probs`, and some weights are decorated.
+    layer = {"probs": "predictions"}.get(layer, layer)
+    name = f"{layer}/{weight.removesuffix(':0').removeprefix('depthwise_')}"
+    if name in places:
+        raise MalformedError(f"{shown(name)} stands in it twice")
+    places[name] = place
 
 
 def read_array(file: BinaryIO, place: Place) -> np.ndarray:
@@ -92,10 +114,16 @@ def opened(path: Path) -> Iterator[BinaryIO]:
       WeightsError: it is no regular file, or a `MalformedError` was raised within the context.
         OSError: it cannot be read.
     """
-    try:
+    with _named(path):
         if path.exists() and not path.is_file():
             raise MalformedError("it is no regular file")
         with path.open("rb") as file:
             yield file
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
     except MalformedError as error:
         raise WeightsError(f"{path} cannot be read as weights: {error}.") from None

@@ -98,7 +98,7 @@ class Config:
     layer_order: Literal["forward", "backward"] = "forward"
 
     # Network to start from: the directory of a run, or a file of weights trained elsewhere, of
-    # Keras applications (.h5) or timm (.safetensors).
+    # Keras applications (.h5) or timm (.safetensors; that may have the names of Keras too).
     init_from: str | None = None
     new_head: bool = False  # leave out the head of that file, whose classes are others
     # Without init_from: epochs of a float network that is trained first, in NAME/float; 0: none.

@@ -110,6 +110,40 @@ def test_names_of_older_keras_files(
     jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
+def keras_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file of Keras as safetensors of such networks name them."""
+    with h5py.File(path) as file:
+        return {
+            f"{layer}/{'depthwise_' if '_dw_' in weight and 'kernel' in weight else ''}"
+            f"{weight.rsplit('/', 1)[-1]}": np.asarray(group[weight])
+            for layer, group in file.items()
+            for weight in group.attrs["weight_names"]
+        }
+
+
+@pytest.mark.parametrize("decoration", ["", ":0"])
+def test_safetensors_by_the_names_of_keras(
+    keras_mobilenet: Path, tmp_path: Path, random_variables: Callable[..., Any], decoration: str
+) -> None:
+    variables = random_variables(MOBILENET, (64, 64, 3))
+    arrays = keras_arrays(keras_mobilenet / "weights.h5")
+    assert {"conv1/kernel", "conv_dw_1/depthwise_kernel", "conv_pw_13_bn/gamma"} < arrays.keys()
+    path = tmp_path / "weights.safetensors"
+    save_file({f"{name}{decoration}": array for name, array in arrays.items()}, path)
+    expected = load_pretrained(keras_mobilenet / "weights.h5", variables)
+    jax.tree.map(np.testing.assert_array_equal, load_pretrained(path, variables), expected)
+
+
+def test_one_weight_by_two_names_of_keras_is_refused(
+    keras_mobilenet: Path, tmp_path: Path, random_variables: Callable[..., Any]
+) -> None:
+    arrays = keras_arrays(keras_mobilenet / "weights.h5")
+    path = tmp_path / "weights.safetensors"
+    save_file({**arrays, "conv_dw_1/kernel": arrays["conv_dw_1/depthwise_kernel"]}, path)
+    with pytest.raises(ValueError, match=r"weights\.safetensors .*conv_dw_1/kernel.* twice"):
+        load_pretrained(path, random_variables(MOBILENET, (64, 64, 3)))
+
+
 def test_the_layout_of_keras_3_is_refused(
     keras_mobilenet: Path, random_variables: Callable[..., Any]
 ) -> None:
