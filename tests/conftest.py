@@ -173,6 +173,16 @@ def wait_for_all(tmp_path: Path) -> Callable[..., None]:
     return wait
 
 
+@pytest.fixture(scope="session")
+def pretrained_files() -> Path:
+    """The folder with networks of others and photographs: see CONTRIBUTING.md; else a skip."""
+    beside = Path(__file__).parents[2] / "shared/data/pretrained"
+    folder = Path(os.environ.get("AB_JAX_PRETRAINED", beside))
+    if not folder.is_dir():
+        pytest.skip("AB_JAX_PRETRAINED names no folder of networks and photographs")
+    return folder
+
+
 @pytest.fixture
 def full_disk() -> Callable[[int], contextlib.AbstractContextManager[None]]:
     """`with full_disk(size)`: no file of this process gets larger than `size` bytes within it.

@@ -1,0 +1,1 @@
+"""What networks of others, trained on ImageNet, are calibrated with and read on."""

@@ -1,0 +1,32 @@
+"""ImageNet's 1,000 classes: their WordNet ids, whose sorted order numbers them."""
+
+import functools
+from pathlib import Path
+
+COUNT = 1000
+_IDS = Path(__file__).with_suffix(".txt")
+
+
+@functools.cache
+def class_ids() -> tuple[str, ...]:
+    """The ids by label: the logits of networks trained on ImageNet come in this order."""
+    return tuple(_IDS.read_text(encoding="ascii").split())
+
+
+def class_index(name: str) -> int | None:
+    """The label, 0 to 999, of a class named by its WordNet id or by its index.
+
+    Args:
+      name: such as `"n01440764"`, or `"0"` or `"000"`.
+
+    Returns:
+      None: it is neither.
+    """
+    if name.isascii() and name.isdecimal():
+        return int(name) if len(name) <= 4 and int(name) < COUNT else None
+    return _labels().get(name)
+
+
+@functools.cache
+def _labels() -> dict[str, int]:
+    return {wnid: label for label, wnid in enumerate(class_ids())}
