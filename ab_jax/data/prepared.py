@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,7 +159,9 @@ def source_of(directory: Path, split: str) -> Any:
         )
 
 
-def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> Prepared:
+def read_prepared(
+    name: str, data_dir: Path, image_size: int | None = None, *, splits: Iterable[str] | None = None
+) -> Prepared:
     """Reads and decodes every image of a prepared data set.
 
     The decoded images are kept beside the records, as `decoded-SPLIT-SIZE.npz`: the next call reads
@@ -169,6 +171,7 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
       name: `"cifar10"`, `"cifar10_jpeg"`, `"tiny_imagenet"` or `"image_folder:NAME"`.
       data_dir: TFDS's data directory.
       image_size: height and width to average the images down to, in pixels; None: as stored.
+      splits: names of those to read, which the data set must have; None: all.
 
     Raises:
       FileNotFoundError: it is not prepared in `data_dir`; the message has the command that does it.
@@ -186,7 +189,7 @@ def read_prepared(name: str, data_dir: Path, image_size: int | None = None) -> P
                 directory / f"decoded-{split}-{size}.npz",
                 functools.partial(_read_split, builder, split, image_size),
             )
-            for split in builder.info.splits
+            for split in (builder.info.splits if splits is None else splits)
         },
     )
 

@@ -68,7 +68,8 @@ class TinyPhotographs:
                 f"{_NAME} in {data_dir} has the class {ids[classes.index(None)]}, which is none of "
                 f"ImageNet's"
             )
-        return read_prepared(_NAME, data_dir).splits[split], np.asarray(classes, np.int32)
+        images = read_prepared(_NAME, data_dir, splits=[split]).splits[split]
+        return images, np.asarray(classes, np.int32)
 
     def _labelled(self, images: Images, classes: np.ndarray) -> ImageSet:
         return ImageSet(images.images, self.size, classes[images.labels], np.sort(classes))

@@ -285,6 +285,13 @@ def test_draws_of_tiny_imagenet_leave_out_the_images_to_choose_on(tiny):
         images.calibration(10)
 
 
+def test_tiny_imagenets_training_images_are_not_decoded_to_read_the_others(tiny, tmp_path):
+    images, _ = tiny
+    images.test()
+    (kept,) = tmp_path.glob("data/tiny_imagenet/*/decoded-*")
+    assert kept.name == "decoded-validation-full.npz"
+
+
 def test_tiny_imagenet_that_is_not_prepared_says_how(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"ab_jax\.data\.prepare tiny_imagenet"):
         TinyPhotographs(data_dir=tmp_path).test()
