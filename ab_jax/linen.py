@@ -27,7 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core.scope import CollectionFilter, in_filter, subtract_filters
+from flax.core.scope import in_filter, subtract_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
 
@@ -87,7 +87,7 @@ class WithQuantizedInputs:
         *args: Any,
         alpha: ArrayLike = 1.0,
         rngs: Any = None,
-        mutable: CollectionFilter = False,
+        mutable: bool | str | Sequence[str] = False,
         **kwargs: Any,
     ) -> Any:
         """What the `apply` of the model gives, of quantized inputs.

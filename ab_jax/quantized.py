@@ -76,7 +76,7 @@ class Quantized:
         Of the dtype of `scale`. Their number follows from the width and from whether there are zero
         points: 2 for 1 bit, 3 for 2 bits without zero points, and so on.
         """
-        lowest, highest, step = self._range()
+        lowest, highest, step = self.code_range()
         codes = jnp.arange(lowest, highest + 1, step, dtype=self.scale.dtype)
         offsets = codes.reshape(-1, *(1,) * self.scale.ndim)
         if self.zero_point is not None:
@@ -94,7 +94,7 @@ class Quantized:
         Returns:
           Two arrays of that shape and of the dtype of `scale`.
         """
-        lowest, highest, step = self._range()
+        lowest, highest, step = self.code_range()
         scale = expand(self.scale, w.shape)
         low, high = jnp.asarray(lowest, scale.dtype), jnp.asarray(highest, scale.dtype)
         if self.zero_point is not None:
@@ -116,7 +116,7 @@ class Quantized:
         """
         return packed_size(self.codes.size, self.bits, affine=self.zero_point is not None)
 
-    def _range(self) -> tuple[int, int, int]:
+    def code_range(self) -> tuple[int, int, int]:
         """The lowest and the highest code, and the step between codes."""
         if self.bits == 1:
             return -1, 1, 2

@@ -132,12 +132,12 @@ class _Evaluation:
             if not self.inside((*key, i)):
                 untouched.append(equation)
                 continue
-            known.update(_evaluated(jaxpr, untouched, known))
+            known.update(evaluated(jaxpr, untouched, known))
             untouched = []
             operands = [read(v) for v in equation.invars]
             results, state = self.equation(jaxpr, equation, operands, state, (*key, i))
             known.update(zip(equation.outvars, results, strict=True))
-        known.update(_evaluated(jaxpr, untouched, known))
+        known.update(evaluated(jaxpr, untouched, known))
         return [read(v) for v in jaxpr.outvars], state
 
     def equation(
@@ -191,7 +191,7 @@ class _Evaluation:
         if len(known) < len(equation.invars):  # x @ x: two operands that may differ now
             results = equation.primitive.bind(*values, **equation.params)
             return results if equation.primitive.multiple_results else [results], state
-        found = _evaluated(jaxpr, [equation], known)
+        found = evaluated(jaxpr, [equation], known)
         return [found.get(v) for v in equation.outvars], state
 
     def call(
@@ -296,7 +296,7 @@ class _Evaluation:
         return run(state, list(values))
 
 
-def _evaluated(jaxpr: Any, equations: Sequence[Any], known: Mapping[Any, Any]) -> dict[Any, Any]:
+def evaluated(jaxpr: Any, equations: Sequence[Any], known: Mapping[Any, Any]) -> dict[Any, Any]:
     """The results of equations, by JAX's own evaluator.
 
     How a primitive is bound, and under which context, changes from one version of JAX to the next.

@@ -1,0 +1,16 @@
+"""Calibration: from a trained network to few bits in minutes, without training."""
+
+from ab_jax.calibration.calibrating import CalibratedLayer, Calibration, calibrate
+from ab_jax.calibration.gptq import gptq
+from ab_jax.calibration.rounding_methods import Gptq, Method, Rounding, WeightedScales
+
+__all__ = [
+    "CalibratedLayer",
+    "Calibration",
+    "Gptq",
+    "Method",
+    "Rounding",
+    "WeightedScales",
+    "calibrate",
+    "gptq",
+]

@@ -1,0 +1,421 @@
+"""Calibration: from a trained network and some inputs to its codes, layer by layer.
+
+    found = calibrate(forward, params, rules, [(images,), ...])
+    forward(ab.dequantize(found.codes), images)       # the network of few bits
+    found.params                                      # a start for training
+
+`forward` is a function of any framework, as for `ab_jax.products`. Its products are taken in the
+order of the program. Of each, with the inputs that it has in the network quantized so far,
+
+1. the weight is regressed on the outputs that the float network has (ridge regression, which holds
+   to the float weight by its penalty), so that the layer makes good what those before it lost;
+2. the weight is rounded by a method, such as GPTQ;
+3. the deviation of each output channel is matched to that of the float network by a gain, which the
+   scales take in, and its mean by the bias behind the layer, that of a following norm included.
+
+A network that quantizes well needs none of this; one that loses all at 4 bits needs most of it.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from ab_jax.blend import quantize
+from ab_jax.calibration.even_grid import Levels, blocks_of
+from ab_jax.calibration.matrices import Form, Moments
+from ab_jax.calibration.rounding_methods import Gptq, Layer, Method
+from ab_jax.calibration.side_by_side import SideBySide, parameters
+from ab_jax.calibration.values import Value, computed
+from ab_jax.models.convolution import cpu_conv_general_dilated
+from ab_jax.products.finding import traced
+from ab_jax.products.origins import Key
+from ab_jax.products.product import Product
+from ab_jax.quantized import Quantized
+from ab_jax.rules import Rules, leaves_by_path
+
+# Of the mean variance of the channels: below it a channel is as good as constant.
+_CONSTANT = 1e-6
+
+Matching = Literal["deviation", "mean", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CalibratedLayer:
+    """What became of a product.
+
+    Attributes:
+      address: of the product.
+      bits: of its weight.
+      lost: the squared error of its outputs over their variance in the float network, mean of the
+        channels, with all that the layers before it have lost.
+      bias: the path of the parameter whose shift matches the means; None: there is none, or means
+        are not matched.
+      note: what could not be done, and why; empty: nothing.
+    """
+
+    address: str
+    bits: int
+    lost: float
+    bias: str | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """A calibrated network.
+
+    Attributes:
+      codes: the parameters with a `Quantized` in place of each that the rules quantize, as
+        `ab_jax.quantize` gives them; biases are the corrected ones.
+      params: the parameters before their rounding, regressed, scaled and with corrected biases: a
+        start for training, together with the scales of `codes`.
+      layers: what became of each product, in the order of the program.
+    """
+
+    codes: Any
+    params: Any
+    layers: tuple[CalibratedLayer, ...]
+
+
+def calibrate(
+    f: Callable[..., Any],
+    params: Any,
+    rules: Rules,
+    batches: Iterable[tuple[Any, ...]],
+    *,
+    method: Method | None = None,
+    regression: float = 0.05,
+    matching: Matching = "deviation",
+    progress: Callable[[CalibratedLayer], None] = lambda layer: None,
+) -> Calibration:
+    """Codes of a trained network, calibrated on some inputs.
+
+    All batches are held in memory, with what the equation under way reads of them in both networks.
+
+    Args:
+      f: `f(params, *inputs)`, the forward function in inference.
+      params: a tree of float arrays.
+      rules: of the weights, as for `ab_jax.quantize`. Weights that enter no product, or not as
+        they are, are rounded.
+      batches: the further arguments of `f`, a tuple each, of the same shapes.
+      method: how a weight is rounded; None: `Gptq()`.
+      regression: how strongly a weight is held to its float value, as a share of the mean square of
+        its inputs; infinite: it is not regressed.
+      matching: of each output channel the mean and the deviation, the mean alone, or nothing.
+      progress: is told of each layer when it is done.
+
+    Raises:
+      ValueError: no batch, batches of several shapes, a regression or matching that there is not,
+        rules that do not fit the parameters, or a function whose way depends on its inputs.
+    """
+    given = list(batches)
+    if not given:
+        raise ValueError("There is no batch to calibrate on.")
+    if not regression > 0:
+        raise ValueError(
+            f"regression={regression} must be positive; inf leaves weights as they are."
+        )
+    if matching not in ("deviation", "mean", "none"):
+        raise ValueError(f"matching={matching!r} is none of 'deviation', 'mean', 'none'.")
+    shapes = [jax.tree.map(jnp.shape, inputs) for inputs in given]
+    if any(shape != shapes[0] for shape in shapes):
+        raise ValueError(
+            f"The batches have several shapes: {shapes[0]} and others. Make them alike."
+        )
+    function = traced(f, params, *given[0])
+    decisions = _Decisions(
+        products={p.key: p for found in function.products for p in (found, found.followed_by) if p},
+        weights=_Weights(params, rules),
+        batches=len(given),
+        method=method or Gptq(),
+        regression=regression,
+        matching=matching,
+        progress=progress,
+    )
+    leaves = [jax.tree.leaves(inputs) for inputs in given]
+    inputs = [
+        Value(of_batches, of_batches, of_data=True) for of_batches in zip(*leaves, strict=True)
+    ]
+    values = [*decisions.weights.values(), *inputs]
+    SideBySide(decisions, len(given)).body(function.jaxpr, values, ())
+    return Calibration(*decisions.weights.trees(), tuple(decisions.layers))
+
+
+class _Weights:
+    """The parameters, and what has been decided on them so far."""
+
+    def __init__(self, params: Any, rules: Rules) -> None:
+        self._tree = jax.tree.structure(params)
+        self.leaves = leaves_by_path(params)
+        quantized = jax.tree.leaves(
+            quantize(params, rules), is_leaf=lambda leaf: isinstance(leaf, Quantized)
+        )
+        paths = [path for path, _ in self.leaves]
+        self.rounded = {
+            path: leaf
+            for path, leaf in zip(paths, quantized, strict=True)
+            if isinstance(leaf, Quantized)
+        }
+        self.codes = {path: np.array(q.codes).ravel() for path, q in self.rounded.items()}
+        self.scales = {
+            path: np.array(q.scale, np.float64).ravel() for path, q in self.rounded.items()
+        }
+        self.decided = {path: np.zeros(q.codes.size, bool) for path, q in self.rounded.items()}
+        self.floats = {path: np.array(leaf).ravel() for path, leaf in self.leaves}
+        self.corrected: set[str] = set()
+
+    def values(self) -> list[Value]:
+        """As the function gets them: in the quantized network rounded, until that is decided."""
+        plain = parameters(self.leaves)
+        return [
+            dataclasses.replace(value, quantized=(self.rounded[path].dequantize(),))
+            if path in self.rounded
+            else value
+            for (path, _), value in zip(self.leaves, plain, strict=True)
+        ]
+
+    def quantized(self, path: str) -> Quantized:
+        """What is decided on a weight so far, the rest rounded."""
+        of = self.rounded[path]
+        return dataclasses.replace(
+            of,
+            codes=jnp.asarray(self.codes[path].reshape(of.codes.shape)),
+            scale=jnp.asarray(self.scales[path].reshape(of.scale.shape), of.scale.dtype),
+        )
+
+    def trees(self) -> tuple[Any, Any]:
+        """The parameters as codes, and as floats."""
+        floats = [
+            jnp.asarray(self.floats[path].reshape(leaf.shape), leaf.dtype)
+            for path, leaf in self.leaves
+        ]
+        codes = [
+            self.quantized(path) if path in self.rounded else x
+            for (path, _), x in zip(self.leaves, floats, strict=True)
+        ]
+        return jax.tree.unflatten(self._tree, codes), jax.tree.unflatten(self._tree, floats)
+
+
+@dataclasses.dataclass
+class _Behind:
+    """A layer whose means may still be matched."""
+
+    index: int
+
+
+class _Decisions:
+    """Decides on each product; see `calibrate`."""
+
+    def __init__(
+        self,
+        *,
+        products: Mapping[Key, Product],
+        weights: _Weights,
+        batches: int,
+        method: Method,
+        regression: float,
+        matching: Matching,
+        progress: Callable[[CalibratedLayer], None],
+    ) -> None:
+        self.products = products
+        self.weights = weights
+        self.layers: list[CalibratedLayer] = []
+        self._batches = batches
+        self._method = method
+        self._regression = regression
+        self._matching = matching
+        self._progress = progress
+
+    def product(self, key: Key, equation: Any, operands: list[Value]) -> Value | None:
+        """See `side_by_side.Decider`."""
+        found = self.products.get(key)
+        if found is None or equation.primitive.name == "name" or found.kind != "weight":
+            return None
+        data = [i for i in range(2) if operands[i].of_data]
+        if len(data) != 1 or found.weight not in self.weights.rounded:
+            return None
+        form = Form(equation, data[0])
+        why_not = self._why_not(found, form, operands[1 - data[0]])
+        if why_not:
+            self._done(CalibratedLayer(found.address, self._bits(found), np.nan, None, why_not))
+            return None
+        return self._calibrated(found, form, operands)
+
+    def bias(self, behind: _Behind, sum_of: Value, bias: Value) -> Value:
+        """See `side_by_side.Decider`."""
+        assert bias.source is not None
+        path = bias.source.path
+        known = path in self.weights.rounded or path in self.weights.corrected
+        if self._matching == "none" or known:
+            return bias
+        places = bias.source.places()
+        own = self.weights.floats[path]
+        sums, count = np.zeros(own.size), np.zeros(own.size)
+        for i in range(self._batches):
+            apart = sum_of.at(i, quantized=False) - sum_of.at(i, quantized=True)
+            # Summed first over the axes along which the bias is the same: most of them.
+            alike = [k for k, size in enumerate(places.shape) if size == 1]
+            of_bias = jnp.sum(apart.astype(jnp.float32), alike, keepdims=True)
+            sums += np.bincount(
+                places.ravel(), np.asarray(of_bias, np.float64).ravel(), minlength=own.size
+            )
+            each = apart.size // places.size
+            count += each * np.bincount(places.ravel(), minlength=own.size)
+        shift = sums / np.maximum(count, 1)
+        self.weights.corrected.add(path)
+        self.weights.floats[path] = (own + shift).astype(own.dtype)
+        layer = self.layers[behind.index]
+        self.layers[behind.index] = dataclasses.replace(layer, bias=path)
+        changed = self.weights.floats[path][places]
+        return dataclasses.replace(bias, quantized=(jnp.asarray(changed, bias.plain[0].dtype),))
+
+    def _why_not(self, product: Product, form: Form, weight: Value) -> str:
+        if weight.source is None:
+            return f"{product.weight} is not all that its weight is made of: it is rounded"
+        if form.why_not():
+            return f"{form.why_not()}: its weight is rounded"
+        if weight.source.path not in self.weights.rounded:
+            return f"{weight.source.path} is quantized by no rule"
+        try:
+            Levels.of(self.weights.rounded[weight.source.path], np.zeros((0,), int))
+        except TypeError as error:
+            return f"{error}: its weight is rounded"
+        return ""
+
+    def _bits(self, product: Product) -> int:
+        assert product.weight is not None
+        return self.weights.rounded[product.weight].bits
+
+    def _calibrated(self, product: Product, form: Form, operands: list[Value]) -> Value:
+        weight, x = operands[1 - form.data], operands[form.data]
+        assert weight.source is not None
+        path = weight.source.path
+        run = _runner(form.equation)
+        plain = computed(run, operands, self._batches)[0].plain
+        in_operand = weight.source.places()
+        places = form.of_weight(in_operand)
+        is_new = not np.any(self.weights.decided[path][places])
+        if is_new:
+            self._decide(path, places, form, x)
+        values = self._values(path)[in_operand].astype(weight.plain[0].dtype)
+        decided = Value(weight.plain, (jnp.asarray(values),))
+        pair = [x, decided] if form.data == 0 else [decided, x]
+        quantized = computed(run, pair, self._batches)[0].quantized
+        lost, gains = _compared(form, plain, quantized)
+        note = "" if is_new else "its weight was calibrated where it was met before"
+        if self._matching == "deviation" and is_new:
+            note = self._take_in(path, places, gains)
+            if not note:
+                quantized = tuple(form.scaled(y, jnp.asarray(gains)) for y in quantized)
+        self._done(CalibratedLayer(product.address, self._bits(product), lost, None, note))
+        return Value(plain, quantized, of_data=True, behind=_Behind(len(self.layers) - 1))
+
+    def _decide(self, path: str, places: np.ndarray, form: Form, x: Value) -> None:
+        """Round the weight by the method."""
+        flat = self.weights.floats[path]
+        wanted = flat[places].astype(np.float64)
+        levels = Levels.of(self.weights.quantized(path), places)
+        quantized, plain = (
+            [form.rows(x.at(i, quantized=q)).astype(jnp.float32) for i in range(self._batches)]
+            for q in (True, False)
+        )
+        parts = list(zip(quantized, plain, strict=True))
+        moments = Moments.of(parts, about_mean=self._matching != "none")
+        regressed = _regressed(wanted, moments, self._regression)
+        rounded = self._method(Layer(regressed, levels, moments))
+        flat[places] = regressed.astype(flat.dtype)
+        self.weights.codes[path][places] = rounded.codes.astype(np.int8)
+        self.weights.scales[path][rounded.levels.blocks] = rounded.levels.scale
+        self.weights.decided[path][places] = True
+
+    def _values(self, path: str) -> np.ndarray:
+        """What the codes of a weight stand for, flattened."""
+        return np.asarray(self.weights.quantized(path).dequantize()).ravel()
+
+    def _take_in(self, path: str, places: np.ndarray, gains: np.ndarray) -> str:
+        """Gains of the outputs into the scales; what stands against it."""
+        scales = self.weights.scales[path]
+        blocks = blocks_of(self.weights.rounded[path], places)
+        own = np.broadcast_to(gains[:, None], places.shape)
+        of_block = np.ones(scales.size)
+        of_block[blocks] = own
+        if not np.array_equal(of_block[blocks], own):
+            return "several channels have one scale: deviations are not matched"
+        self.weights.scales[path] = scales * of_block
+        self.weights.floats[path][places] *= own.astype(self.weights.floats[path].dtype)
+        return ""
+
+    def _done(self, layer: CalibratedLayer) -> None:
+        self.layers.append(layer)
+        self._progress(layer)
+
+
+def _regressed(weight: np.ndarray, moments: Moments, strength: float) -> np.ndarray:
+    """The weight whose outputs on the quantized network's inputs are nearest to the float one's."""
+    if np.isinf(strength):
+        return weight
+    n = weight.shape[1]
+    mean = np.trace(moments.own, axis1=1, axis2=2) / n + np.finfo(np.float32).tiny
+    penalty = strength * mean[:, None, None] * np.eye(n)
+    found: np.ndarray = np.linalg.solve(moments.own + penalty, (moments.cross + penalty) @ weight)
+    return found
+
+
+def _compared(
+    form: Form, plain: tuple[Array, ...], quantized: tuple[Array, ...]
+) -> tuple[float, np.ndarray]:
+    """What is lost of the outputs, and the gains that match their deviations, [groups, m]."""
+    parts = [(form.outputs(p), form.outputs(q)) for p, q in zip(plain, quantized, strict=True)]
+    count = sum(p.shape[1] for p, _ in parts)
+    means = [np.sum([np.asarray(_sum(part[i])) for part in parts], 0) / count for i in (0, 1)]
+    sums = [_squares(*part, *map(jnp.float32, means)) for part in parts]
+    variance, variance_q, apart = (
+        np.sum([np.asarray(x, np.float64) for x in of], 0) / count for of in zip(*sums, strict=True)
+    )
+    floor = _CONSTANT * variance.mean() + np.finfo(np.float32).tiny
+    gains = np.sqrt((variance + floor) / (variance_q + floor))
+    return float(np.mean(apart / (variance + floor))), gains
+
+
+@jax.jit
+def _sum(y: Array) -> Array:
+    return y.astype(jnp.float32).sum(1)
+
+
+@jax.jit
+def _squares(plain: Array, quantized: Array, mean: Array, mean_q: Array) -> tuple[Array, ...]:
+    """Sums over rows about means, as some channels have means far above their deviations."""
+    p, q = plain.astype(jnp.float32), quantized.astype(jnp.float32)
+    about_means = ((p - mean[:, None]) ** 2).sum(1), ((q - mean_q[:, None]) ** 2).sum(1)
+    return *about_means, ((p - q) ** 2).sum(1)
+
+
+def _runner(equation: Any) -> Callable[..., list[Any]]:
+    """A product as a compiled function of its operands, on CPUs in its fastest form."""
+    primitive = equation.primitive
+    return _compiled(primitive, tuple(sorted(equation.params.items(), key=lambda item: item[0])))
+
+
+@functools.lru_cache(maxsize=256)
+def _compiled(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Any]]:
+    known = dict(params)
+
+    def run(left: Array, right: Array) -> list[Array]:
+        if primitive.name == "conv_general_dilated" and jax.default_backend() == "cpu":
+            given = {n: x for n, x in known.items() if n in _CONV_PARAMS}
+            return [cpu_conv_general_dilated(left, right, **given)]
+        return [primitive.bind(left, right, **known)]
+
+    return jax.jit(run)
+
+
+_CONV_PARAMS = {
+    *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
+    *("feature_group_count", "batch_group_count", "precision", "preferred_element_type"),
+}
