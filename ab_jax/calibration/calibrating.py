@@ -29,7 +29,7 @@ from jax import Array
 from ab_jax.blend import quantize
 from ab_jax.calibration.even_grid import Levels, blocks_of
 from ab_jax.calibration.matrices import Form, Moments
-from ab_jax.calibration.rounding_methods import Gptq, Layer, Method
+from ab_jax.calibration.rounding_methods import Gptq, Layer, Method, Rounded
 from ab_jax.calibration.side_by_side import SideBySide, parameters
 from ab_jax.calibration.values import Value, computed
 from ab_jax.models.convolution import cpu_conv_general_dilated
@@ -131,6 +131,7 @@ def calibrate(
     function = traced(f, params, *given[0])
     decisions = _Decisions(
         products={p.key: p for found in function.products for p in (found, found.followed_by) if p},
+        looked_up=set(function.lookups),
         weights=_Weights(params, rules),
         batches=len(given),
         method=method or Gptq(),
@@ -168,7 +169,7 @@ class _Weights:
         }
         self.decided = {path: np.zeros(q.codes.size, bool) for path, q in self.rounded.items()}
         self.floats = {path: np.array(leaf).ravel() for path, leaf in self.leaves}
-        self.corrected: set[str] = set()
+        self.corrected = {path: np.zeros(np.size(leaf), bool) for path, leaf in self.leaves}
 
     def values(self) -> list[Value]:
         """As the function gets them: in the quantized network rounded, until that is decided."""
@@ -216,6 +217,7 @@ class _Decisions:
         self,
         *,
         products: Mapping[Key, Product],
+        looked_up: set[str],
         weights: _Weights,
         batches: int,
         method: Method,
@@ -226,6 +228,7 @@ class _Decisions:
         self.products = products
         self.weights = weights
         self.layers: list[CalibratedLayer] = []
+        self._looked_up = looked_up
         self._batches = batches
         self._method = method
         self._regression = regression
@@ -251,10 +254,11 @@ class _Decisions:
         """See `side_by_side.Decider`."""
         assert bias.source is not None
         path = bias.source.path
-        known = path in self.weights.rounded or path in self.weights.corrected
-        if self._matching == "none" or known:
+        if self._matching == "none" or path in self.weights.rounded or bias.source.repeated:
             return bias
         places = bias.source.places()
+        if np.any(self.weights.corrected[path][places]):
+            return self._as_decided(bias, places)
         own = self.weights.floats[path]
         sums, count = np.zeros(own.size), np.zeros(own.size)
         for i in range(self._batches):
@@ -268,12 +272,16 @@ class _Decisions:
             each = apart.size // places.size
             count += each * np.bincount(places.ravel(), minlength=own.size)
         shift = sums / np.maximum(count, 1)
-        self.weights.corrected.add(path)
+        self.weights.corrected[path][places] = True
         self.weights.floats[path] = (own + shift).astype(own.dtype)
         layer = self.layers[behind.index]
         self.layers[behind.index] = dataclasses.replace(layer, bias=path)
-        changed = self.weights.floats[path][places]
-        return dataclasses.replace(bias, quantized=(jnp.asarray(changed, bias.plain[0].dtype),))
+        return self._as_decided(bias, places)
+
+    def _as_decided(self, bias: Value, places: np.ndarray) -> Value:
+        assert bias.source is not None
+        decided = self.weights.floats[bias.source.path][places]
+        return dataclasses.replace(bias, quantized=(jnp.asarray(decided, bias.plain[0].dtype),))
 
     def _why_not(self, product: Product, form: Form, weight: Value) -> str:
         if weight.source is None:
@@ -282,6 +290,10 @@ class _Decisions:
             return f"{form.why_not()}: its weight is rounded"
         if weight.source.path not in self.weights.rounded:
             return f"{weight.source.path} is quantized by no rule"
+        if weight.source.repeated:
+            return "its weight is met again in every step of a loop: it is rounded"
+        if weight.source.path in self._looked_up:
+            return "its weight is looked up too: it is rounded"
         try:
             Levels.of(self.weights.rounded[weight.source.path], np.zeros((0,), int))
         except TypeError as error:
@@ -329,6 +341,8 @@ class _Decisions:
         moments = Moments.of(parts, about_mean=self._matching != "none")
         regressed = _regressed(wanted, moments, self._regression)
         rounded = self._method(Layer(regressed, levels, moments))
+        if not self._own_scales(path, places):  # others rely on them
+            rounded = Rounded(levels.codes(rounded.values), levels)
         flat[places] = regressed.astype(flat.dtype)
         self.weights.codes[path][places] = rounded.codes.astype(np.int8)
         self.weights.scales[path][rounded.levels.blocks] = rounded.levels.scale
@@ -338,8 +352,16 @@ class _Decisions:
         """What the codes of a weight stand for, flattened."""
         return np.asarray(self.weights.quantized(path).dequantize()).ravel()
 
+    def _own_scales(self, path: str, places: np.ndarray) -> bool:
+        """Whether the scales of these weights serve no others."""
+        of = self.weights.rounded[path]
+        served = np.bincount(blocks_of(of, places).ravel(), minlength=of.scale.size)
+        return bool(np.all(np.isin(served, (0, of.codes.size // of.scale.size))))
+
     def _take_in(self, path: str, places: np.ndarray, gains: np.ndarray) -> str:
         """Gains of the outputs into the scales; what stands against it."""
+        if not self._own_scales(path, places):
+            return "other layers have its scales too: deviations are not matched"
         scales = self.weights.scales[path]
         blocks = blocks_of(self.weights.rounded[path], places)
         own = np.broadcast_to(gains[:, None], places.shape)

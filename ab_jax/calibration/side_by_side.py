@@ -129,7 +129,8 @@ class SideBySide:
     def scan(self, params: Any, operands: list[Value], key: Key) -> list[Value]:
         """Step by step, each with its slices."""
         first, last = carried(params)
-        constants, carry = operands[:first], operands[first:last]
+        constants = [x.in_a_loop() for x in operands[:first]]
+        carry = [x.in_a_loop() for x in operands[first:last]]
         steps = range(params["length"])
         gathered = []
         for step in reversed(steps) if params["reverse"] else steps:
@@ -146,7 +147,8 @@ class SideBySide:
         """While its test says so."""
         of_test = params["cond_nconsts"]
         first = of_test + params["body_nconsts"]
-        carry = operands[first:]
+        constants = [x.in_a_loop() for x in operands[of_test:first]]
+        carry = [x.in_a_loop() for x in operands[first:]]
 
         def goes_on() -> bool:
             test = [*operands[:of_test], *carry]
@@ -154,7 +156,7 @@ class SideBySide:
             return bool(scalar(result))
 
         while goes_on():
-            carry = self.body(params["body_jaxpr"], [*operands[of_test:first], *carry], key)
+            carry = self.body(params["body_jaxpr"], [*constants, *carry], key)
         return carry
 
 

@@ -26,10 +26,12 @@ class Source:
       path: of the parameter.
       places: int32, of the shape of the value: where each of its entries stands in the flattened
         parameter. A function, since few values are asked.
+      repeated: whether it is met again and again, in the steps of a loop.
     """
 
     path: str
     places: Callable[[], np.ndarray]
+    repeated: bool = False
 
     @classmethod
     def of_parameter(cls, path: str, shape: tuple[int, ...]) -> "Source":
@@ -47,11 +49,12 @@ class Source:
         return Source(
             self.path,
             lambda: np.asarray(equation.primitive.bind(jnp.asarray(self.places()), **params)),
+            self.repeated,
         )
 
     def entry(self, index: int) -> "Source":
         """Of a slice along the first axis, as a scan over layers hands it out."""
-        return Source(self.path, lambda: self.places()[index])
+        return Source(self.path, lambda: self.places()[index], self.repeated)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +81,12 @@ class Value:
         """The same in both networks, for every batch."""
         both = (x,)
         return cls(both, both, source=source)
+
+    def in_a_loop(self) -> "Value":
+        """The same, met in each step of a loop."""
+        if self.source is None:
+            return self
+        return dataclasses.replace(self, source=dataclasses.replace(self.source, repeated=True))
 
     @property
     def differs(self) -> bool:
