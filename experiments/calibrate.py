@@ -81,7 +81,8 @@ class Config:
     data_dir: str | None = None
     images: int = 128  # how many calibrate
     draw: int = 0  # the seed by which they are drawn
-    read: str = "test"  # accuracies; or choice: on images of Tiny ImageNet to choose settings on
+    # test: accuracies on test images; choice: on images of Tiny ImageNet to choose settings on.
+    read: str = "test"
     batch_size: int = 32  # images at a time
 
     out: Path | None = None  # a packed file of the network to write
