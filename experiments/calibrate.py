@@ -138,7 +138,7 @@ def run(config: Config) -> dict[str, Any]:
             "calibrated": c.images if found.layers else 0,
             "read": {name: len(images) for name, images in to_read.items()},
         },
-        "seconds": seconds,  # of calibration
+        "seconds": seconds,  # of calibration, or of rounding
         "bytes": bytes_of_codes(found.codes),
         "layers": [as_json(layer) for layer in found.layers],
     }

@@ -41,5 +41,5 @@ def table(record: Mapping[str, Any]) -> str:
     packed, in_float = (record["bytes"][name] for name in ("codes_and_scales", "in_float32"))
     share = f"{packed / in_float:.3f} times the weights in float32"
     lines.append(f"codes and scales: {packed:,} bytes, {share}")
-    lines.append(f"calibrated in {record['seconds'] / 60:.1f} minutes")
+    lines.append(f"quantized in {record['seconds'] / 60:.1f} minutes")
     return "\n".join(lines)

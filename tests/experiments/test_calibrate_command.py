@@ -224,7 +224,7 @@ def test_the_command_ends_with_a_table(network, photographs, monkeypatch, capsys
     assert name == "photographs"
     assert float(below) == pytest.approx(float(in_float) - float(quantized), abs=0.011)
     assert size == "codes and scales: 640 bytes, 0.333 times the weights in float32"
-    assert minutes.startswith("calibrated in 0.")
+    assert minutes.startswith("quantized in 0.")
 
 
 @pytest.mark.parametrize(
