@@ -27,6 +27,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.core.scope import in_filter, subtract_filters
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.typing import ArrayLike
@@ -43,6 +44,7 @@ from ab_jax.linen_layers import keep_input as keep_input
 from ab_jax.linen_layers import layer_paths as layer_paths
 from ab_jax.linen_layers import quantized_inputs as quantized_inputs
 from ab_jax.products import ActivationRules as ActivationRules
+from ab_jax.quantized import Quantized
 from ab_jax.rules import Rules
 
 flax_codes.register()
@@ -67,8 +69,18 @@ class WithQuantizedInputs:
     rules: ActivationRules
     axis_name: str | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.rules, ActivationRules):
+            raise TypeError(
+                f"rules must be ActivationRules, not {type(self.rules).__name__}: "
+                f"ActivationRules([(pattern, quantizer), ...])."
+            )
+
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The variables of the model, and `RANGES`: 0 where they are to be measured.
+
+        They are those of the products that this call of the model has. If another one has more,
+        such as a head for training alone, give that one, or its `initial_ranges`.
 
         Args:
           rngs, *args, **kwargs: as for the `init` of the model.
@@ -77,8 +89,11 @@ class WithQuantizedInputs:
           ValueError: rules that do not fit the products of the model.
         """
         variables = dict(self.model.init(rngs, *args, **kwargs))
+        kwargs.pop("mutable", None)  # which is for the variables
         rngs = rngs if isinstance(rngs, Mapping) else {"params": rngs}
-        ranges = self.initial_ranges(variables, *args, rngs=rngs, **kwargs)
+        # A cache is filled by calls of other lengths than the one that makes it.
+        first = {name: tree for name, tree in variables.items() if name != "cache"}
+        ranges = self.initial_ranges(first, *args, rngs=rngs, **kwargs)
         return {**variables, RANGES: ranges} if ranges else variables
 
     def apply(
@@ -96,7 +111,7 @@ class WithQuantizedInputs:
           variables: of the model, and `RANGES`.
           *args, rngs, **kwargs: as for the `apply` of the model.
           alpha: scalar in [0, 1], see `ab_jax.activations.ActivationQuantizer`; the model gets it
-            too, if its call takes an `alpha`.
+            too, if what is called takes an `alpha` and was given none.
           mutable: as for the `apply` of the model. Ranges are measured if `RANGES` is among them;
             in `NOT_FINITE` then stands how many measurements of this pass were not finite and left
             a range alone, in `CUT_OFF` the share of an input that an unsigned range cuts off.
@@ -113,10 +128,12 @@ class WithQuantizedInputs:
         of_call: dict[str, Any] = {"rngs": rngs, "mutable": False}
         if mutable is not False:
             of_call["mutable"] = subtract_filters(mutable, _OWN)
-        if takes("alpha", self.model):
+        if takes("alpha", self.model, kwargs.get("method"), args):
             of_call["alpha"] = alpha
         forward, params, inputs = self._forward(variables, args, kwargs, of_call)
-        quantized = products.quantize_inputs(forward, self.rules, axis_name=self.axis_name)
+        quantized = products.quantize_inputs(
+            forward.arrays, self.rules, axis_name=self.axis_name, partly=True
+        )
         outputs, ranges = quantized(
             params,
             inputs,
@@ -124,6 +141,7 @@ class WithQuantizedInputs:
             alpha=alpha,
             measure=in_filter(mutable, RANGES),
         )
+        outputs = forward.outputs(outputs)
         if mutable is False:
             return outputs
         outputs, state = outputs
@@ -149,7 +167,7 @@ class WithQuantizedInputs:
         """
         of_call = {"rngs": rngs, "mutable": True}
         forward, params, inputs = self._forward(variables, args, kwargs, of_call)
-        found = products.initial_ranges(forward, self.rules, params, inputs)
+        found = products.initial_ranges(forward.arrays, self.rules, params, inputs)
         return nested({address: of.limit for address, of in found.items()})
 
     def describe_products(
@@ -172,7 +190,7 @@ class WithQuantizedInputs:
         of_call = {"rngs": rngs, "mutable": True}
         forward, params, inputs = self._forward(variables, args, kwargs, of_call)
         return products.describe_products(
-            forward, params, inputs, rules=rules, input_rules=self.rules
+            forward.arrays, params, inputs, rules=rules, input_rules=self.rules
         )
 
     def clone(self, **fields: Any) -> "WithQuantizedInputs":
@@ -185,14 +203,17 @@ class WithQuantizedInputs:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         of_call: Mapping[str, Any],
-    ) -> tuple[Callable[..., Any], Any, Any]:
+    ) -> tuple["_Forward", Any, Any]:
         """The model as a function of its parameters and of the arrays that it is called with.
 
         What else it is called with stays as it is: flags, its other collections, and `of_call`.
         """
         others = {name: x for name, x in variables.items() if name not in ("params", *_OWN)}
         leaves, structure = jax.tree.flatten((args, dict(kwargs)))
-        where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")]
+        where = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
+        params = variables.get("params", {})
+        if any(map(_is_quantized, jax.tree.leaves(params, is_leaf=_is_quantized))):
+            raise TypeError("The parameters hold codes. Give their values: ab.dequantize(params).")
 
         def forward(params: Any, inputs: Sequence[Any]) -> Any:
             given = [*leaves]
@@ -202,7 +223,28 @@ class WithQuantizedInputs:
             known = jax.tree.map(_zeros_of_shape, others)
             return self.model.apply({"params": params, **known}, *args, **kwargs, **of_call)
 
-        return forward, variables.get("params", {}), [leaves[i] for i in where]
+        return _Forward(forward), params, [leaves[i] for i in where]
+
+
+class _Forward:
+    """A model as a function of arrays that returns arrays, whatever else it returns."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._structure: Any = None
+        self._others: list[Any] = []  # in place of arrays None
+
+    def arrays(self, params: Any, inputs: Sequence[Any]) -> list[Any]:
+        """What is an array of the outputs."""
+        leaves, self._structure = jax.tree.flatten(self._function(params, inputs))
+        self._others = [None if _is_array(leaf) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if _is_array(leaf)]
+
+    def outputs(self, arrays: Sequence[Any]) -> Any:
+        """All outputs, as the model has them."""
+        left = iter(arrays)
+        leaves = [next(left) if other is None else other for other in self._others]
+        return jax.tree.unflatten(self._structure, leaves)
 
 
 #: What is trained and read: a module, or one with quantized inputs.
@@ -214,9 +256,30 @@ def module_of(model: Model) -> nn.Module:
     return model.model if isinstance(model, WithQuantizedInputs) else model
 
 
-def takes(name: str, model: nn.Module) -> bool:
-    """Whether the call of a module has an argument of that name."""
-    return name in inspect.signature(type(model).__call__).parameters
+def takes(name: str, model: nn.Module, method: Any = None, args: Sequence[Any] = ()) -> bool:
+    """Whether a method of a module has an argument of that name that `args` leave open."""
+    if isinstance(method, str):
+        method = getattr(type(model), method)
+    parameters = list(inspect.signature(method or type(model).__call__).parameters)
+    return name in parameters[len(args) + 1 :]
+
+
+def check_ranges(state: Mapping[str, Any], *, tolerance: float = 0.001) -> None:
+    """Look at the ranges after a call that measured: not inside a compiled function.
+
+    Args:
+      state: what `WithQuantizedInputs.apply` returned, with `RANGES` mutable, and best `CUT_OFF`.
+      tolerance: as for `ab_jax.products.check_ranges`.
+
+    Raises, warns:
+      As `ab_jax.products.check_ranges`.
+    """
+    cut_off = flatten_dict(dict(state.get(CUT_OFF, {})), sep="/")
+    ranges = {
+        address: _range(limit)._replace(cut=cut_off.get(address, jnp.zeros(())))
+        for address, limit in _held(state).items()
+    }
+    products.check_ranges(ranges, tolerance=tolerance)
 
 
 def ranges_by_address(ranges: Mapping[str, Any], like: Mapping[str, Any]) -> dict[str, Any]:
@@ -264,6 +327,15 @@ def _held(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 def _range(limit: ArrayLike) -> products.Range:
     return products.Range.of(0.0, jnp.shape(limit))._replace(limit=jnp.asarray(limit, jnp.float32))
+
+
+def _is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, Quantized)
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether JAX may trace it: numbers of Python's and NumPy's are settings, as flags are."""
+    return hasattr(leaf, "dtype") and hasattr(leaf, "shape") and not isinstance(leaf, np.generic)
 
 
 def _zeros_of_shape(leaf: Any) -> Any:

@@ -43,7 +43,7 @@ ROOMS: dict[str, set[str]] = {
     "flax_codes": {"jax", "numpy", "flax"},
     "input_ranges": {"jax", "numpy", "flax"},
     "linen_layers": {"jax", "numpy", "flax"},
-    "linen": {"jax", "flax"},
+    "linen": {"jax", "numpy", "flax"},
     "nnx": {"jax", "flax"},
     "safetensors_header": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax"},

@@ -16,11 +16,12 @@ from ab_jax.linen import (
     RANGES,
     QuantizedInputs,
     WithQuantizedInputs,
+    check_ranges,
     ranges_by_address,
 )
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import ResNet
-from ab_jax.products import ActivationRules, mark
+from ab_jax.products import ActivationRules, CutOffWarning, mark
 
 EIGHT = ActivationRules([(".*", ActivationQuantizer(bits=8))])
 MIXED = ActivationRules(
@@ -254,6 +255,119 @@ def test_addresses_that_cannot_be_nested_are_named(key):
 
     with pytest.raises(ValueError, match=r"a and a/kernel cannot both hold a range"):
         WithQuantizedInputs(Marked(), EIGHT).init(key, np.ones((5, 6)))
+
+
+# Calls of a part of a model, and in other ways
+
+
+class Tied(nn.Module):
+    def setup(self) -> None:
+        self.embed, self.dense = nn.Embed(7, 6), nn.Dense(6)
+
+    def __call__(self, tokens: Any) -> Any:
+        return self.embed.attend(self.dense(self.embed(tokens)))
+
+    def encode(self, tokens: Any) -> Any:
+        return self.dense(self.embed(tokens))
+
+    def look_up(self, tokens: Any) -> Any:
+        return self.embed(tokens)
+
+
+def test_methods_have_the_ranges_of_the_products_that_they_run(key):
+    tokens = jnp.arange(4)
+    rules = ActivationRules([("embed/embedding", ActivationQuantizer(bits=8)), *EIGHT.rules])
+    model = WithQuantizedInputs(Tied(), rules)
+    variables = model.init(key, tokens)
+    assert set(leaves(variables[RANGES])) == {"dense/kernel", "embed/embedding"}
+    y, state = model.apply(variables, tokens, alpha=0.0, mutable=[RANGES], method="encode")
+    np.testing.assert_allclose(
+        y, Tied().apply({"params": variables["params"]}, tokens, method="encode"), rtol=1e-6
+    )
+    limits = leaves(state[RANGES])
+    largest = np.abs(variables["params"]["embed"]["embedding"][:4]).max()
+    assert limits == {"dense/kernel": largest, "embed/embedding": 0}, "as it was"
+    model.apply(variables, tokens, mutable=[RANGES], method=Tied.look_up)  # no product at all
+
+
+def test_a_head_for_training_alone_is_left_out_of_evaluation(rng, key):
+    class TwoHeads(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, train: bool) -> Any:
+            h = nn.Dense(4, name="stem")(x)
+            y = nn.Dense(3, name="head")(h)
+            return (y, nn.Dense(2, name="aux")(h)) if train or self.is_initializing() else y
+
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    model = WithQuantizedInputs(TwoHeads(), EIGHT)
+    variables = model.init(key, x, train=True)
+    assert model.apply(variables, x, train=False).shape == (5, 3)
+    without = model.init(key, x, train=False)
+    with pytest.raises(ValueError, match="no range for the input of aux/kernel"):
+        model.apply(without, x, train=True)
+
+
+def test_a_cache_is_made_by_a_call_of_full_length(rng, key):
+    net = nn.MultiHeadDotProductAttention(2, decode=True)
+    model = WithQuantizedInputs(net, EIGHT)
+    whole = rng.normal(size=(2, 5, 4)).astype(np.float32)
+    variables = model.init(key, whole)
+    jax.tree.map(np.testing.assert_array_equal, variables["cache"], net.init(key, whole)["cache"])
+    plain = {name: variables[name] for name in ("params", "cache")}
+    for t in range(5):
+        y, state = model.apply(variables, whole[:, t : t + 1], alpha=0.0, mutable=["cache", RANGES])
+        wanted, rest = net.apply(plain, whole[:, t : t + 1], mutable=["cache"])
+        np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-6)
+        variables, plain = {**variables, **state}, {**plain, **rest}
+    assert min(leaves(variables[RANGES]).values()) > 0
+
+
+def test_arguments_reach_what_is_called_as_those_of_the_model(rng, key):
+    class Scaled(nn.Module):
+        @nn.compact
+        def __call__(self, x: Any, alpha: Any = 1.0, train: bool = False) -> Any:
+            y = nn.BatchNorm(use_running_average=not train, name="norm")(nn.Dense(3)(x))
+            self.sow("intermediates", "name", "of a string")
+            return {"y": y * alpha, "name": "logits", "count": 3}
+
+        def other(self, x: Any) -> Any:
+            return self(x)
+
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    model = WithQuantizedInputs(Scaled(), EIGHT)
+    variables = model.init(key, x, mutable=["params", "batch_stats"])
+    assert set(variables) == {"params", "batch_stats", RANGES}
+    full = model.apply(variables, x, alpha=0.0, method="other")
+    found, state = model.apply(variables, x, 0.3, np.bool_(False), mutable=["intermediates"])
+    assert (found["name"], found["count"]) == ("logits", 3)
+    assert state["intermediates"]["name"] == ("of a string",)
+    np.testing.assert_allclose(found["y"], 0.3 * full["y"], rtol=1e-6)
+
+
+def test_what_does_not_fit_is_named(rng, key):
+    x = rng.normal(size=(5, 6)).astype(np.float32)
+    model = WithQuantizedInputs(Net(), EIGHT)
+    variables = model.init(key, x, train=False)
+    codes = ab.quantize(variables["params"], ab.Rules([(".*kernel", ab.Ternary()), (".*", None)]))
+    with pytest.raises(TypeError, match=r"hold codes.*ab\.dequantize"):
+        model.apply({**variables, "params": codes}, x, train=False)
+    wrong = {**variables[RANGES], "first": {"kernel": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"input of first/kernel has the shape \(2,\), not \(\)"):
+        model.apply({**variables, RANGES: wrong}, x, train=False)
+    with pytest.raises(TypeError, match="must be ActivationRules, not list"):
+        WithQuantizedInputs(Net(), [(".*", None)])
+
+
+def test_ranges_are_looked_at_as_the_call_left_them(rng, key):
+    x = rng.normal(size=(50, 6)).astype(np.float32)
+    unsigned = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=False))])
+    model = WithQuantizedInputs(nn.Dense(3, name="dense"), unsigned)
+    variables = model.init(key, x)
+    with pytest.raises(ValueError, match="never measured"):
+        check_ranges(variables)
+    _, state = model.apply(variables, x, mutable=[RANGES, CUT_OFF])
+    with pytest.warns(CutOffWarning, match=r"input of kernel cuts off \d\d\.\d%"):
+        check_ranges(state)
 
 
 # Ranges of older networks

@@ -99,6 +99,8 @@ def commands():
 @pytest.mark.parametrize(("name", "arguments"), commands())
 def test_the_flags_of_each_command_exist(name, arguments):
     module = importlib.import_module(name)
+    if hasattr(module, "__path__"):  # a package, of which -m runs this
+        module = importlib.import_module(f"{name}.__main__")
     own, _, passed_on = arguments.partition(" -- ")
     config = tyro.cli(module.Config, args=shlex.split(own), use_underscores=True)
     if passed_on:

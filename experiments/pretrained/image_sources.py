@@ -3,9 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.pretrained_networks.images import ImageSet, half_of_each
-from experiments.pretrained_networks.photographs import WHERE_FROM, Photographs
-from experiments.pretrained_networks.tiny_photographs import TinyPhotographs
+from experiments.pretrained.images import ImageSet, half_of_each
+from experiments.pretrained.photographs import WHERE_FROM, Photographs
+from experiments.pretrained.tiny_photographs import TinyPhotographs
 from experiments.settings.choices import choose
 from experiments.settings.config import FlagError
 

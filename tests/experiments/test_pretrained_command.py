@@ -13,13 +13,13 @@ import ab_jax as ab
 from ab_jax.calibration import WeightedScales, calibrate
 from ab_jax.export.packed import read_packed
 from ab_jax.models import pretrained as weights
-from experiments.calibrate import Config, main, run
-from experiments.pretrained_networks import image_sources
-from experiments.pretrained_networks.accuracy import accuracy
-from experiments.pretrained_networks.image_sources import ImageSources
-from experiments.pretrained_networks.images import ImageSet
-from experiments.pretrained_networks.photographs import Photographs
-from experiments.pretrained_networks.pretrained_models import pretrained_model
+from experiments.pretrained import image_sources
+from experiments.pretrained.accuracy import accuracy
+from experiments.pretrained.calibrate_command import Config, main, run
+from experiments.pretrained.image_sources import ImageSources
+from experiments.pretrained.images import ImageSet
+from experiments.pretrained.photographs import Photographs
+from experiments.pretrained.pretrained_models import pretrained_model
 from experiments.settings.config import FlagError
 
 # Of its 16 classes it names one of the first eight.
@@ -27,7 +27,7 @@ MODULE = """
 import numpy as np
 from jax import lax, nn
 
-from experiments.pretrained_networks.pretrained_models import PretrainedModel
+from experiments.pretrained.pretrained_models import PretrainedModel
 
 def forward(params, images):
     def conv(x, layer, groups=1):

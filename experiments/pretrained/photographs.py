@@ -18,8 +18,8 @@ import numpy as np
 from ab_jax.data.jpeg import center_crop, decode_photo
 from ab_jax.data.layout import SUFFIXES, LeftOut, check_utf8, is_hidden, shown
 from ab_jax.data.sources import entries
-from experiments.pretrained_networks.imagenet_classes import class_index
-from experiments.pretrained_networks.images import ImageSet, drawn, ranks
+from experiments.pretrained.imagenet_classes import class_index
+from experiments.pretrained.images import ImageSet, drawn, ranks
 
 _NUMBERED = re.compile(r"(\d{4})_(n\d{8})\.[a-z]+")
 
