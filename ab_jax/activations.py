@@ -135,6 +135,8 @@ class ActivationQuantizer:
         per_unit = self.levels[1] / jnp.asarray(limit, jnp.float32)
         return jnp.clip(jnp.round(x.astype(jnp.float32) * per_unit), *self.levels)
 
+    # Compiled apart, since it is traced once for all inputs of one shape in a network.
+    @functools.partial(jax.jit, static_argnames="self")
     def __call__(self, x: Array, limit: ArrayLike, alpha: ArrayLike) -> Array:
         """From `x` at alpha 0 to the value of its codes at alpha 1, both bit for bit.
 

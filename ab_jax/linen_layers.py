@@ -195,6 +195,7 @@ def describe_inputs(paths: list[str], rules: ActivationRules) -> str:
     Raises:
       ValueError: rules that do not fit the layers (see `Rules.assign`).
     """
+    _warn("describe_inputs(paths, rules)")
     rows = [("layer", "rule", "input", "range")]
     for path, index in zip(paths, rules.assign(paths), strict=True):
         pattern, quantizer = rules.rules[index]
@@ -228,6 +229,7 @@ def initial_ranges(paths: list[str], rules: ActivationRules) -> dict[str, Any]:
     Raises:
       ValueError: a layer that no rule covers.
     """
+    _warn("initial_ranges(paths, rules)")
     of = {(*split(path), "input"): rules.of(path) for path in paths}
     measured = [keys for keys, q in of.items() if q is not None and q.limit is None]
     return unflatten_dict({keys: jnp.zeros((), jnp.float32) for keys in measured})
