@@ -52,9 +52,9 @@ test-full: lint ## what test runs, long trainings, and whole studies cut off and
 	$(PY) -m pytest -m "" -n $(JOBS) --dist worksteal tests ab_jax tests/long/*.py
 	$(MAKE) test-jax
 
-test-jax: $(VENV)-oldest/.installed $(VENV)-newest/.installed ## the core and products with the oldest and the newest JAX (10 minutes)
+test-jax: $(VENV)-oldest/.installed $(VENV)-newest/.installed ## the core and products with the oldest and the newest JAX (20 minutes)
 	for jax in oldest newest; do \
-		$(QUICKLY) $(VENV)-$$jax/bin/python -m pytest -n $(JOBS) --dist worksteal $(JAX_TESTS) || exit 1; \
+		$(VENV)-$$jax/bin/python -m pytest -n $(JOBS) --dist worksteal $(JAX_TESTS) || exit 1; \
 	done
 
 test-torch: $(TORCH) ## compare PARQ with its authors' code, in an environment with PyTorch
