@@ -169,16 +169,20 @@ class ActivationQuantizer:
             not depend on how the batch is spread over devices.
           axis_name: the mapped axes over which the batch is spread, if any.
         """
-        magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
-        if self.percentile is None:
-            measured, over_devices = jnp.max(magnitudes), jax.lax.pmax
-        else:
-            measured = jnp.mean(percentile(magnitudes, self.percentile / 100))
-            over_devices = jax.lax.pmean
+        measured = self._measured_here(x)
         if not axis_name:
             return measured
+        over_devices = jax.lax.pmax if self.percentile is None else jax.lax.pmean
         # The maximum of devices need not be NaN where one of them is.
         return over_devices(jnp.where(jnp.isfinite(measured), measured, jnp.inf), axis_name)
+
+    @functools.partial(jax.jit, static_argnames="self")
+    def _measured_here(self, x: Array) -> Array:
+        """On this device alone."""
+        magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
+        if self.percentile is None:
+            return jnp.max(magnitudes)
+        return jnp.mean(percentile(magnitudes, self.percentile / 100))
 
     def share_cut(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
         """The share of the magnitudes of `x` that lies below zero where no code does, float32.

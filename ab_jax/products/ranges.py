@@ -55,13 +55,9 @@ class InPass(NamedTuple):
     @classmethod
     def of(cls, limit: ArrayLike) -> "InPass":
         """Before the first measurement."""
-        limit = jnp.asarray(limit, jnp.float32)
-        # A range that is not finite counts as none: files may hold such.
-        start = jnp.where(jnp.isfinite(limit), limit, 0)
-        none = jnp.zeros(start.shape, jnp.int32)
-        return cls(start, jnp.full_like(start, -1), start, jnp.zeros_like(start), none)
+        return cls(*_begun(jnp.asarray(limit, jnp.float32)))
 
-    # Compiled apart, since it is traced once for all inputs of a network.
+    # Compiled apart, as the other steps, since they are traced once for all inputs of a network.
     @functools.partial(jax.jit, static_argnames="momentum")
     def after(self, measured: Array, momentum: float, cut: ArrayLike = 0.0) -> "InPass":
         """After one more."""
@@ -106,7 +102,16 @@ class InPass(NamedTuple):
         """With the range that follows from the largest measurement."""
         return self._replace(limit=self._asked(self.largest, momentum))
 
+    @jax.jit
     def ended(self, before: Range) -> Range:
         """After the pass; `before` it."""
         cut = jnp.where(self.largest < 0, before.cut, self.cut)
         return Range(self.limit, cut, self.not_finite)
+
+
+@jax.jit
+def _begun(limit: Array) -> tuple[Array, ...]:
+    # A range that is not finite counts as none: files may hold such.
+    start = jnp.where(jnp.isfinite(limit), limit, 0)
+    none = jnp.zeros(start.shape, jnp.int32)
+    return start, jnp.full_like(start, -1), start, jnp.zeros_like(start), none
