@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from ab_jax.products.moments import rows_of_windows
+
 # Of a convolution's positions so many of an image are enough: neighbours see much the same.
 _POSITIONS = 14
 
@@ -117,26 +119,12 @@ class Form:
 
     def _rows_of_windows(self, x: Array) -> Array:
         params, numbers = self.equation.params, self._conv_numbers
-        window = [self._shape(1)[i] for i in numbers.rhs_spec[2:]]
         sizes = [self.equation.outvars[0].aval.shape[i] for i in numbers.out_spec[2:]]
         strides = [
             stride * max(1, size // _POSITIONS)
             for stride, size in zip(params["window_strides"], sizes, strict=True)
         ]
-        patches = lax.conv_general_dilated_patches(
-            x,
-            window,
-            strides,
-            params["padding"],
-            params["lhs_dilation"],
-            params["rhs_dilation"],
-            dimension_numbers=lax.ConvDimensionNumbers(
-                numbers.lhs_spec, numbers.rhs_spec, numbers.lhs_spec
-            ),
-        )
-        groups = params["feature_group_count"]
-        rows = jnp.moveaxis(patches, numbers.lhs_spec[1], -1)
-        return jnp.moveaxis(rows.reshape(-1, groups, rows.shape[-1] // groups), 1, 0)
+        return rows_of_windows(x, params, self._shape(1), strides)
 
 
 @dataclasses.dataclass

@@ -151,13 +151,26 @@ def _rows(product: Product, side: int, x: Array) -> Array:
 
 def _rows_of_windows(product: Product, side: int, x: Array) -> Array:
     """[groups, rows, n]: what each position of a convolution sees."""
-    params = product.params
+    kernel = product.shapes[1 - side]
+    return rows_of_windows(x, product.params, kernel, product.params["window_strides"])
+
+
+def rows_of_windows(
+    x: Array, params: Mapping[str, Any], kernel: Sequence[int], strides: Sequence[int]
+) -> Array:
+    """[groups, rows, n] of the images of a convolution: a row for each position of its window.
+
+    Args:
+      x: the images.
+      params: of the convolution's equation.
+      kernel: the shape of its kernel.
+      strides: of the window, the equation's own or others.
+    """
     numbers = params["dimension_numbers"]
-    window = [product.shapes[1 - side][axis] for axis in numbers.rhs_spec[2:]]
     patches = lax.conv_general_dilated_patches(
         x,
-        window,
-        params["window_strides"],
+        [kernel[axis] for axis in numbers.rhs_spec[2:]],
+        strides,
         params["padding"],
         params["lhs_dilation"],
         params["rhs_dilation"],
