@@ -17,19 +17,20 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ab_jax.estimators import (
     Estimator,
     alpha_blend,
+    blended_sum_and_value,
     blended_value,
     replace_value,
-    select,
     soft_straight_through,
 )
 from ab_jax.percentiles import percentile
 from ab_jax.quantizers import Binary
+from ab_jax.scale_fits import compute_dtype
 
 Activation = Callable[[Array, ArrayLike], Array]
 
@@ -127,13 +128,15 @@ class ActivationQuantizer:
     def scale(self, limit: ArrayLike) -> Array:
         """The value of code 1, a float32 scalar."""
         # A product, since XLA makes one of a division by a constant in compiled programs alone.
-        return jnp.asarray(limit, jnp.float32) * np.float32(1 / self.levels[1])
+        return lax.mul(lax.convert_element_type(limit, jnp.float32), np.float32(1 / self.levels[1]))
 
     def _nearest(self, x: Array, limit: ArrayLike) -> Array:
         # Not x / scale, which XLA rewrites in some programs and not in others: a number half-way
         # between two levels would get another code there.
-        per_unit = self.levels[1] / jnp.asarray(limit, jnp.float32)
-        return jnp.clip(jnp.round(x.astype(jnp.float32) * per_unit), *self.levels)
+        lowest, highest = map(np.float32, self.levels)
+        x, limit = (lax.convert_element_type(v, jnp.float32) for v in (x, limit))
+        steps = lax.mul(x, lax.div(highest, limit))
+        return lax.clamp(lowest, lax.round(steps, lax.RoundingMethod.TO_NEAREST_EVEN), highest)
 
     # Compiled apart, since it is traced once for all inputs of one shape in a network.
     @functools.partial(jax.jit, static_argnames="self")
@@ -148,18 +151,24 @@ class ActivationQuantizer:
         Returns:
           An array of the shape and dtype of `x`.
         """
-        limit = jax.lax.stop_gradient(jnp.asarray(limit, jnp.float32))
-        measured = limit > 0
-        limit = jnp.where(measured, limit, 1)
-        plain = jax.lax.stop_gradient(x)
-        values = (self._nearest(plain, limit) * self.scale(limit)).astype(x.dtype)
-        blended = select(measured, blended_value(x, values, alpha), x)
-        # Of one selection, since gradients through several `where` cost a pass each.
-        gain = 1 - jnp.asarray(alpha, x.dtype)
+        limit, plain = lax.stop_gradient((lax.convert_element_type(limit, jnp.float32), x))
+        alpha = jnp.asarray(alpha)
+        measured = lax.gt(limit, np.float32(0))
+        limit = lax.select(measured, limit, np.float32(1))
+        alpha = lax.select(measured, alpha, np.zeros((), alpha.dtype))
+        values = lax.mul(self._nearest(plain, limit), self.scale(limit))
+        _, value = blended_sum_and_value(plain, lax.convert_element_type(values, x.dtype), alpha)
+        lost = lax.convert_element_type(alpha, x.dtype)  # of the gradient
         if self.backward == "clipped":
-            inside = (plain >= (-limit if self.signed else 0)) & (plain <= limit)
-            gain = jnp.where(inside, 1, gain)
-        return replace_value(jnp.where(measured, gain, 1) * x, blended)
+            outside = lax.convert_element_type(self._outside(plain, limit), x.dtype)
+            lost = lax.mul(lost, outside)
+        return replace_value(lax.mul(lax.sub(np.ones((), x.dtype), lost), x), value)
+
+    def _outside(self, x: Array, limit: Array) -> Array:
+        """Where `x` lies outside the range, or is NaN; as bool."""
+        x, end = (lax.convert_element_type(v, compute_dtype(x.dtype)) for v in (x, limit))
+        start = lax.neg(end) if self.signed else np.zeros((), end.dtype)
+        return lax.ne(lax.clamp(start, x, end), x)
 
     def measure(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
         """The end of the range that a batch asks for, a float32 scalar; not finite if `x` is not.
@@ -172,16 +181,16 @@ class ActivationQuantizer:
         measured = self._measured_here(x)
         if not axis_name:
             return measured
-        over_devices = jax.lax.pmax if self.percentile is None else jax.lax.pmean
+        over_devices = lax.pmax if self.percentile is None else lax.pmean
         # The maximum of devices need not be NaN where one of them is.
         return over_devices(jnp.where(jnp.isfinite(measured), measured, jnp.inf), axis_name)
 
     @functools.partial(jax.jit, static_argnames="self")
     def _measured_here(self, x: Array) -> Array:
         """On this device alone."""
-        magnitudes = jnp.abs(jax.lax.stop_gradient(x)).astype(jnp.float32)
+        magnitudes = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), jnp.float32)
         if self.percentile is None:
-            return jnp.max(magnitudes)
+            return lax.reduce_max(magnitudes, axes=range(x.ndim))
         return jnp.mean(percentile(magnitudes, self.percentile / 100))
 
     def share_cut(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
@@ -192,14 +201,27 @@ class ActivationQuantizer:
         """
         if self.signed:
             return jnp.zeros((), jnp.float32)
-        x = jax.lax.stop_gradient(x).astype(jnp.float32)
-        # Parts of the largest, so that no sum overflows.
-        largest = jnp.max(jnp.abs(x))
-        part = x / jnp.where(largest > 0, largest, 1)
-        below, both = jnp.sum(jnp.maximum(-part, 0)), jnp.sum(jnp.abs(part))
+        largest, below, both = _negative_part(x)
         if axis_name:
-            below, both = jax.lax.psum((below * largest, both * largest), axis_name)
-        return below / jnp.where(both > 0, both, 1)
+            below, both = lax.psum((below * largest, both * largest), axis_name)
+        return lax.div(below, _divisor(both))
+
+
+@jax.jit
+def _negative_part(x: Array) -> tuple[Array, Array, Array]:
+    """The largest magnitude, and as parts of it the sums of the negative ones and of all."""
+    x = lax.convert_element_type(lax.stop_gradient(x), jnp.float32)
+    axes = range(x.ndim)
+    # Parts, so that no sum overflows.
+    largest = lax.reduce_max(lax.abs(x), axes)
+    part = lax.div(x, _divisor(largest))
+    below = lax.reduce_sum(lax.max(lax.neg(part), np.float32(0)), axes)
+    return largest, below, lax.reduce_sum(lax.abs(part), axes)
+
+
+def _divisor(x: Array) -> Array:
+    """`x`, float32, that is not negative, or 1 where it is 0."""
+    return lax.select(lax.gt(x, np.float32(0)), x, np.float32(1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -237,7 +259,7 @@ class TokenQuantizer:
           An array of the shape and dtype of `x`.
         """
         highest = 2 ** (self.bits - 1) - 1
-        plain = jax.lax.stop_gradient(x).astype(jnp.float32)
+        plain = lax.stop_gradient(x).astype(jnp.float32)
         limit = jnp.max(jnp.abs(plain), axes, keepdims=True)
         # Scales of tokens of zeros, or next to them, would be no normal numbers.
         limit = jnp.where(limit < float(jnp.finfo(jnp.float32).tiny) * 2**10, 1, limit)

@@ -30,7 +30,8 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ab_jax.quantized import Quantized
@@ -90,7 +91,7 @@ def from_codes(rule: Callable[..., Array]) -> Callable[..., Array]:
 
     @functools.wraps(rule)
     def estimator(w: Array, quantizer: Quantizer, alpha: ArrayLike, **options: Any) -> Array:
-        return rule(w, quantizer.quantize(jax.lax.stop_gradient(w)), alpha, **options)
+        return rule(w, quantizer.quantize(lax.stop_gradient(w)), alpha, **options)
 
     signature = inspect.signature(rule)
     w, codes, *others = signature.parameters.values()
@@ -188,7 +189,7 @@ def parq(w: Array, codes: Quantized, alpha: ArrayLike) -> Array:
     now, where the authors' code renews them every ten steps.
     """
     dtype = compute_dtype(w.dtype)
-    latent = jax.lax.stop_gradient(w)
+    latent = lax.stop_gradient(w)
     below, above = codes.beside(latent)
     middle = below / 2 + above / 2
     alpha = jnp.asarray(alpha, dtype)
@@ -204,11 +205,23 @@ def blended_value(w: Array, q: Array, alpha: ArrayLike) -> Array:
     The arithmetic alone would not give the two ends: -0.0, subnormal and infinite weights do not
     survive it.
     """
-    dtype = compute_dtype(w.dtype)
-    alpha = jnp.asarray(alpha, dtype)
-    mixed = ((1 - alpha) * w.astype(dtype) + alpha * q.astype(dtype)).astype(w.dtype)
     # The gradient is that of the sum, at the two ends too.
-    return replace_value(mixed, select(alpha == 0, w, select(alpha == 1, q, mixed)))
+    return replace_value(*blended_sum_and_value(w, q, alpha))
+
+
+def blended_sum_and_value(w: Array, q: Array, alpha: ArrayLike) -> tuple[Array, Array]:
+    """The sum that `blended_value` has the gradient of, and its value, which has none.
+
+    Of primitives, here and where inputs are quantized: tracing a function of `jax.numpy` for the
+    first time takes five times as long.
+    """
+    dtype = compute_dtype(w.dtype)
+    zero, one = np.arange(2, dtype=dtype)
+    alpha, w32, q32 = (lax.convert_element_type(v, dtype) for v in (alpha, w, q))
+    mixed = lax.add(lax.mul(lax.sub(one, alpha), w32), lax.mul(alpha, q32))
+    mixed = lax.convert_element_type(mixed, w.dtype)
+    value = select(lax.eq(alpha, zero), w, select(lax.eq(alpha, one), q, mixed))
+    return mixed, value
 
 
 def with_nan_seen(effective: Array, w: Array, alpha: ArrayLike) -> Array:
@@ -232,8 +245,8 @@ def select(condition: Array, one: Array, other: Array) -> Array:
     # Compilers may widen half precision around a selection, and flush subnormal numbers as they
     # round back. They leave integers alone.
     # A scalar condition as it is: spread out, it would be read at each element.
-    chosen = jax.lax.select(condition, _bits(one), _bits(other))
-    return jax.lax.bitcast_convert_type(chosen, one.dtype)
+    chosen = lax.select(condition, _bits(one), _bits(other))
+    return lax.bitcast_convert_type(chosen, one.dtype)
 
 
 @functools.partial(jax.jit, inline=True)  # as one operation outside of a compiled function too
@@ -252,15 +265,15 @@ def computed_once(w: Array) -> Array:
     """
     bits = _bits(w)
     padding = [(0, 1, 0), *[(0, 0, 0)] * w.ndim]
-    rows = jax.lax.pad(bits[None], jnp.zeros((), bits.dtype), padding)
-    whole = jax.lax.reduce_or(rows, axes=(0,))
-    return replace_value(w, jax.lax.bitcast_convert_type(whole, w.dtype))
+    rows = lax.pad(bits[None], jnp.zeros((), bits.dtype), padding)
+    whole = lax.reduce_or(rows, axes=(0,))
+    return replace_value(w, lax.bitcast_convert_type(whole, w.dtype))
 
 
 def _bits(x: Array) -> Array:
     """The bits of floating-point numbers, as unsigned integers of their size."""
     dtype = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
-    return jax.lax.bitcast_convert_type(jax.lax.stop_gradient(x), dtype)
+    return lax.bitcast_convert_type(x, dtype)  # through which no gradient passes
 
 
 def _remainder(w: Array, alpha: ArrayLike) -> Array:

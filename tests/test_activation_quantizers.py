@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ab_jax.activations import ActivationQuantizer
+from ab_jax.products.ranges import InPass
 
 ALL_BITS = range(2, 9)
 BACKWARD = ("clipped", "blended")
@@ -180,3 +181,30 @@ def test_a_quantizer_is_hashable_by_value():
     quantizer = ActivationQuantizer(bits=4, signed=False)
     assert hash(quantizer) == hash(ActivationQuantizer(bits=4, signed=False))
     assert quantizer != dataclasses.replace(quantizer, bits=5)
+
+
+@pytest.mark.parametrize(
+    "quantizer",
+    [
+        ActivationQuantizer(bits=8),
+        ActivationQuantizer(bits=4, signed=False),
+        ActivationQuantizer(bits=4, backward="blended"),
+    ],
+    ids=["signed", "unsigned", "blended"],
+)
+def test_is_traced_as_few_primitives(quantizer):
+    """Each new shape is traced anew, and functions of `jax.numpy` take a trace of their own."""
+    x, scalar = jnp.ones((2, 3), jnp.bfloat16), jnp.float32(0.5)
+    state = InPass.of(scalar)
+    steps = [
+        (lambda x, limit, alpha: quantizer(x, limit, alpha), (x, scalar, scalar), 40),
+        (quantizer.measure, (x,), 5),
+        (quantizer.share_cut, (x,), 15),
+        (lambda state, found, cut: state.after(found, 0.9, cut), (state, scalar, scalar), 20),
+    ]
+    for step, operands, most in steps:
+        for equation in jax.make_jaxpr(step)(*operands).eqns:
+            if equation.primitive.name in ("jit", "pjit"):
+                inside = [e.primitive.name for e in equation.params["jaxpr"].eqns]
+                assert len(inside) <= most
+                assert not {"jit", "pjit"}.intersection(inside)

@@ -6,11 +6,12 @@ between passes. A measurement that is not finite leaves the range alone, and is 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+import numpy as np
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 
@@ -55,33 +56,41 @@ class InPass(NamedTuple):
     @classmethod
     def of(cls, limit: ArrayLike) -> "InPass":
         """Before the first measurement."""
-        return cls(*_begun(jnp.asarray(limit, jnp.float32)))
+        limit = jnp.asarray(limit, jnp.float32)
+        none: Any = np.zeros(limit.shape, np.float32)  # constants take no tracing
+        # A range that is not finite counts as none: files may hold such.
+        start = lax.select(lax.is_finite(limit), limit, none)
+        return cls(start, none - 1, start, none, none.astype(np.int32))
 
-    # Compiled apart, as the other steps, since they are traced once for all inputs of a network.
+    # Compiled apart, since it is traced once for all inputs of a network.
     @functools.partial(jax.jit, static_argnames="momentum")
     def after(self, measured: Array, momentum: float, cut: ArrayLike = 0.0) -> "InPass":
         """After one more."""
-        finite = jnp.isfinite(measured)
-        largest = jnp.where(finite, jnp.maximum(self.largest, measured), self.largest)
-        cut = jnp.maximum(self.cut, jnp.where(finite, cut, 0))
-        count = self.not_finite + (~finite).astype(jnp.int32)
+        cut = lax.convert_element_type(cut, jnp.float32)
+        finite = lax.is_finite(measured)
+        largest = lax.select(finite, lax.max(self.largest, measured), self.largest)
+        cut = lax.select(finite, lax.max(self.cut, cut), self.cut)
+        one_more = lax.convert_element_type(lax.bitwise_not(finite), jnp.int32)
+        count = lax.add(self.not_finite, one_more)
         return InPass(self.start, largest, self._asked(largest, momentum), cut, count)
 
     def _asked(self, largest: Array, momentum: float) -> Array:
         """The range that follows from the largest measurement."""
         # Selected before the sum, not after it, which would let XLA round it otherwise: a run that
         # is resumed shall be the same bit for bit. Without a measurement 1 and 0 keep the start.
-        none = largest < 0
-        kept, added = jnp.where(none, 1.0, momentum), jnp.where(none, 0.0, 1 - momentum)
-        asked = jnp.where(none, self.start, largest)
-        moved = kept * self.start + added * asked
-        return jnp.where(self.start > 0, moved, asked)
+        zero, one = np.arange(2, dtype=np.float32)
+        none = lax.lt(largest, zero)
+        kept = lax.select(none, one, np.float32(momentum))
+        added = lax.select(none, zero, np.float32(1 - momentum))
+        asked = lax.select(none, self.start, largest)
+        moved = lax.add(lax.mul(kept, self.start), lax.mul(added, asked))
+        return lax.select(lax.gt(self.start, zero), moved, asked)
 
     def parted(self, axes: tuple[str, ...]) -> "InPass":
         """Before devices along these axes go ways of their own; range and start stay in common."""
         # A sum, so that JAX knows them to vary: whether there are meshes whose values it checks, or
         # they vary already, `jax.lax.pcast` would have to be told.
-        here = 0 * jax.lax.axis_index(axes)
+        here = 0 * lax.axis_index(axes)
         largest, cut, count = (
             entry + here.astype(entry.dtype) for entry in (self.largest, self.cut, self.not_finite)
         )
@@ -91,27 +100,18 @@ class InPass(NamedTuple):
         """After that: the largest of devices, or the mean of those that measured; no range yet."""
         if is_mean:
             some = (self.largest >= 0).astype(jnp.float32)
-            total, count = jax.lax.psum((some * self.largest, some), axes)
+            total, count = lax.psum((some * self.largest, some), axes)
             largest = jnp.where(count > 0, total / jnp.maximum(count, 1), -1)
         else:
-            largest = jax.lax.pmax(self.largest, axes)
-        cut, count = jax.lax.pmax((self.cut, self.not_finite), axes)
+            largest = lax.pmax(self.largest, axes)
+        cut, count = lax.pmax((self.cut, self.not_finite), axes)
         return InPass(self.start, largest, self.limit, cut, count)
 
     def ranged(self, momentum: float) -> "InPass":
         """With the range that follows from the largest measurement."""
         return self._replace(limit=self._asked(self.largest, momentum))
 
-    @jax.jit
     def ended(self, before: Range) -> Range:
         """After the pass; `before` it."""
-        cut = jnp.where(self.largest < 0, before.cut, self.cut)
+        cut = lax.select(lax.lt(self.largest, np.float32(0)), before.cut, self.cut)
         return Range(self.limit, cut, self.not_finite)
-
-
-@jax.jit
-def _begun(limit: Array) -> tuple[Array, ...]:
-    # A range that is not finite counts as none: files may hold such.
-    start = jnp.where(jnp.isfinite(limit), limit, 0)
-    none = jnp.zeros(start.shape, jnp.int32)
-    return start, jnp.full_like(start, -1), start, jnp.zeros_like(start), none
