@@ -11,6 +11,7 @@ from ab_jax.blend import (
     initial_scales,
     mean_alpha,
     quantize,
+    scales_of,
 )
 from ab_jax.carried_fits import Fit
 from ab_jax.describe import Description, describe, quantized_paths
@@ -26,7 +27,7 @@ from ab_jax.estimators import (
     soft_straight_through,
     straight_through,
 )
-from ab_jax.learned_scales import keep_scales_positive, learned_step_size
+from ab_jax.learned_scales import at_fixed_scales, keep_scales_positive, learned_step_size
 from ab_jax.moved import answer_by_old_names
 from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.quantizers import Binary, LeastSquaresBinary, Quantizer, Ternary, Uniform
@@ -60,6 +61,7 @@ __all__ = [
     "Uniform",
     "alpha_blend",
     "alpha_blend_then_straight_through",
+    "at_fixed_scales",
     "blend",
     "clip_latent",
     "compensated_alpha_blend",
@@ -81,6 +83,7 @@ __all__ = [
     "quantize",
     "quantized_paths",
     "replace_value",
+    "scales_of",
     "sigmoid_ramp",
     "soft_straight_through",
     "straight_through",

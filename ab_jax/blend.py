@@ -40,8 +40,14 @@ from ab_jax.estimators import (
     with_nan_seen,
 )
 from ab_jax.fitting import codes_at
-from ab_jax.learned_scales import Scales, check_scales, initial_scale, quantize_at
-from ab_jax.quantized import with_nan_shown
+from ab_jax.learned_scales import (
+    SMALLEST_SCALE,
+    Scales,
+    check_scales,
+    initial_scale,
+    quantize_at,
+)
+from ab_jax.quantized import BinaryCoded, with_nan_shown
 from ab_jax.quantizers import Quantized, Quantizer
 from ab_jax.rules import Rules, assigned, leaves_by_path
 from ab_jax.rules import check_fits as check_leaf
@@ -181,6 +187,33 @@ def initial_scales(params: Any, rules: Rules) -> dict[str, Array]:
             scales[path] = initial_scale(w, quantizer)
         except ValueError as error:
             raise ValueError(f"Parameter {path}: {error}") from None
+    return scales
+
+
+def scales_of(codes: Any) -> dict[str, Array]:
+    """The scales of codes, for `quantize` and for estimators that take scales.
+
+    Args:
+      codes: a tree with `Quantized` in it, as `quantize` and calibration return it.
+
+    Returns:
+      By the path of each `Quantized`, its scale; 2**-100 where that is 0, which is a block of
+      zeros.
+
+    Raises:
+      ValueError: codes that are no symmetric, evenly spaced levels; names the path.
+    """
+    scales: dict[str, Array] = {}
+    for path, leaf in leaves_by_path(codes, _is_quantized):
+        if not _is_quantized(leaf):
+            continue
+        if leaf.zero_point is not None or isinstance(leaf, BinaryCoded):
+            kind = "a zero point" if leaf.zero_point is not None else "a scale for each bit"
+            raise ValueError(
+                f"The codes of {path} have {kind}, and nothing is trained at such scales. Take "
+                f"Binary, Ternary or a symmetric Uniform."
+            )
+        scales[path] = jnp.maximum(leaf.scale, SMALLEST_SCALE)
     return scales
 
 

@@ -19,12 +19,14 @@ zero is a scale as good as any. `keep_scales_positive` goes further: with it an 
 halves a scale.
 
 What is trained is a second tree beside the parameters, a dictionary from a parameter's path to its
-scales. `ab_jax.initial_scales` makes it, `ab_jax.blend` and `ab_jax.quantize` take it.
+scales. `ab_jax.initial_scales` makes it, `ab_jax.blend` and `ab_jax.quantize` take it. Scales that
+are given and stay as they are, those of a calibration say, are such a tree too
+(`ab_jax.scales_of`): with `at_fixed_scales` the other estimators take it.
 """
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,15 +35,15 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from ab_jax.estimators import replace_value, with_nan_seen
+from ab_jax.estimators import ScaledEstimator, replace_value, rule_of_codes, with_nan_seen
 from ab_jax.quantized import expand
 from ab_jax.quantizers import Binary, Quantized, Quantizer, Ternary, Uniform
 from ab_jax.scale_fits import block_axes, compute_dtype, limits
 
 Scales = Mapping[str, Array]
 
-# Far below any scale of use, and far above the numbers that devices flush to zero.
-_SMALLEST = 2.0**-100
+#: Far below any scale of use, and far above the numbers that devices flush to zero.
+SMALLEST_SCALE = 2.0**-100
 
 
 def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: Array) -> Array:
@@ -73,6 +75,44 @@ def learned_step_size(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: A
     scaled = jnp.where(scale < 0, -scale, scale) / math.sqrt(per_block * highest)
     graph = jnp.where(inside, w.astype(scale.dtype), 0) + slope * expand(scaled, w.shape)
     return replace_value(graph.astype(w.dtype), with_nan_seen(value.dequantize(), w, 1))
+
+
+def at_fixed_scales(estimator: Callable[..., Array]) -> ScaledEstimator:
+    """The estimator at scales that are given, in place of those that a quantizer fits.
+
+    No gradient reaches them: an optimizer that has them leaves them as they are. So a calibrated
+    network is trained at the scales of its codes:
+
+        found = calibrate(forward, params, rules, batches)
+        estimator, scales = at_fixed_scales(alpha_blend), ab.scales_of(found.codes)
+        effective = ab.blend(found.params, rules, alpha, estimator=estimator, scales=scales)
+        deployed = ab.quantize(found.params, rules, scales=scales)
+
+    Args:
+      estimator: a rule of codes (`ab_jax.estimators.from_codes`), as `straight_through`,
+        `alpha_blend`, `parq` and their like are.
+
+    Returns:
+      `(w, quantizer, alpha, scale) -> w_eff`, for the quantizers and scales that
+      `learned_step_size` takes.
+
+    Raises:
+      ValueError: another estimator.
+    """
+    rule = rule_of_codes(estimator)
+    name = getattr(estimator, "__name__", repr(estimator))
+    if rule is None:
+        raise ValueError(
+            f"The estimator {name} fits for itself, or needs no scales. Write it as a rule under "
+            f"ab_jax.estimators.from_codes, or omit the scales."
+        )
+
+    def at_scale(w: Array, quantizer: Quantizer, alpha: ArrayLike, scale: Array) -> Array:
+        codes = quantize_at(*jax.lax.stop_gradient((w, scale)), quantizer)
+        return with_nan_seen(rule(w, codes, alpha), w, alpha)
+
+    at_scale.__name__ = f"at_fixed_scales({name})"  # by which errors name it
+    return at_scale
 
 
 def highest_level(quantizer: Quantizer) -> int:
@@ -110,7 +150,7 @@ def initial_scale(w: Array, quantizer: Quantizer) -> Array:
     # Each term is divided by the count, so that a sum of numbers near 1e38 does not overflow.
     mean = jnp.sum(blocks / per_block, inside).reshape(shape)
     scale = 2 / math.sqrt(highest_level(quantizer)) * mean
-    return jnp.where(scale < _SMALLEST, 1, scale)
+    return jnp.where(scale < SMALLEST_SCALE, 1, scale)
 
 
 @functools.partial(jax.jit, static_argnames="quantizer")
@@ -156,7 +196,7 @@ def usable_scale(scale: Array, quantizer: Quantizer, dtype: Any) -> Array:
     # Just below the largest, since products round.
     largest = limits(dtype)[1] * (1 - 2**-20) / highest_level(quantizer)
     magnitude = jnp.abs(scale)
-    usable = jnp.clip(magnitude, _SMALLEST, largest)
+    usable = jnp.clip(magnitude, SMALLEST_SCALE, largest)
     return jnp.where(jnp.isfinite(magnitude), usable, magnitude)
 
 
@@ -171,7 +211,7 @@ def keep_scales_positive(scales: Any, previous: Any) -> Any:
       previous: the positive scales before the update, a tree like it.
     """
     return jax.tree.map(
-        lambda new, old: jnp.maximum(new, jnp.maximum(old / 2, _SMALLEST)), scales, previous
+        lambda new, old: jnp.maximum(new, jnp.maximum(old / 2, SMALLEST_SCALE)), scales, previous
     )
 
 

@@ -256,6 +256,12 @@ def module_of(model: Model) -> nn.Module:
     return model.model if isinstance(model, WithQuantizedInputs) else model
 
 
+def plain_convolutions(model: Model) -> Model:
+    """The model without the convolutions that are made for CPUs (`ab_jax.models.convolution`)."""
+    has_them = hasattr(module_of(model), "cpu_convolutions")
+    return model.clone(cpu_convolutions=False) if has_them else model
+
+
 def takes(name: str, model: nn.Module, method: Any = None, args: Sequence[Any] = ()) -> bool:
     """Whether a method of a module has an argument of that name that `args` leave open."""
     if isinstance(method, str):

@@ -40,8 +40,8 @@ from ab_jax.export.graph.known_networks import describe
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
-from ab_jax.linen import layer_paths, module_of
-from experiments.exported.finished_networks import TrainedNetwork, plain_convolutions, read_run
+from ab_jax.linen import layer_paths, module_of, plain_convolutions
+from experiments.exported.finished_networks import TrainedNetwork, read_run
 from experiments.settings.choices import choose
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import FlagError

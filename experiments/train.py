@@ -36,6 +36,7 @@ from experiments.settings.datasets import DATASETS, load_dataset
 from experiments.settings.levels import WEIGHTS
 from experiments.settings.methods import METHODS
 from experiments.settings.networks import NETWORKS
+from experiments.settings.starts import CALIBRATIONS, OF_LAST_PHASE
 
 
 def run(config: Config, experiment: str = "experiments.train") -> dict[str, Any]:
@@ -52,6 +53,11 @@ def run(config: Config, experiment: str = "experiments.train") -> dict[str, Any]
         raise FlagError(
             f"There is no run to start from in {c.init_from}. Train that run first, or correct "
             f"--init_from."
+        )
+    if c.teacher not in (None, "start") and not Path(c.teacher).exists():
+        raise FlagError(
+            f"There is no network to learn from in {c.teacher}. Train that run first, or correct "
+            f"--teacher."
         )
     start(c.coordinator, c.processes, c.process, from_cluster=c.distributed)
     dataset = load_dataset(c)
@@ -83,6 +89,7 @@ def _float_phase(config: Config) -> Config:
     is_whole = c.method == "float"
     return dataclasses.replace(
         c,
+        **({} if is_whole else OF_LAST_PHASE),
         method="float",
         name=c.name if is_whole else f"{c.name}/float",
         epochs=c.float_epochs,
@@ -172,6 +179,7 @@ def offered() -> str:
     return (
         f"--method: {methods}.\n\n--network: {networks}.\n\n--weights: {', '.join(WEIGHTS)}."
         f"\n\n--dataset: {datasets}, image_folder:NAME."
+        f"\n\n--calibrate: {', '.join(CALIBRATIONS)}."
     )
 
 

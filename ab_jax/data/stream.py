@@ -121,6 +121,16 @@ class Photos:
         for images, (_, mask) in zip(batches, chunks, strict=True):
             yield images, mask
 
+    def centers(self, indices: Sequence[int] | np.ndarray) -> Images:
+        """These photographs in this order, the center of each: the same in every process.
+
+        Raises:
+          ValueError: as `read`.
+        """
+        return self._batch(
+            np.asarray(indices), lambda i, photograph, square: center_crop(photograph, square)
+        )
+
     def _share(self, batch_size: int) -> slice:
         """The places in a global batch that are this process's."""
         process, processes = self.share
@@ -176,10 +186,7 @@ class _EvaluationBatch:
     indices: list[np.ndarray]
 
     def __call__(self, number: int) -> Images:
-        def cut(i: int, photograph: np.ndarray, square: np.ndarray) -> None:
-            center_crop(photograph, square)
-
-        return self.photos._batch(self.indices[number], cut)
+        return self.photos.centers(self.indices[number])
 
 
 @functools.lru_cache(maxsize=2)  # an epoch and the next: workers run ahead

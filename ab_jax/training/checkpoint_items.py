@@ -117,10 +117,12 @@ class Standing:
     Attributes:
       metrics: the seal of the lines up to there; None where another process wrote them.
       alphas: by the path of each quantized parameter, and of the activations.
+      teacher: the digest of its variables; None where there is none.
     """
 
     metrics: Seal | None = None
     alphas: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    teacher: str | None = None
 
     def write(self, checkpoint: Path) -> None:
         """Into the directory of a checkpoint that has no manifest yet.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -167,6 +168,17 @@ def value_of_first(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+
+
+def tree_of_first(tree: Tree) -> Tree:
+    """The arrays that the first process has, in all of them; trees of the same structure.
+
+    What each computes for itself may differ in the last bit, on machines that differ.
+    """
+    if jax.process_count() == 1:
+        return tree
+    found: Tree = jax.tree.map(jnp.asarray, multihost_utils.broadcast_one_to_all(tree))
+    return found
 
 
 @contextlib.contextmanager

@@ -17,17 +17,24 @@ from ab_jax.data.stream import StreamedDataset
 from ab_jax.describe import describe
 from ab_jax.estimators import Estimator, ScaledEstimator, full_precision, takes_scale
 from ab_jax.linen import RANGES, Model
-from ab_jax.models.pretrained import load_pretrained
 from ab_jax.rules import Rules
 from ab_jax.training.accuracies import Readings
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.checkpoint_items import Interval, Standing
+from ab_jax.training.distillation import digest
 from ab_jax.training.distributed import agreed, first_succeeds, is_first
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.ramps import Alphas, check_never_falls
 from ab_jax.training.records import RunDirectory, accuracies_of
+from ab_jax.training.starting import (
+    CalibratedStart,
+    calibrated,
+    load_teacher,
+    network_from,
+    with_rebased_norm,
+)
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
 from ab_jax.training.train_step import Preprocessing, make_train_step
@@ -65,6 +72,12 @@ class Training:
       init_from: what to start from: the directory of a run, for its weights and batch statistics,
         or a file of weights trained elsewhere (`ab_jax.models.pretrained`).
       new_head: whether a head of other classes in that file is left out.
+      rebase_norm: whether the batch norm of what it starts from is re-based first (see
+        `ab_jax.training.rebasing`).
+      calibration: how the weights of what it starts from are calibrated then; the estimator takes
+        scales (`ab_jax.learned_scales`), which begin as those of the codes. None: they are not.
+      teacher: a float network to learn from, as `init_from`; None: there is none.
+      teacher_share: of the loss, see `make_train_step`.
       read_test: whether to read the test set, once, at the end.
       watch: path of a quantized parameter whose effective weights are kept as histograms.
       profile: whether to write a JAX trace of ten steps into the run's directory.
@@ -88,6 +101,10 @@ class Training:
     refit_every: int = 1
     init_from: Path | None = None
     new_head: bool = False
+    rebase_norm: bool = False
+    calibration: CalibratedStart | None = None
+    teacher: Path | None = None
+    teacher_share: float = 1.0
     activation_alpha: optax.Schedule | None = None
     keep_checkpoints: int = 2
     read_test: bool = True
@@ -131,6 +148,10 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     ):
         state = _initial_state(t, checkpoints)
         first = int(state.step)
+        teacher = None
+        if t.teacher is not None:
+            teacher = load_teacher(t.teacher, t.model, t.dataset.image_shape)
+        taught_by = None if teacher is None else digest(teacher)
         table = describe(state.params, t.rules)  # in every process: it checks the rules
         if is_first() and t.estimator is not full_precision:  # which no rule touches
             print(table)
@@ -146,6 +167,12 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 f"The run has come to step {first}, and with these flags it ends at {t.steps}. "
                 f"Train longer, or begin a shorter run under another --name."
             )
+        if standing.teacher != taught_by and not run.allow_changed and first:
+            raise ValueError(
+                f"The teacher in {t.teacher} is another network than the one that the run "
+                f"{run.path} has come to step {first} with. Put that one back, or go on with this "
+                f"one by --allow_changed."
+            )
         check_never_falls(first, standing.alphas, _alphas(t, first, state.params).by_path())
         with first_succeeds(f"Going on in {run.path}"):
             run.forget_after(first, standing.metrics)
@@ -158,6 +185,8 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             last_checkpoint=lambda: checkpoints.latest_path,
         )
         on_devices = parallel.replicate(state)
+        # An argument of each step: not a constant in its program, nor a part of checkpoints.
+        constants = () if teacher is None else (parallel.replicate(teacher),)
         looked_at = len(recent)  # how many of them are known to be finite
         measured_from, since, done = looked_at, time.monotonic(), first
 
@@ -177,7 +206,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         ):
             for step, batch in enumerate(batches, start=first):
                 profile(step - first)
-                on_devices, metrics = train_step(on_devices, *batch)
+                on_devices, metrics = train_step(on_devices, *batch, *constants)
                 recent.append(metrics)
                 done = step + 1
                 evaluates = done % t.eval_every == 0 or done == t.steps
@@ -207,7 +236,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                     line["not_finite_inputs"] = left
                 run.write_metrics({**line, "images_per_second": speed})
                 # After its line, which a run that is cut off in between computes again.
-                standing = Standing(run.seal(), alphas.by_path())
+                standing = Standing(run.seal(), alphas.by_path(), taught_by)
                 accuracy = line.get("recalibrated_accuracy")
                 checkpoints.save(state, accuracy=accuracy, standing=standing)
                 recent.clear()
@@ -218,7 +247,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             alphas = _alphas(t, done, state.params)
             finite.network(state, alphas.mean)
             if recent:
-                standing = Standing(run.seal(), alphas.by_path())
+                standing = Standing(run.seal(), alphas.by_path(), taught_by)
                 interval = Interval.of(recent, readings.codes)
                 checkpoints.save(state, interval=interval, standing=standing)
             raise StoppedError(run.path, done, stop())
@@ -230,6 +259,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         "parameters": table.parameters,
         "bytes": {"trained": table.bytes_before, "packed": table.bytes_after},
         "start": accuracies_of(t.init_from),
+        **({} if taught_by is None else {"teacher": taught_by}),
     }
     seconds = time.monotonic() - started
     with first_succeeds(f"Writing the record of {run.path}"):
@@ -265,41 +295,45 @@ def compile_train_step(
         label_smoothing=training.label_smoothing,
         latent_limit=training.latent_limit,
         refit_every=training.refit_every,
+        teacher_share=None if training.teacher is None else training.teacher_share,
     )
-    return parallel.wrap(step, sharded=[False, streamed, streamed, True, True], donate=[0])
+    teacher = [] if training.teacher is None else [False]
+    sharded = [False, streamed, streamed, True, True, *teacher]
+    return parallel.wrap(step, sharded=sharded, donate=[0])
 
 
 def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
-    source = training.init_from
-    if source is not None and checkpoints.latest_step is None and not source.is_file():
-        source = source / "checkpoints"
-        if not source.is_dir():
-            raise FileNotFoundError(
-                f"There is no run to start from in {training.init_from}: {source} is missing. "
-                f"Train that run first, or correct --init_from."
-            )
-    image_shape = training.dataset.image_shape
-    scale_rules = training.rules if takes_scale(training.estimator) else None
+    t = training
+    takes_scales = takes_scale(t.estimator)
+    if (t.rebase_norm or t.calibration is not None) and t.init_from is None:
+        raise ValueError(
+            "--rebase_norm and --calibrate are for a network that is trained already. Name one by "
+            "--init_from, or omit them."
+        )
+    if t.calibration is not None and not takes_scales:
+        raise ValueError(
+            "A calibrated start needs an estimator that takes its scales, such as "
+            "ab_jax.at_fixed_scales(ab_jax.alpha_blend) or ab_jax.learned_step_size."
+        )
     state = create_state(
-        training.model,
-        training.optimizer,
-        image_shape,
-        training.seed,
-        scale_rules=scale_rules,
-        fit_rules=training.rules if training.refit_every > 1 else None,
+        t.model,
+        t.optimizer,
+        t.dataset.image_shape,
+        t.seed,
+        scale_rules=t.rules if takes_scales else None,
+        fit_rules=t.rules if t.refit_every > 1 else None,
     )
     if checkpoints.latest_step is not None:
         return checkpoints.restore(state)
-    if source is None:
+    if t.init_from is None:
         return state
-    if source.is_file():
-        network = {"params": state.params, **state.model_state}
-        network = load_pretrained(source, network, new_head=training.new_head)
-        params = network.pop("params")
-        state = dataclasses.replace(state, params=params, model_state=network)
-    else:
-        with Checkpoints(source) as others:
-            state = others.restore_network(state)
-    if scale_rules is None:
-        return state
-    return dataclasses.replace(state, scales=initial_scales(state.params, scale_rules))
+    state = network_from(t.init_from, state, new_head=t.new_head)
+    of_images = (t.model, t.preprocessing, t.dataset.train, t.seed)
+    if t.rebase_norm:
+        state = with_rebased_norm(state, *of_images)
+    if t.calibration is not None:
+        state = calibrated(state, *of_images, rules=t.rules, start=t.calibration)
+    elif takes_scales:
+        state = dataclasses.replace(state, scales=initial_scales(state.params, t.rules))
+    # An optimizer may have something of the weights in its state.
+    return dataclasses.replace(state, opt_state=t.optimizer.init(state.trained))

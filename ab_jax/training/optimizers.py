@@ -1,8 +1,10 @@
 """Optimizers by name, and what is wrapped around them."""
 
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from ab_jax.training.state import Trained
@@ -61,6 +63,7 @@ def make_optimizer(
     weight_decay: float = 0.0,
     clip_norm: float | None = None,
     accumulate: int = 1,
+    relative: bool = False,
 ) -> optax.GradientTransformation:
     """An optax optimizer with weight decay on kernels only, none on their scales.
 
@@ -71,6 +74,8 @@ def make_optimizer(
       weight_decay: added to the gradient by SGD, decoupled in AdamW; on leaves named `kernel`.
       clip_norm: the largest global norm of the gradient; None: not clipped.
       accumulate: batches whose gradients are averaged for an update.
+      relative: whether updates are relative to the weights that training starts from (see
+        `relative_updates`); the norm that is clipped is then that of these gradients.
 
     Raises:
       ValueError: an unknown name or a number out of range.
@@ -90,7 +95,71 @@ def make_optimizer(
         optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
     if accumulate > 1:
         optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()
-    return optimizer
+    return relative_updates(optimizer) if relative else optimizer
+
+
+class RelativeUpdatesState(NamedTuple):
+    """Of `relative_updates`: what is divided by (r), and the state of the optimizer within."""
+
+    sizes: Any
+    inner_state: Any
+
+
+def relative_updates(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The optimizer in the coordinates w / r: one learning rate for channels of any size.
+
+    The gradient in these coordinates is r times that of w, and an update of w is r times one there.
+    r is of the parameters that `init` is given, and part of the state:
+
+        leaves named `kernel`        1e-8 + the root mean square of each output channel (last axis)
+        scales (`Trained.scales`)    the scales
+        any other leaf               1
+
+    The optimizer is shown w / r too. So weight decay means what it means without this: SGD adds
+    decay * w / r to the gradient in these coordinates, AdamW takes rate * decay * w / r off, and
+    of w itself decays rate * decay * w, whatever r is. Clipping sees the gradients times r.
+
+    (Our choice: layers and channels of trained networks differ by orders of magnitude, and a step
+    of few bits is as large as the channel's scale.)
+
+    Args:
+      optimizer: any optax optimizer; one that reads parameters for more than decay reads w / r.
+    """
+
+    def init(params: optax.Params) -> RelativeUpdatesState:
+        sizes = _sizes(params)
+        return RelativeUpdatesState(sizes, optimizer.init(_divided(params, sizes)))
+
+    def update(
+        updates: optax.Updates, state: Any, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, RelativeUpdatesState]:
+        if params is None:
+            raise ValueError("relative_updates needs the parameters: update(grads, state, params).")
+        sizes = state.sizes
+        scaled = jax.tree.map(jnp.multiply, updates, sizes)
+        scaled, inner = optimizer.update(scaled, state.inner_state, _divided(params, sizes))
+        return jax.tree.map(jnp.multiply, scaled, sizes), RelativeUpdatesState(sizes, inner)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _sizes(params: Any) -> Any:
+    """What `relative_updates` divides by: arrays that broadcast against the leaves."""
+    if isinstance(params, Trained):
+        # An array of its own for each: the memory of the state is taken over by that of the next.
+        return Trained(_sizes(params.params), jax.tree.map(jnp.abs, params.scales))
+
+    def size(w: Any, is_kernel: bool) -> Any:
+        if not is_kernel:
+            return jnp.ones((), w.dtype)
+        inside = tuple(range(w.ndim - 1))
+        return jnp.sqrt(jnp.mean(jnp.square(w), inside, keepdims=True)) + 1e-8
+
+    return jax.tree.map(size, params, _kernels(params))
+
+
+def _divided(params: Any, sizes: Any) -> Any:
+    return jax.tree.map(jnp.divide, params, sizes)
 
 
 def _kernels(params: optax.Params) -> optax.Params:

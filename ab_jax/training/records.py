@@ -66,6 +66,7 @@ class RunDirectory:
         writes: bool = True,
     ) -> None:
         self.path = path
+        self.allow_changed = allow_changed
         self._writes = writes
         if (path / "record.json").exists():
             raise FileExistsError(

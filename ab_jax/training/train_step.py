@@ -20,6 +20,7 @@ from ab_jax.estimators import Estimator, ScaledEstimator
 from ab_jax.learned_scales import keep_scales_positive
 from ab_jax.linen import CUT_OFF, NOT_FINITE, RANGES, Model, WithQuantizedInputs, module_of, takes
 from ab_jax.rules import Rules
+from ab_jax.training.distillation import divergence
 from ab_jax.training.finite import finite_leaves
 from ab_jax.training.parallel import AXIS
 from ab_jax.training.state import TrainState
@@ -68,6 +69,7 @@ def make_train_step(
     label_smoothing: float = 0.0,
     latent_limit: float | None = None,
     refit_every: int = 1,
+    teacher_share: float | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The training step of one device.
 
@@ -87,6 +89,8 @@ def make_train_step(
       latent_limit: clip the stored quantized weights to this after each update.
       refit_every: steps that what the quantizers fit serves, in a state that holds it (`fits`); at
         alpha 1 every step fits, so that the loss sees the codes that there are in the end.
+      teacher_share: the share of the loss that is the divergence from a teacher's predictions
+        (`ab_jax.training.distillation`); the rest is the cross-entropy. None: there is no teacher.
 
     Returns:
       `(state, images, labels, indices, positions) -> (state, metrics)`, with uint8 images
@@ -96,6 +100,10 @@ def make_train_step(
       model that measures ranges also `not_finite_inputs`, how many were left alone, since what
       was measured was not finite, and `cut_off`, float32 [inputs], the share that unsigned ranges
       cut off of each, in the order of the leaves of `RANGES`.
+
+      With a teacher its variables are a last argument: those of the module without quantized
+      inputs, which sees the same augmented images, with its running statistics and its activations
+      as they are in float (alpha 0).
     """
 
     def loss_fn(
@@ -105,6 +113,7 @@ def make_train_step(
         labels: Array,
         alpha_now: Alpha,
         of_activations: ArrayLike,
+        taught: Array | None,
     ) -> tuple[Array, tuple[dict[str, Any], Array]]:
         at = state.with_trained(trained)
         effective = blend(
@@ -113,17 +122,24 @@ def make_train_step(
         logits, model_state = model.apply(
             {"params": effective, **state.model_state},
             images,
-            **_call(model, train=True, alpha=of_activations),
+            **arguments_of(model, train=True, alpha=of_activations),
             mutable=[*state.model_state, *(_MEASURED if RANGES in state.model_state else [])],
         )
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1], dtype=logits.dtype), label_smoothing
         )
         loss = jnp.mean(optax.softmax_cross_entropy(logits, targets))
+        if taught is not None and teacher_share is not None:
+            loss = teacher_share * divergence(taught, logits) + (1 - teacher_share) * loss
         return loss, (dict(model_state), logits)
 
     def train_step(
-        state: TrainState, images: Array, labels: Array, indices: Array, positions: Array
+        state: TrainState,
+        images: Array,
+        labels: Array,
+        indices: Array,
+        positions: Array,
+        teacher: Any = None,
     ) -> tuple[TrainState, Metrics]:
         alpha_now = alpha(state.step)
         mean = mean_alpha(state.params, rules, alpha_now)
@@ -138,13 +154,18 @@ def make_train_step(
             state = dataclasses.replace(state, fits=fits)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         batch = preprocessing.augment(key, images[indices], positions)
+        batch = preprocessing.normalize(batch)
         targets = labels[indices]
+        taught = None
+        if teacher_share is not None:
+            module = module_of(model)
+            taught = module.apply(teacher, batch, **arguments_of(module, train=False, alpha=0.0))
         # shard_map sums the gradient of replicated parameters by itself, pmap does not. Parameters
         # that differ by device in type get their device's own gradient from both.
         trained = jax.lax.pcast(state.trained, AXIS, to="varying")
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, (model_state, logits)), grads = gradient(
-            trained, state, preprocessing.normalize(batch), targets, alpha_now, of_activations
+            trained, state, batch, targets, alpha_now, of_activations, taught
         )
         correct = jnp.mean((jnp.argmax(logits, axis=-1) == targets).astype(jnp.float32))
         counts = jax.tree.leaves(model_state.pop(NOT_FINITE, {}))
@@ -198,7 +219,7 @@ def make_eval_step(model: Model, preprocessing: Preprocessing) -> Callable[..., 
     ) -> Metrics:
         variables = {"params": params, **model_state}
         batch = preprocessing.normalize(images[indices])
-        call = _call(model, train=False, alpha=alpha)
+        call = arguments_of(model, train=False, alpha=alpha)
         logits = jnp.asarray(model.apply(variables, batch, **call))
         targets = labels[indices]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
@@ -232,7 +253,7 @@ def make_batch_stats_step(model: Model, preprocessing: Preprocessing) -> Callabl
         _, measured = model.apply(
             variables,
             preprocessing.normalize(batch),
-            **_call(model, train=True, alpha=alpha),
+            **arguments_of(model, train=True, alpha=alpha),
             mutable=["batch_stats"],
         )
         return _equal_on_all_devices(model, measured)
@@ -240,7 +261,7 @@ def make_batch_stats_step(model: Model, preprocessing: Preprocessing) -> Callabl
     return batch_stats_step
 
 
-def _call(model: Model, *, train: bool, alpha: ArrayLike) -> dict[str, Any]:
+def arguments_of(model: Model, *, train: bool, alpha: ArrayLike) -> dict[str, Any]:
     """The arguments of a model's call, `alpha` only if it has activations that take it."""
     takes_alpha = isinstance(model, WithQuantizedInputs) or takes("alpha", model)
     return {"train": train, **({"alpha": alpha} if takes_alpha else {})}

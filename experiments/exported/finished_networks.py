@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 import ab_jax as ab
 from ab_jax.export.packed import read_packed, readable
-from ab_jax.linen import RANGES, Model, WithQuantizedInputs, module_of, ranges_by_address
+from ab_jax.linen import RANGES, Model, WithQuantizedInputs, ranges_by_address
 from ab_jax.products import ActivationRules
 from ab_jax.training.checkpoint import Checkpoints
 from experiments.settings.build import make_model
@@ -43,7 +43,8 @@ class TrainedNetwork:
         config, classes and image_shape; and what else is known: the data (with the names of the
         classes and the mean and std by which images are normalized, where the run's code noted
         them), the revision, the step, the rules of activations as text, and
-        `scales: learned` where the codes are at scales that the run trained.
+        `scales: learned` where the codes are at scales that the run trained, `calibrated` where
+        these began as those of a calibration, at which most methods leave them.
     """
 
     model: Model
@@ -111,9 +112,10 @@ def read_run(
         "step": step,
     }
     model, rules, of_activations = rebuilt(description, network)
-    scales = stored.get("scales")  # of a run that trained them
+    scales = stored.get("scales")  # of a run that trained them, or began with calibrated ones
     if scales is not None:
-        description["scales"] = "learned"
+        calibrated = record["config"].get("calibrate") is not None
+        description["scales"] = "calibrated" if calibrated else "learned"
     variables = {"params": ab.quantize(params, rules, scales=scales), **stored["model_state"]}
     variables = _with_todays_ranges(model, image_shape, variables)
     _check_fits(model, image_shape, variables)
@@ -174,12 +176,6 @@ def rebuilt(
         return model, weight_rules(config), activation_rules(config)
     except FlagError as error:
         raise ValueError(str(error)) from error
-
-
-def plain_convolutions(model: Model) -> Model:
-    """The model without the convolutions that are made for CPUs (`ab_jax.models.convolution`)."""
-    has_them = hasattr(module_of(model), "cpu_convolutions")
-    return model.clone(cpu_convolutions=False) if has_them else model
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -30,15 +30,7 @@ import numpy as np
 import tyro
 
 import ab_jax as ab
-from ab_jax.calibration import (
-    CalibratedLayer,
-    Calibration,
-    Gptq,
-    Method,
-    Rounding,
-    WeightedScales,
-    calibrate,
-)
+from ab_jax.calibration import CalibratedLayer, Calibration, Method, calibrate
 from ab_jax.export.packed import write_packed
 from ab_jax.files import writing
 from ab_jax.training.records import describe_run, write_json
@@ -49,13 +41,9 @@ from experiments.pretrained.pretrained_models import PretrainedModel, pretrained
 from experiments.settings.choices import choose
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import FlagError
+from experiments.settings.starts import CALIBRATIONS
 
-METHODS: dict[str, Callable[[], Method] | None] = {
-    "gptq": Gptq,
-    "rounding": Rounding,
-    "weighted_scales": WeightedScales,
-    "rounded": None,
-}
+METHODS: dict[str, Callable[[], Method] | None] = {**CALIBRATIONS, "rounded": None}
 MATCHINGS = ("deviation", "mean", "none")
 
 

@@ -26,6 +26,7 @@ from experiments.settings.config import Config, FlagError
 from experiments.settings.levels import activation_rules, weight_rules
 from experiments.settings.methods import RAMPS, alpha_schedule, estimator_of, method_of
 from experiments.settings.networks import check_network, make_network
+from experiments.settings.starts import calibrated_start, check_start, teacher_of, with_its_scales
 
 Images = Dataset | StreamedDataset
 
@@ -41,6 +42,7 @@ def settled(config: Config) -> Config:
         choose("activation", c.activation, ACTIVATIONS)
     weight_rules(c)
     activation_rules(c)
+    check_start(c)
     if (c.act_start is not None or c.act_stop is not None) and c.act_bits is None:
         raise FlagError("--act_start and --act_stop are for --act_bits: give that, or omit them.")
     return c
@@ -108,7 +110,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
     c = config
     method = method_of(c.method)
     rules = weight_rules(c)
-    estimator = estimator_of(method, dataclasses.asdict(c))
+    estimator = with_its_scales(c, estimator_of(method, dataclasses.asdict(c)))
     if c.refit_every > 1 and rule_of_codes(estimator) is None:
         raise FlagError(
             f"--method={c.method} has no scales that it could fit less often. Omit --refit_every."
@@ -159,6 +161,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
             accumulate=c.accumulate,
+            relative=c.relative_updates,
         ),
         learning_rate=learning_rate,
         batch_size=c.batch_size,
@@ -172,6 +175,10 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         refit_every=c.refit_every,
         init_from=None if c.init_from is None else Path(c.init_from),
         new_head=c.new_head,
+        rebase_norm=c.rebase_norm,
+        calibration=calibrated_start(c, len(dataset.train)),
+        teacher=teacher_of(c),
+        teacher_share=c.teacher_share,
         read_test=c.read_test,
         watch=c.watch,
         profile=c.profile,

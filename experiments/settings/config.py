@@ -105,6 +105,19 @@ class Config:
     float_epochs: NotNegative = 0.0
     float_learning_rate: Positive = 0.1  # at its peak
 
+    # Of the last phase, which starts from such a network (docs/experiments.md). Float network to
+    # learn from: given as init_from, or start, the network that the phase itself starts from.
+    teacher: str | None = None
+    # Share of the loss that is the divergence from the teacher's predictions; the rest is the
+    # cross-entropy of the labels.
+    teacher_share: Share = 1.0
+    rebase_norm: bool = False  # first make batch norm's running statistics those of the images
+    # Then start from weights calibrated by gptq, rounding or weighted_scales, at their scales.
+    calibrate: str | None = None
+    calibration_images: Count = 128  # training images that calibrate
+    # What the weights are then: corrected for what layers lose, but not rounded; or the codes.
+    latents: Literal["corrected", "codes"] = "corrected"
+
     # Which images: one of ours, image_folder:NAME, or package.module:NAME for somebody else's
     # (docs/extending.md).
     dataset: str = "cifar10"
@@ -134,6 +147,8 @@ class Config:
     weight_decay: NotNegative = 5e-4  # on kernels only
     # Share of the target that goes to all classes alike.
     label_smoothing: Annotated[float, Finite, Ge(0), Lt(1)] = 0.0
+    # Updates relative to the weights that training starts from, channel by channel.
+    relative_updates: bool = False
     clip_norm: Positive | None = None  # largest global norm of the gradient; None: not clipped
     accumulate: Annotated[int, Gt(0), Le(2**20)] = 1  # batches averaged for one update
     latent_limit: Positive | None = None  # clip stored weights to +- this; None: do not

@@ -23,19 +23,14 @@ from ab_jax.data import load
 from ab_jax.data.load import facts
 from ab_jax.export.packed import read_packed, write_packed
 from ab_jax.export.qwix import InputCodes, read_qwix, serve, to_qwix
-from ab_jax.linen import RANGES, WithQuantizedInputs, module_of
+from ab_jax.linen import RANGES, WithQuantizedInputs, module_of, plain_convolutions
 from ab_jax.models.binarynet import BinaryNet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.state import TrainState
 from experiments import export, mobilenet_v1_imagenet, resnet20_cifar10
-from experiments.exported.finished_networks import (
-    load_packed,
-    plain_convolutions,
-    read_run,
-    rebuilt,
-)
+from experiments.exported.finished_networks import load_packed, read_run, rebuilt
 from experiments.settings.config import Config, recorded
 from experiments.settings.levels import activation_rules, weight_rules
 from experiments.settings.networks import NETWORKS

@@ -16,10 +16,9 @@ import pytest
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.stablehlo import to_stablehlo
-from ab_jax.linen import RANGES, WithQuantizedInputs
+from ab_jax.linen import RANGES, WithQuantizedInputs, plain_convolutions
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.products import ActivationRules
-from experiments.exported.finished_networks import plain_convolutions
 from tests.export.small_networks import make
 
 RULES = ab.Rules(
