@@ -25,21 +25,22 @@ Moments = tuple[int, np.ndarray, np.ndarray]  # of how many numbers, their mean 
 
 
 def rebased(
-    forward: Callable[[Any, Array], Any], variables: Mapping[str, Any], batches: Iterable[Array]
+    module: nn.Module, variables: Mapping[str, Any], batches: Iterable[Array], **call: Any
 ) -> dict[str, Any]:
     """The variables of a Linen module with every batch norm re-based on some images.
 
     Args:
-      forward: of variables and images, calls the `apply` of the module in inference.
+      module: any; it is called once for each batch.
       variables: `params` and `batch_stats`, float arrays, and whatever else the module has.
       batches: normalized images [batch, ...], without augmentation; the last batch may be shorter.
+      **call: what else the module is called with, such that it is in inference: `train=False`.
 
     Returns:
       Variables of the same structure, shapes and dtypes.
 
     Raises:
-      ValueError: no images; a module without batch norm; one without scale or bias or with
-        a mask, which is named; before anything is compiled.
+      ValueError: no images; a module without batch norm; one without scale or bias, or with
+        a mask, which is named; a norm within a transformation of Flax's, such as `nn.scan`.
     """
     given = list(batches)
     if not given:
@@ -47,15 +48,22 @@ def rebased(
     epsilons: dict[Path, float] = {}
 
     def measure(variables: Any, images: Array) -> dict[Path, list[tuple[Any, Array, Array]]]:
-        return _inputs_of_norms(forward, variables, images, epsilons)
+        return _inputs_of_norms(lambda: module.apply(variables, images, **call), epsilons)
 
     jax.eval_shape(measure, variables, given[0])  # which refuses what cannot be re-based
     flat = {name: flatten_dict(dict(variables.get(name, {}))) for name in ("params", "batch_stats")}
     _check(flat, epsilons)
     moments: dict[Path, list[Moments]] = {path: [] for path in epsilons}
     compiled = jax.jit(measure)
-    for images in given:
-        for path, found in compiled(variables, images).items():
+    try:
+        measured = [compiled(variables, images) for images in given]
+    except jax.errors.UnexpectedTracerError:
+        raise ValueError(
+            "A batch norm within a transformation of Flax's (nn.scan, nn.remat, nn.jit) cannot be "
+            "re-based, as its inputs do not leave that. Omit --rebase_norm."
+        ) from None
+    for by_path in measured:
+        for path, found in by_path.items():
             for count, mean, variance in found:
                 numbers = np.asarray(mean, np.float64), np.asarray(variance, np.float64)
                 moments[path].append((int(count), *numbers))
@@ -83,7 +91,7 @@ _LEAVES = {"params": ("scale", "bias"), "batch_stats": ("mean", "var")}
 
 
 def _inputs_of_norms(
-    forward: Callable[[Any, Array], Any], variables: Any, images: Array, epsilons: dict[Path, float]
+    forward: Callable[[], Any], epsilons: dict[Path, float]
 ) -> dict[Path, list[tuple[Any, Array, Array]]]:
     """By the path of each norm, for each of its calls: count, mean and variance of its input.
 
@@ -114,7 +122,7 @@ def _inputs_of_norms(
         return next_function(*args, **kwargs)
 
     with nn.intercept_methods(look):
-        forward(variables, images)
+        forward()
     return found
 
 

@@ -119,11 +119,8 @@ def with_rebased_norm(
     ]
     own, ranges = _without_ranges(state.model_state)
     module = module_of(model)
-
-    def forward(variables: Any, images: Array) -> Any:
-        return module.apply(variables, images, **arguments_of(module, train=False, alpha=0.0))
-
-    found = tree_of_first(rebased(forward, {"params": state.params, **own}, batches))
+    call = arguments_of(module, train=False, alpha=0.0)
+    found = tree_of_first(rebased(module, {"params": state.params, **own}, batches, **call))
     return dataclasses.replace(state, params=found.pop("params"), model_state={**found, **ranges})
 
 

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from ab_jax.training.optimizers import OPTIMIZERS, make_optimizer, warmup_cosine
+from ab_jax.training.state import Trained
 
 RATE = 0.1
 
@@ -193,3 +194,83 @@ def test_a_learning_rate_that_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         warmup_cosine(*arguments)
+
+
+# Relative updates
+
+
+def sizes_of(params: Any) -> Any:
+    """r of each leaf of `draw_tree`, by hand and in float64."""
+    kernel = np.float64(params["conv"]["kernel"])
+    ones = jax.tree.map(lambda w: np.ones(w.shape), params)
+    ones["conv"]["kernel"] = np.sqrt((kernel**2).mean(0, keepdims=True)) + 1e-8
+    return ones
+
+
+def test_relative_sgd_is_sgd_in_other_coordinates(rng: np.random.Generator) -> None:
+    params, gradients = draw_tree(rng), [draw_tree(rng) for _ in range(4)]
+    r, decay = sizes_of(params), decay_of(0.3)
+    optimizer = make_optimizer(
+        "sgd", optax.constant_schedule(RATE), momentum=0.8, weight_decay=0.3, relative=True
+    )
+    u = jax.tree.map(lambda w, r: np.float64(w) / r, params, r)
+    trace = jax.tree.map(np.zeros_like, u)
+    for after, gradient in zip(run(optimizer, params, gradients), gradients, strict=True):
+        of_u = jax.tree.map(lambda g, r: np.float64(g) * r, gradient, r)
+        trace = jax.tree.map(lambda t, g, x, d: 0.8 * t + g + d * x, trace, of_u, u, decay)
+        u = jax.tree.map(lambda x, t: x - RATE * t, u, trace)
+        assert_close(after, jax.tree.map(np.multiply, u, r))
+
+
+def test_relative_adamw_is_adamw_in_other_coordinates(rng: np.random.Generator) -> None:
+    params, gradients = draw_tree(rng), [draw_tree(rng) for _ in range(4)]
+    r, decay = sizes_of(params), decay_of(0.3)
+    optimizer = make_optimizer(
+        "adamw", optax.constant_schedule(RATE), momentum=0.7, weight_decay=0.3, relative=True
+    )
+    u = jax.tree.map(lambda w, r: np.float64(w) / r, params, r)
+    first = second = jax.tree.map(np.zeros_like, u)
+    for t, after in enumerate(run(optimizer, params, gradients), start=1):
+        of_u = jax.tree.map(lambda g, r: np.float64(g) * r, gradients[t - 1], r)
+        first = jax.tree.map(lambda m, g: 0.7 * m + 0.3 * g, first, of_u)
+        second = jax.tree.map(lambda v, g: 0.999 * v + 0.001 * g * g, second, of_u)
+        u = jax.tree.map(
+            lambda x, m, v, d, t=t: (
+                x - RATE * (m / (1 - 0.7**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-8) - RATE * d * x
+            ),
+            *(u, first, second, decay),
+        )
+        assert_close(after, jax.tree.map(np.multiply, u, r), atol=t * RATE * 1e-4)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_relative_decay_is_a_share_of_the_weight_whatever_its_size(
+    rng: np.random.Generator, name: str
+) -> None:
+    params = jax.tree.map(lambda w: 100 * w, draw_tree(rng))
+    still = jax.tree.map(jnp.zeros_like, params)
+    optimizer = make_optimizer(name, optax.constant_schedule(RATE), weight_decay=0.5, relative=True)
+    (after,) = run(optimizer, params, [still])
+    expected = jax.tree.map(lambda w, decay: w * (1 - RATE * decay), params, decay_of(0.5))
+    assert_close(after, expected, atol=1e-4)
+
+
+def test_relative_scales_move_in_parts_of_what_they_were(rng: np.random.Generator) -> None:
+    params = draw_tree(rng)
+    scales = {"conv/kernel": jnp.asarray([[0.01, 4.0]], jnp.float32)}
+    optimizer = make_optimizer("adamw", optax.constant_schedule(RATE), relative=True, accumulate=2)
+    trained = Trained(params, scales)
+    state = optimizer.init(trained)
+    for _ in range(2):
+        gradient = jax.tree.map(jnp.ones_like, trained)
+        updates, state = optimizer.update(gradient, state, trained)
+    # Adam's first step is its rate: of each scale, a tenth.
+    np.testing.assert_allclose(updates.scales["conv/kernel"], [[-0.001, -0.4]], rtol=1e-3)
+    np.testing.assert_allclose(updates.params["conv"]["bias"], -RATE, rtol=1e-3)
+
+
+def test_relative_updates_want_the_parameters(rng: np.random.Generator) -> None:
+    params = draw_tree(rng)
+    optimizer = make_optimizer("sgd", optax.constant_schedule(RATE), relative=True)
+    with pytest.raises(ValueError, match="relative_updates needs the parameters"):
+        optimizer.update(params, optimizer.init(params))
