@@ -293,3 +293,76 @@ def test_a_quantizer_that_cannot_learn_its_scale_is_named_with_the_parameter(qua
         ab.initial_scales(PARAMS, rules)
     with pytest.raises(ValueError, match="cannot be learned"):
         ab.quantize(PARAMS, rules, scales=GOOD)
+
+
+# Scales that are given and stay
+
+
+def draw_given(rng, quantizer):
+    """Weights, and scales that no fit would find."""
+    params = {"layer": {"kernel": jnp.asarray(rng.normal(size=(3, 4, 5)), jnp.float32)}}
+    rules = ab.Rules([("layer/kernel", quantizer), (".*", None)])
+    fitted = ab.scales_of(ab.quantize(params, rules))
+    return params, rules, jax.tree.map(lambda s: s * rng.uniform(0.5, 2), fitted)
+
+
+GIVEN = [ab.Binary(), ab.Ternary(), ab.Uniform(bits=4, axis=None), ab.Uniform(bits=3, group_size=2)]
+
+
+@pytest.mark.parametrize("quantizer", GIVEN, ids=str)
+@pytest.mark.parametrize("estimator", [ab.straight_through, ab.alpha_blend, ab.parq])
+def test_at_fixed_scales_the_loss_sees_the_codes_at_these(rng, quantizer, estimator):
+    params, rules, scales = draw_given(rng, quantizer)
+    at_fixed = ab.at_fixed_scales(estimator)
+    codes = ab.quantize(params, rules, scales=scales)
+    assert ab.scales_of(codes).keys() == scales.keys()
+    np.testing.assert_array_equal(codes["layer"]["kernel"].scale, scales["layer/kernel"])
+
+    def seen(params, scales, alpha):
+        return ab.blend(params, rules, alpha, estimator=at_fixed, scales=scales)["layer"]["kernel"]
+
+    w, value = params["layer"]["kernel"], ab.dequantize(codes)["layer"]["kernel"]
+    np.testing.assert_array_equal(jax.jit(seen)(params, scales, 1.0), value)
+    if estimator is not ab.straight_through:
+        np.testing.assert_array_equal(jax.jit(seen)(params, scales, 0.0), w)
+    if estimator is ab.alpha_blend:
+        np.testing.assert_allclose(seen(params, scales, 0.25), 0.75 * w + 0.25 * value, rtol=1e-6)
+    # Gradients are those of the estimator, and none is the scales'.
+    factor = 0.75 if estimator is ab.alpha_blend else 1
+    to_params, to_scales = jax.grad(lambda p, s: jnp.sum(seen(p, s, 0.25)), (0, 1))(params, scales)
+    np.testing.assert_allclose(to_params["layer"]["kernel"], jnp.full(w.shape, factor), rtol=1e-6)
+    assert not np.any(to_scales["layer/kernel"])
+
+
+def test_a_weight_that_is_not_finite_is_seen_at_fixed_scales(rng):
+    params, rules, scales = draw_given(rng, ab.Uniform(bits=4))
+    params["layer"]["kernel"] = params["layer"]["kernel"].at[0, 1, 2].set(jnp.inf)
+    seen = ab.blend(params, rules, 1.0, estimator=ab.at_fixed_scales(ab.alpha_blend), scales=scales)
+    assert np.argwhere(np.isnan(seen["layer"]["kernel"])).tolist() == [[0, 1, 2]]
+
+
+def test_what_cannot_be_at_fixed_scales_is_named(rng):
+    for estimator in (ab.full_precision, ab.learned_step_size):
+        with pytest.raises(ValueError, match=rf"{estimator.__name__} fits for itself, or needs no"):
+            ab.at_fixed_scales(estimator)
+    params, rules, scales = draw_given(rng, ab.Uniform(bits=4))
+    with pytest.raises(ValueError, match=r"at_fixed_scales\(parq\) needs the scales"):
+        ab.blend(params, rules, 1.0, estimator=ab.at_fixed_scales(ab.parq))
+    for quantizer, kind in (
+        (ab.Uniform(bits=4, symmetric=False), "a zero point"),
+        (ab.LeastSquaresBinary(bits=2), "a scale for each bit"),
+    ):
+        other = ab.Rules([("layer/kernel", quantizer), (".*", None)])
+        with pytest.raises(ValueError, match=f"codes of layer/kernel have {kind}"):
+            ab.scales_of(ab.quantize(params, other))
+        with pytest.raises(ValueError, match=r"scales of .* cannot be learned|The scale of layer"):
+            ab.blend(params, other, 1.0, estimator=ab.at_fixed_scales(ab.parq), scales=scales)
+
+
+def test_a_block_of_zeros_has_a_scale_to_be_at(rng):
+    params = {"kernel": jnp.zeros((4, 2))}
+    rules = ab.Rules([("kernel", ab.Binary())])
+    scales = ab.scales_of(ab.quantize(params, rules))
+    assert np.all(np.asarray(scales["kernel"]) == 2.0**-100)
+    values = ab.dequantize(ab.quantize(params, rules, scales=scales))["kernel"]
+    np.testing.assert_allclose(values, 0, atol=1e-30)
