@@ -136,6 +136,13 @@ def test_an_evaluation_sees_each_photograph_once(
     center = np.empty((SIZE, SIZE, 3), np.uint8)
     center_crop(image, center)
     np.testing.assert_array_equal(next(whole.evaluation_batches(1))[0].images[0], center)
+    # In any order, and the same whatever the process's share.
+    order = np.arange(len(whole))[::-2]
+    for part in (whole, open_stream(share=(1, 2)).test):
+        drawn = part.centers(order)
+        assert [*zip(colours(drawn), drawn.labels.tolist(), strict=True)] == [
+            (int(image[0, 0, 0]), label) for image, label in (expected[i] for i in order)
+        ]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
