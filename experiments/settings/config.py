@@ -112,7 +112,7 @@ class Config:
     # cross-entropy of the labels.
     teacher_share: Share = 1.0
     rebase_norm: bool = False  # first make batch norm's running statistics those of the images
-    # Then start from weights calibrated by gptq, rounding or weighted_scales, at their scales.
+    # Then start from calibrated weights, at their scales: how they are rounded, such as gptq.
     calibrate: str | None = None
     calibration_images: Count = 128  # training images that calibrate
     # What the weights are then: corrected for what layers lose, but not rounded; or the codes.

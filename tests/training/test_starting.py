@@ -19,6 +19,7 @@ import ab_jax as ab
 from ab_jax.calibration import Gptq, Rounding, calibrate
 from ab_jax.data import Dataset, Images
 from ab_jax.data.batches import epoch_order
+from ab_jax.models.mobilenet import MobileNet
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.distillation import digest
 from ab_jax.training.feeds import InMemory
@@ -27,7 +28,7 @@ from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.rebasing import rebased
 from ab_jax.training.records import RunDirectory
-from ab_jax.training.starting import CalibratedStart, drawn_images, load_teacher
+from ab_jax.training.starting import CalibratedStart, calibrated, drawn_images, load_teacher
 from ab_jax.training.state import create_state
 from ab_jax.training.stopping import StoppedError
 from ab_jax.training.train_step import Preprocessing
@@ -305,3 +306,20 @@ def test_starts_that_cannot_be_are_refused(run: Run, changes: dict[str, Any], me
 def test_a_teacher_that_is_not_there_is_named(run: Run, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"in .*none: .*correct --teacher"):
         run("refused", teacher=tmp_path / "none")
+
+
+@pytest.mark.long
+def test_every_layer_of_a_network_with_convolutions_for_cpus_is_calibrated(
+    preprocessing: Preprocessing, training: Training, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = MobileNet(5, width=1 / 32, stem=32)
+    rules = ab.Rules([(r"(.*/)?kernel", ab.Uniform(bits=4)), (".*", None)])
+    state = create_state(model, RESTING, (8, 8, 1), seed=0)
+    images = Images(np.tile(training.dataset.train.images, (1, 2, 2, 1)), np.zeros(67, np.int32))
+    start = CalibratedStart(method=Rounding(), images=8)
+    found = calibrated(state, model, preprocessing, images, 0, rules=rules, start=start)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(ab.quantized_paths(state.params, rules)) == 28
+    assert not any("(" in line for line in lines), "and nothing stands against one"
+    assert found.scales is not None
+    assert found.scales.keys() == set(ab.quantized_paths(state.params, rules))
