@@ -10,6 +10,7 @@ whose inputs have the mean M and the variance V,
 is the same function in inference, and a batch like those images is normalized to it in training.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -42,21 +43,22 @@ def rebased(
       ValueError: no images; a module without batch norm; one without scale or bias, or with
         a mask, which is named; a norm within a transformation of Flax's, such as `nn.scan`.
     """
-    given = list(batches)
-    if not given:
+    waiting = iter(batches)
+    first = next(waiting, None)
+    if first is None:
         raise ValueError("There are no images to re-base batch norm on. Give a batch at least.")
     epsilons: dict[Path, float] = {}
 
     def measure(variables: Any, images: Array) -> dict[Path, list[tuple[Any, Array, Array]]]:
         return _inputs_of_norms(lambda: module.apply(variables, images, **call), epsilons)
 
-    jax.eval_shape(measure, variables, given[0])  # which refuses what cannot be re-based
+    jax.eval_shape(measure, variables, first)  # which refuses what cannot be re-based
     flat = {name: flatten_dict(dict(variables.get(name, {}))) for name in ("params", "batch_stats")}
     _check(flat, epsilons)
     moments: dict[Path, list[Moments]] = {path: [] for path in epsilons}
     compiled = jax.jit(measure)
     try:
-        measured = [compiled(variables, images) for images in given]
+        measured = [compiled(variables, images) for images in itertools.chain([first], waiting)]
     except jax.errors.UnexpectedTracerError:
         raise ValueError(
             "A batch norm within a transformation of Flax's (nn.scan, nn.remat, nn.jit) cannot be "

@@ -113,10 +113,10 @@ def with_rebased_norm(
       ValueError: as `rebased`.
     """
     chosen = drawn_images(images, min(_REBASED_ON, len(images)), seed)
-    batches = [
+    batches = (  # one at a time: as floats all of them may be a gigabyte
         preprocessing.normalize(jnp.asarray(chosen[start : start + _BATCH]))
         for start in range(0, len(chosen), _BATCH)
-    ]
+    )
     own, ranges = _without_ranges(state.model_state)
     module = module_of(model)
     call = arguments_of(module, train=False, alpha=0.0)

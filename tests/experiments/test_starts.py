@@ -2,6 +2,8 @@
 
 import dataclasses
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from experiments.settings.config import Config, FlagError
 from experiments.settings.datasets import load_dataset
 from experiments.settings.levels import weight_rules
 from experiments.settings.starts import CALIBRATIONS, OF_LAST_PHASE
+from tests.fast_compilation import FAST_COMPILATION
+from tests.two_processes import SECONDS, numbers, pair, record_of
 
 HERE = "tests.experiments.test_starts"
 
@@ -196,3 +200,25 @@ def test_more_images_than_there_are_cannot_calibrate(tiny: Config, tmp_path: Pat
     )
     with pytest.raises(FlagError, match=re.escape("--calibration_images=129 is more than the 128")):
         train.run(config)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mode", ["pmap", "shard_map"])
+def test_two_processes_start_and_train_as_one(
+    tiny: Config,
+    tmp_path: Path,
+    free_port: int,
+    start_together: Callable[..., Any],
+    wait_for_all: Callable[..., None],
+    mode: Any,
+) -> None:
+    config = dataclasses.replace(tiny, **ALL, optimizer="adamw", learning_rate=0.01, parallel=mode)
+    alone = train.run(dataclasses.replace(config, name="alone"))
+    flags = {f: v for f, v in dataclasses.asdict(config).items() if v != getattr(Config(), f)}
+    words = [sys.executable, "-m", "experiments.train"]
+    words += [f"--{flag}" if v is True else f"--{flag}={v}" for flag, v in flags.items()]
+    wait_for_all(start_together(pair(words, free_port), 1, FAST_COMPILATION), SECONDS)
+    together = record_of(Path(config.runs_dir) / "run")
+    for line, other in zip(numbers(together), numbers(alone), strict=True):
+        for name in ("step", "alpha", "train_loss", "blended_loss"):
+            assert line[name] == pytest.approx(other[name], rel=1e-3)
