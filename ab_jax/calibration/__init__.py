@@ -2,11 +2,20 @@
 
 from ab_jax.calibration.calibrating import CalibratedLayer, Calibration, calibrate
 from ab_jax.calibration.gptq import gptq
-from ab_jax.calibration.rounding_methods import Gptq, Method, Rounding, WeightedScales
+from ab_jax.calibration.rounding_methods import (
+    AdaRound,
+    CoordinateDescent,
+    Gptq,
+    Method,
+    Rounding,
+    WeightedScales,
+)
 
 __all__ = [
+    "AdaRound",
     "CalibratedLayer",
     "Calibration",
+    "CoordinateDescent",
     "Gptq",
     "Method",
     "Rounding",

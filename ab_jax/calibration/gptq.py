@@ -34,9 +34,7 @@ def gptq(
     """
     groups, n, _ = weight.shape
     diagonal = np.diagonal(moments, axis1=1, axis2=2)
-    # Of inputs that are always 0 the moments are 0: any positive number will do.
-    ridge = damping * diagonal.mean(1) + np.finfo(np.float32).tiny
-    moments = moments + ridge[:, None, None] * np.eye(n)
+    moments = damped(moments, damping)
     order = np.argsort(-diagonal, axis=1) if by_size else np.tile(np.arange(n), (groups, 1))
     each = np.arange(groups)
     moments = moments[each[:, None, None], order[:, :, None], order[:, None, :]]
@@ -57,3 +55,12 @@ def gptq(
         # The weights beyond the block learn of its errors at once, which is faster.
         left[:, end:] -= upper[:, start:end, end:].swapaxes(1, 2) @ errors
     return codes
+
+
+def damped(moments: np.ndarray, damping: float) -> np.ndarray:
+    """Moments [groups, n, n] with a share of their mean diagonal added to the diagonal."""
+    n = moments.shape[1]
+    # Of inputs that are always 0 the moments are 0: any positive number will do.
+    ridge = damping * np.trace(moments, axis1=1, axis2=2) / n + np.finfo(np.float32).tiny
+    added: np.ndarray = moments + ridge[:, None, None] * np.eye(n)
+    return added

@@ -6,7 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import ab_jax as ab
-from ab_jax.calibration import Gptq, Method, Rounding, WeightedScales
+from ab_jax.calibration import (
+    AdaRound,
+    CoordinateDescent,
+    Gptq,
+    Method,
+    Rounding,
+    WeightedScales,
+)
 from ab_jax.estimators import rule_of_codes, takes_scale
 from ab_jax.learned_scales import highest_level
 from ab_jax.training.starting import CalibratedStart
@@ -17,7 +24,9 @@ from experiments.settings.methods import method_of
 
 #: How calibration rounds a weight: the values of --calibrate.
 CALIBRATIONS: dict[str, Callable[[], Method]] = {
+    "coordinate_descent": CoordinateDescent,
     "gptq": Gptq,
+    "adaround": AdaRound,
     "rounding": Rounding,
     "weighted_scales": WeightedScales,
 }
