@@ -1,7 +1,7 @@
 """AdaRound: whether each weight goes up or down is learned, by gradient descent.
 
-Source: arXiv 2004.10568, section 3.2. A weight becomes `floor(w / scale) + h(v)` steps, where `h` is
-a sigmoid stretched beyond [0, 1] and clipped (equation 23), and a regularizer that grows sharper
+Source: arXiv 2004.10568, section 3.2. A weight becomes `floor(w / scale) + h(v)` steps, where `h`
+is a sigmoid stretched beyond [0, 1] and clipped (equation 23), and a regularizer that grows sharper
 with time (equation 24) drives every `h(v)` to 0 or 1. What it starts from is the weight itself.
 """
 
