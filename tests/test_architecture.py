@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "nnx": {"jax", "flax"},
     "safetensors_header": {"jax", "numpy"},
     "models": {"jax", "numpy", "flax"},
-    "calibration": {"jax", "numpy"},
+    "calibration": {"jax", "numpy", "optax"},
     "files": set(),
     "data": {
         *("jax", "numpy", "tensorflow_datasets", "grain", "absl", "array_record"),

@@ -8,10 +8,12 @@ Weights alone are quantized, with a scale for each output channel (`ab_jax.calib
 mobilenet_v1_025, efficientnet_lite0, or `package.module:NAME` of your own
 (`experiments.pretrained.pretrained_models`). Methods:
 
-gptq: each weight after the others, with their errors made good; rounding: each to the nearest
-level; weighted_scales: likewise, at scales that lose least of the layer's outputs. Before them the
-layer is regressed on the outputs of the float network (--regression=inf: it is not), after them
-deviations and means of its outputs are matched (--matching).
+gptq: each weight after the others, with their errors made good; coordinate_descent: from there on
+each code and scale in turn to its best; adaround: whether each goes up or down is learned;
+rounding: each to the nearest level; weighted_scales: likewise, at scales that lose least of the
+layer's outputs. Before them the layer is regressed on the outputs of the float network
+(--regression=inf: it is not), after them means and deviations of its outputs are matched
+(--matching).
 
 rounded: no calibration at all, and no images for it.
 
@@ -24,9 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import tyro
 
 import ab_jax as ab
@@ -34,10 +34,10 @@ from ab_jax.calibration import CalibratedLayer, Calibration, Method, calibrate
 from ab_jax.export.packed import write_packed
 from ab_jax.files import writing
 from ab_jax.training.records import describe_run, write_json
-from experiments.pretrained.accuracy import accuracy
 from experiments.pretrained.calibration_records import as_json, bytes_of_codes, table
 from experiments.pretrained.image_sources import ImageSources
 from experiments.pretrained.pretrained_models import PretrainedModel, pretrained_model
+from experiments.pretrained.readings import Reader
 from experiments.settings.choices import choose
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import FlagError
@@ -84,6 +84,40 @@ def run(config: Config) -> dict[str, Any]:
       FlagError, ValueError, OSError: a flag, an image or a file that cannot be taken; names it.
     """
     c = config
+    check(c)
+    for path in (c.out, c.record):  # now, and not after minutes
+        if path is not None:
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+    model = pretrained_model(c.network, c.weights_file)
+    rules_of(c, model)
+    sources = sources_of(c, model)
+    to_read = sources.to_read(c.read)
+    described = describe_run("calibrate", as_json(c))
+    found, record = calibrated(c, model, sources)
+    record = (
+        described
+        | Reader(model, to_read, batch_size=c.batch_size).beside_float(ab.dequantize(found.codes))
+        | record
+    )
+    record["images"]["read"] = {name: len(images) for name, images in to_read.items()}
+    if c.out is not None:
+        network = {"network": c.network, "revision": record["revision"]}
+        variables = {"params": found.codes, **model.state}
+        rules = rules_of(c, model)
+        record["bytes"]["file"] = write_packed(c.out, variables, rules=rules, network=network)
+    if c.record is not None:
+        write_json(c.record, record)
+    return record
+
+
+def check(config: Config) -> None:
+    """Refuse flags that do not go together, whatever the network and the images.
+
+    Raises:
+      FlagError: names the flag.
+    """
+    c = config
     choose("method", c.method, METHODS)
     choose("matching", c.matching, dict.fromkeys(MATCHINGS))
     if c.images < 1 or c.batch_size < 1 or c.images % c.batch_size:
@@ -91,55 +125,39 @@ def run(config: Config) -> dict[str, Any]:
             f"--images={c.images} should be a multiple of --batch_size={c.batch_size}, since "
             f"batches have one shape."
         )
-    for path in (c.out, c.record):  # now, and not after minutes
-        if path is not None:
-            with writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-    model = pretrained_model(c.network, c.weights_file)
-    rules = model.rules(
-        c.bits, c.bits if c.depthwise_bits is None else c.depthwise_bits, c.outer_bits
-    )
-    sources = ImageSources(
+
+
+def rules_of(config: Config, model: PretrainedModel) -> ab.Rules:
+    """Of the weights."""
+    c = config
+    depthwise = c.bits if c.depthwise_bits is None else c.depthwise_bits
+    return model.rules(c.bits, depthwise, c.outer_bits)
+
+
+def sources_of(config: Config, model: PretrainedModel) -> ImageSources:
+    """Of the images."""
+    c = config
+    return ImageSources(
         source=c.source, photographs=c.photographs, data_dir=c.data_dir, size=model.size
     )
-    to_read = sources.to_read(c.read)
-    record = describe_run("calibrate", as_json(c))
 
+
+def calibrated(
+    config: Config, model: PretrainedModel, sources: ImageSources
+) -> tuple[Calibration, dict[str, Any]]:
+    """The network of few bits, and what a record says of how it was made."""
+    c = config
     start = time.perf_counter()
-    found = _calibrated(c, model, rules, sources)
-    seconds = time.perf_counter() - start
-
-    read = jax.jit(model.reading or model.forward)
-
-    def accuracies(params: Any) -> dict[str, float]:
-        def logits(pixels: np.ndarray) -> Any:
-            return read(params, jnp.asarray(model.normalize(pixels)))
-
-        return {n: accuracy(logits, x, batch_size=c.batch_size) for n, x in to_read.items()}
-
-    in_float, quantized = accuracies(model.params), accuracies(ab.dequantize(found.codes))
-    record |= {
-        "float": in_float,
-        "quantized": quantized,
-        "points_below_float": {name: in_float[name] - quantized[name] for name in in_float},
-        "images": {
-            "calibrated": c.images if found.layers else 0,
-            "read": {name: len(images) for name, images in to_read.items()},
-        },
-        "seconds": seconds,  # of calibration, or of rounding
+    found = _calibration(c, model, rules_of(c, model), sources)
+    return found, {
+        "images": {"calibrated": c.images if found.layers else 0},
+        "seconds": time.perf_counter() - start,  # of calibration, or of rounding
         "bytes": bytes_of_codes(found.codes),
         "layers": [as_json(layer) for layer in found.layers],
     }
-    if c.out is not None:
-        network = {"network": c.network, "revision": record["revision"]}
-        variables = {"params": found.codes, **model.state}
-        record["bytes"]["file"] = write_packed(c.out, variables, rules=rules, network=network)
-    if c.record is not None:
-        write_json(c.record, record)
-    return record
 
 
-def _calibrated(
+def _calibration(
     config: Config, model: PretrainedModel, rules: ab.Rules, sources: ImageSources
 ) -> Calibration:
     c = config

@@ -14,12 +14,12 @@ from ab_jax.calibration import WeightedScales, calibrate
 from ab_jax.export.packed import read_packed
 from ab_jax.models import pretrained as weights
 from experiments.pretrained import image_sources
-from experiments.pretrained.accuracy import accuracy
 from experiments.pretrained.calibrate_command import Config, main, run
 from experiments.pretrained.image_sources import ImageSources
 from experiments.pretrained.images import ImageSet
 from experiments.pretrained.photographs import Photographs
 from experiments.pretrained.pretrained_models import pretrained_model
+from experiments.pretrained.readings import from_bits, read
 from experiments.settings.config import FlagError
 
 # Of its 16 classes it names one of the first eight.
