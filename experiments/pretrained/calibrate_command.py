@@ -94,7 +94,7 @@ def run(config: Config) -> dict[str, Any]:
     sources = sources_of(c, model)
     to_read = sources.to_read(c.read)
     described = describe_run("calibrate", as_json(c))
-    found, record = calibrated(c, model, sources)
+    found, record = calibrated(c, model, sources, _tell)
     record = (
         described
         | Reader(model, to_read, batch_size=c.batch_size).beside_float(ab.dequantize(found.codes))
@@ -143,12 +143,19 @@ def sources_of(config: Config, model: PretrainedModel) -> ImageSources:
 
 
 def calibrated(
-    config: Config, model: PretrainedModel, sources: ImageSources
+    config: Config,
+    model: PretrainedModel,
+    sources: ImageSources,
+    tell: Callable[[CalibratedLayer], None],
 ) -> tuple[Calibration, dict[str, Any]]:
-    """The network of few bits, and what a record says of how it was made."""
+    """The network of few bits, and what a record says of how it was made.
+
+    Args:
+      tell: is told of each layer when it is done.
+    """
     c = config
     start = time.perf_counter()
-    found = _calibration(c, model, rules_of(c, model), sources)
+    found = _calibration(c, model, sources, tell)
     return found, {
         "images": {"calibrated": c.images if found.layers else 0},
         "seconds": time.perf_counter() - start,  # of calibration, or of rounding
@@ -158,9 +165,13 @@ def calibrated(
 
 
 def _calibration(
-    config: Config, model: PretrainedModel, rules: ab.Rules, sources: ImageSources
+    config: Config,
+    model: PretrainedModel,
+    sources: ImageSources,
+    tell: Callable[[CalibratedLayer], None],
 ) -> Calibration:
     c = config
+    rules = rules_of(c, model)
     method: Callable[[], Method] | None = choose("method", c.method, METHODS)
     if method is None:
         return Calibration(ab.quantize(model.params, rules), model.params, ())
@@ -173,7 +184,7 @@ def _calibration(
         method=method(),
         regression=c.regression,
         matching=c.matching,  # type: ignore[arg-type]  # checked above
-        progress=_tell,
+        progress=tell,
     )
 
 

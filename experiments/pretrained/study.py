@@ -141,7 +141,7 @@ class Conductor:
         reader = self._reader_of(c, model)
         flags = {name: value for name, value in as_json(c).items() if name not in PLACES}
         described = describe_run("experiments.pretrained", flags)
-        found, how = calibrated(c, model, sources_of(c, model))
+        found, how = calibrated(c, model, sources_of(c, model), tell=lambda layer: None)
         return described | reader.beside_float(ab.dequantize(found.codes)) | how
 
     def _model_of(self, config: Config) -> PretrainedModel:
@@ -153,12 +153,11 @@ class Conductor:
 
     def _reader_of(self, config: Config, model: PretrainedModel) -> Reader:
         c = config
-        # All that `ImageSources.to_read` depends on: photographs are given or not, for all runs.
-        read = (c.read, c.batch_size)
+        # All that `ImageSources.to_read` depends on: places are the same for all runs.
+        read = (c.read, c.batch_size, c.source == "photographs")
         if self._reader is None or read != self._read:
-            sources = dataclasses.replace(sources_of(c, model), source="tiny")
-            self._read = read
-            self._reader = Reader(model, sources.to_read(c.read), batch_size=c.batch_size)
+            to_read = sources_of(c, model).to_read(c.read)
+            self._read, self._reader = read, Reader(model, to_read, batch_size=c.batch_size)
         return self._reader
 
 

@@ -19,7 +19,7 @@ from experiments.pretrained.image_sources import ImageSources
 from experiments.pretrained.images import ImageSet
 from experiments.pretrained.photographs import Photographs
 from experiments.pretrained.pretrained_models import pretrained_model
-from experiments.pretrained.readings import from_bits, read
+from experiments.pretrained.readings import as_bits, from_bits, read
 from experiments.settings.config import FlagError
 
 # Of its 16 classes it names one of the first eight.
@@ -230,7 +230,10 @@ def test_the_command_ends_with_a_table(network, photographs, monkeypatch, capsys
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        ({"method": "magic"}, "--method=magic is not known.*gptq, rounding, weighted_scales"),
+        (
+            {"method": "magic"},
+            "--method=magic is not known.*coordinate_descent, gptq, adaround, round",
+        ),
         ({"matching": "all"}, "--matching=all is not known.*deviation, mean, none"),
         ({"source": "web"}, "--source=web is not known.*photographs, tiny, both"),
         ({"read": "all"}, "--read=all is not known.*test, choice"),
@@ -281,13 +284,33 @@ def test_an_accuracy_is_among_the_classes_of_its_images(rng):
         return logits[pixels[:, 0, 0, 0] // 12]
 
     named = classes[logits[:, classes].argmax(-1)]
-    assert accuracy(logits_of, images, batch_size=4) == pytest.approx(
-        100 * np.mean(named == labels)
-    )
+    found = read(logits_of, images, batch_size=4)
+    assert found.accuracy == pytest.approx(100 * np.mean(named == labels))
+    np.testing.assert_array_equal(found.right, named == labels)
     every = ImageSet(images.images, 2, logits.argmax(-1))
-    assert accuracy(logits_of, every, batch_size=4) == 100
+    assert read(logits_of, every, batch_size=4).accuracy == 100
     with pytest.raises(ValueError, match="without labels"):
-        accuracy(logits_of, ImageSet(images.images, 2))
+        read(logits_of, ImageSet(images.images, 2))
+
+
+def test_a_divergence_is_the_mean_over_images_in_nats(rng):
+    p, q = (rng.standard_normal((6, 30)).astype(np.float32) * 3 for _ in range(2))
+    images = ImageSet(np.arange(6 * 12).reshape(6, 2, 2, 3).astype(np.uint8), 2, np.zeros(6, int))
+    in_float, quantized = (
+        read(lambda pixels, of=of: of[pixels[:, 0, 0, 0] // 12], images, batch_size=4)
+        for of in (p, q)
+    )
+    one, other = (np.exp(x.astype(np.float64)) for x in (p, q))
+    one, other = one / one.sum(-1, keepdims=True), other / other.sum(-1, keepdims=True)
+    wanted = np.mean(np.sum(one * np.log(one / other), -1))
+    assert quantized.divergence_from(in_float) == pytest.approx(wanted, rel=1e-5)
+    assert in_float.divergence_from(in_float) == 0
+
+
+def test_what_is_right_goes_through_its_bits(rng):
+    for count in (1, 7, 8, 500):
+        right = rng.random(count) < 0.5
+        np.testing.assert_array_equal(from_bits(as_bits(right), count), right)
 
 
 def test_each_source_gives_the_images_of_its_name(photographs, monkeypatch):
