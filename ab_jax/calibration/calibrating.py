@@ -17,7 +17,6 @@ A network that quantizes well needs none of this; one that loses all at 4 bits n
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
@@ -26,18 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from ab_jax.blend import quantize
-from ab_jax.calibration.even_grid import Levels, blocks_of
+from ab_jax.calibration.calibrated_weights import CalibratedWeights
+from ab_jax.calibration.evaluating import product_runner
+from ab_jax.calibration.even_grid import Levels
 from ab_jax.calibration.matrices import Form, Moments
 from ab_jax.calibration.rounding_methods import Gptq, Layer, Method, Rounded
-from ab_jax.calibration.side_by_side import SideBySide, parameters
+from ab_jax.calibration.side_by_side import SideBySide
 from ab_jax.calibration.values import Value, computed
-from ab_jax.models.convolution import cpu_conv_general_dilated
 from ab_jax.products.finding import traced
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
-from ab_jax.quantized import Quantized
-from ab_jax.rules import Rules, leaves_by_path
+from ab_jax.rules import Rules
 
 # Of the mean variance of the channels: below it a channel is as good as constant.
 _CONSTANT = 1e-6
@@ -132,7 +130,7 @@ def calibrate(
     decisions = _Decisions(
         products={p.key: p for found in function.products for p in (found, found.followed_by) if p},
         looked_up=set(function.lookups),
-        weights=_Weights(params, rules),
+        weights=CalibratedWeights(params, rules),
         batches=len(given),
         method=method or Gptq(),
         regression=regression,
@@ -146,61 +144,6 @@ def calibrate(
     values = [*decisions.weights.values(), *inputs]
     SideBySide(decisions, len(given)).body(function.jaxpr, values, ())
     return Calibration(*decisions.weights.trees(), tuple(decisions.layers))
-
-
-class _Weights:
-    """The parameters, and what has been decided on them so far."""
-
-    def __init__(self, params: Any, rules: Rules) -> None:
-        self._tree = jax.tree.structure(params)
-        self.leaves = leaves_by_path(params)
-        quantized = jax.tree.leaves(
-            quantize(params, rules), is_leaf=lambda leaf: isinstance(leaf, Quantized)
-        )
-        paths = [path for path, _ in self.leaves]
-        self.rounded = {
-            path: leaf
-            for path, leaf in zip(paths, quantized, strict=True)
-            if isinstance(leaf, Quantized)
-        }
-        self.codes = {path: np.array(q.codes).ravel() for path, q in self.rounded.items()}
-        self.scales = {
-            path: np.array(q.scale, np.float64).ravel() for path, q in self.rounded.items()
-        }
-        self.decided = {path: np.zeros(q.codes.size, bool) for path, q in self.rounded.items()}
-        self.floats = {path: np.array(leaf).ravel() for path, leaf in self.leaves}
-        self.corrected = {path: np.zeros(np.size(leaf), bool) for path, leaf in self.leaves}
-
-    def values(self) -> list[Value]:
-        """As the function gets them: in the quantized network rounded, until that is decided."""
-        plain = parameters(self.leaves)
-        return [
-            dataclasses.replace(value, quantized=(self.rounded[path].dequantize(),))
-            if path in self.rounded
-            else value
-            for (path, _), value in zip(self.leaves, plain, strict=True)
-        ]
-
-    def quantized(self, path: str) -> Quantized:
-        """What is decided on a weight so far, the rest rounded."""
-        of = self.rounded[path]
-        return dataclasses.replace(
-            of,
-            codes=jnp.asarray(self.codes[path].reshape(of.codes.shape)),
-            scale=jnp.asarray(self.scales[path].reshape(of.scale.shape), of.scale.dtype),
-        )
-
-    def trees(self) -> tuple[Any, Any]:
-        """The parameters as codes, and as floats."""
-        floats = [
-            jnp.asarray(self.floats[path].reshape(leaf.shape), leaf.dtype)
-            for path, leaf in self.leaves
-        ]
-        codes = [
-            self.quantized(path) if path in self.rounded else x
-            for (path, _), x in zip(self.leaves, floats, strict=True)
-        ]
-        return jax.tree.unflatten(self._tree, codes), jax.tree.unflatten(self._tree, floats)
 
 
 @dataclasses.dataclass
@@ -218,7 +161,7 @@ class _Decisions:
         *,
         products: Mapping[Key, Product],
         looked_up: set[str],
-        weights: _Weights,
+        weights: CalibratedWeights,
         batches: int,
         method: Method,
         regression: float,
@@ -308,21 +251,21 @@ class _Decisions:
         weight, x = operands[1 - form.data], operands[form.data]
         assert weight.source is not None
         path = weight.source.path
-        run = _runner(form.equation)
+        run = product_runner(form.equation)
         plain = computed(run, operands, self._batches)[0].plain
         in_operand = weight.source.places()
         places = form.of_weight(in_operand)
         is_new = not np.any(self.weights.decided[path][places])
         if is_new:
             self._decide(path, places, form, x)
-        values = self._values(path)[in_operand].astype(weight.plain[0].dtype)
+        values = self.weights.values_of(path)[in_operand].astype(weight.plain[0].dtype)
         decided = Value(weight.plain, (jnp.asarray(values),))
         pair = [x, decided] if form.data == 0 else [decided, x]
         quantized = computed(run, pair, self._batches)[0].quantized
         lost, gains = _compared(form, plain, quantized)
         note = "" if is_new else "its weight was calibrated where it was met before"
         if self._matching == "deviation" and is_new:
-            note = self._take_in(path, places, gains)
+            note = self.weights.take_in(path, places, gains)
             if not note:
                 quantized = tuple(form.scaled(y, jnp.asarray(gains)) for y in quantized)
         self._done(CalibratedLayer(product.address, self._bits(product), lost, None, note))
@@ -341,37 +284,12 @@ class _Decisions:
         moments = Moments.of(parts, about_mean=self._matching != "none")
         regressed = _regressed(wanted, moments, self._regression)
         rounded = self._method(Layer(regressed, levels, moments))
-        if not self._own_scales(path, places):  # others rely on them
+        if not self.weights.own_scales(path, places):  # others rely on them
             rounded = Rounded(levels.codes(rounded.values), levels)
         flat[places] = regressed.astype(flat.dtype)
         self.weights.codes[path][places] = rounded.codes.astype(np.int8)
         self.weights.scales[path][rounded.levels.blocks] = rounded.levels.scale
         self.weights.decided[path][places] = True
-
-    def _values(self, path: str) -> np.ndarray:
-        """What the codes of a weight stand for, flattened."""
-        return np.asarray(self.weights.quantized(path).dequantize()).ravel()
-
-    def _own_scales(self, path: str, places: np.ndarray) -> bool:
-        """Whether the scales of these weights serve no others."""
-        of = self.weights.rounded[path]
-        served = np.bincount(blocks_of(of, places).ravel(), minlength=of.scale.size)
-        return bool(np.all(np.isin(served, (0, of.codes.size // of.scale.size))))
-
-    def _take_in(self, path: str, places: np.ndarray, gains: np.ndarray) -> str:
-        """Gains of the outputs into the scales; what stands against it."""
-        if not self._own_scales(path, places):
-            return "other layers have its scales too: deviations are not matched"
-        scales = self.weights.scales[path]
-        blocks = blocks_of(self.weights.rounded[path], places)
-        own = np.broadcast_to(gains[:, None], places.shape)
-        of_block = np.ones(scales.size)
-        of_block[blocks] = own
-        if not np.array_equal(of_block[blocks], own):
-            return "several channels have one scale: deviations are not matched"
-        self.weights.scales[path] = scales * of_block
-        self.weights.floats[path][places] *= own.astype(self.weights.floats[path].dtype)
-        return ""
 
     def _done(self, layer: CalibratedLayer) -> None:
         self.layers.append(layer)
@@ -416,28 +334,3 @@ def _squares(plain: Array, quantized: Array, mean: Array, mean_q: Array) -> tupl
     p, q = plain.astype(jnp.float32), quantized.astype(jnp.float32)
     about_means = ((p - mean[:, None]) ** 2).sum(1), ((q - mean_q[:, None]) ** 2).sum(1)
     return *about_means, ((p - q) ** 2).sum(1)
-
-
-def _runner(equation: Any) -> Callable[..., list[Any]]:
-    """A product as a compiled function of its operands, on CPUs in its fastest form."""
-    primitive = equation.primitive
-    return _compiled(primitive, tuple(sorted(equation.params.items(), key=lambda item: item[0])))
-
-
-@functools.lru_cache(maxsize=256)
-def _compiled(primitive: Any, params: tuple[tuple[str, Any], ...]) -> Callable[..., list[Any]]:
-    known = dict(params)
-
-    def run(left: Array, right: Array) -> list[Array]:
-        if primitive.name == "conv_general_dilated" and jax.default_backend() == "cpu":
-            given = {n: x for n, x in known.items() if n in _CONV_PARAMS}
-            return [cpu_conv_general_dilated(left, right, **given)]
-        return [primitive.bind(left, right, **known)]
-
-    return jax.jit(run)
-
-
-_CONV_PARAMS = {
-    *("window_strides", "padding", "lhs_dilation", "rhs_dilation", "dimension_numbers"),
-    *("feature_group_count", "batch_group_count", "precision", "preferred_element_type"),
-}

@@ -16,9 +16,9 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax.extend import core
 
+from ab_jax.calibration.evaluating import results_of
 from ab_jax.calibration.values import Source, Value, computed, scalar
 from ab_jax.products.finding import called, carried
-from ab_jax.products.intercepting import evaluated
 from ab_jax.products.origins import Key
 from ab_jax.products.product_equations import has_products, opened
 
@@ -105,7 +105,7 @@ class SideBySide:
     def plain(self, jaxpr: Any, equation: Any, operands: list[Value]) -> list[Value]:
         """Of an equation without products."""
         operands = self.with_bias(equation, operands)
-        run = functools.partial(_run, jaxpr, equation)
+        run = functools.partial(results_of, jaxpr, equation)
         results = computed(run, operands, self._batches)
         if len(results) > 1:
             return results
@@ -162,16 +162,6 @@ class SideBySide:
 
 def _stack(*slices: Any) -> list[Any]:
     return [jnp.stack(slices)]
-
-
-def _run(jaxpr: Any, equation: Any, *arrays: Any) -> list[Any]:
-    known = {
-        v: x
-        for v, x in zip(equation.invars, arrays, strict=True)
-        if not isinstance(v, core.Literal)
-    }
-    found = evaluated(jaxpr, [equation], known)
-    return [found.get(v) for v in equation.outvars]
 
 
 def _behind(equation: Any, operands: list[Value]) -> Any:
