@@ -8,7 +8,8 @@
 order of the program. Of each, with the inputs that it has in the network quantized so far,
 
 1. the weight is regressed on the outputs that the float network has (ridge regression, which holds
-   to the float weight by its penalty), so that the layer makes good what those before it lost;
+   to the float weight by its penalty), so that the layer makes good what those before it lost, as
+   far as that holds on inputs that were not fitted;
 2. the weight is rounded by a method, such as GPTQ;
 3. the deviation of each output channel is matched to that of the float network by a gain, which the
    scales take in, and its mean by the bias behind the layer, that of a following norm included.
@@ -29,7 +30,8 @@ from ab_jax.calibration.calibrated_weights import CalibratedWeights
 from ab_jax.calibration.evaluating import product_runner
 from ab_jax.calibration.even_grid import Levels
 from ab_jax.calibration.matrices import Form, Moments
-from ab_jax.calibration.rounding_methods import Gptq, Layer, Method, Rounded
+from ab_jax.calibration.regression import best_strength, regressed
+from ab_jax.calibration.rounding_methods import CoordinateDescent, Layer, Method, Rounded
 from ab_jax.calibration.side_by_side import SideBySide
 from ab_jax.calibration.values import Value, computed
 from ab_jax.products.finding import traced
@@ -39,6 +41,8 @@ from ab_jax.rules import Rules
 
 # Of the mean variance of the channels: below it a channel is as good as constant.
 _CONSTANT = 1e-6
+# Of cross-validation.
+_FOLDS = 4
 
 Matching = Literal["deviation", "mean", "none"]
 
@@ -54,6 +58,7 @@ class CalibratedLayer:
         channels, with all that the layers before it have lost.
       bias: the path of the parameter whose shift matches the means; None: there is none, or means
         are not matched.
+      regression: how strongly the weight was held to its float value; None: it was not decided.
       note: what could not be done, and why; empty: nothing.
     """
 
@@ -61,6 +66,7 @@ class CalibratedLayer:
     bits: int
     lost: float
     bias: str | None
+    regression: float | None = None
     note: str = ""
 
 
@@ -88,8 +94,8 @@ def calibrate(
     batches: Iterable[tuple[Any, ...]],
     *,
     method: Method | None = None,
-    regression: float = 0.05,
-    matching: Matching = "deviation",
+    regression: float | None = None,
+    matching: Matching = "mean",
     progress: Callable[[CalibratedLayer], None] = lambda layer: None,
 ) -> Calibration:
     """Codes of a trained network, calibrated on some inputs.
@@ -102,9 +108,10 @@ def calibrate(
       rules: of the weights, as for `ab_jax.quantize`. Weights that enter no product, or not as
         they are, are rounded.
       batches: the further arguments of `f`, a tuple each, of the same shapes.
-      method: how a weight is rounded; None: `Gptq()`.
+      method: how a weight is rounded; None: `CoordinateDescent()`.
       regression: how strongly a weight is held to its float value, as a share of the mean square of
-        its inputs; infinite: it is not regressed.
+        its inputs; infinite: it is not regressed. None: as strongly as is best on inputs that were
+        not fitted, for each layer (`ab_jax.calibration.regression`).
       matching: of each output channel the mean and the deviation, the mean alone, or nothing.
       progress: is told of each layer when it is done.
 
@@ -115,7 +122,7 @@ def calibrate(
     given = list(batches)
     if not given:
         raise ValueError("There is no batch to calibrate on.")
-    if not regression > 0:
+    if regression is not None and not regression > 0:
         raise ValueError(
             f"regression={regression} must be positive; inf leaves weights as they are."
         )
@@ -132,7 +139,7 @@ def calibrate(
         looked_up=set(function.lookups),
         weights=CalibratedWeights(params, rules),
         batches=len(given),
-        method=method or Gptq(),
+        method=method or CoordinateDescent(),
         regression=regression,
         matching=matching,
         progress=progress,
@@ -164,7 +171,7 @@ class _Decisions:
         weights: CalibratedWeights,
         batches: int,
         method: Method,
-        regression: float,
+        regression: float | None,
         matching: Matching,
         progress: Callable[[CalibratedLayer], None],
     ) -> None:
@@ -189,7 +196,9 @@ class _Decisions:
         form = Form(equation, data[0])
         why_not = self._why_not(found, form, operands[1 - data[0]])
         if why_not:
-            self._done(CalibratedLayer(found.address, self._bits(found), np.nan, None, why_not))
+            self._done(
+                CalibratedLayer(found.address, self._bits(found), np.nan, None, note=why_not)
+            )
             return None
         return self._calibrated(found, form, operands)
 
@@ -256,8 +265,7 @@ class _Decisions:
         in_operand = weight.source.places()
         places = form.of_weight(in_operand)
         is_new = not np.any(self.weights.decided[path][places])
-        if is_new:
-            self._decide(path, places, form, x)
+        strength = self._decide(path, places, form, x) if is_new else None
         values = self.weights.values_of(path)[in_operand].astype(weight.plain[0].dtype)
         decided = Value(weight.plain, (jnp.asarray(values),))
         pair = [x, decided] if form.data == 0 else [decided, x]
@@ -268,11 +276,13 @@ class _Decisions:
             note = self.weights.take_in(path, places, gains)
             if not note:
                 quantized = tuple(form.scaled(y, jnp.asarray(gains)) for y in quantized)
-        self._done(CalibratedLayer(product.address, self._bits(product), lost, None, note))
+        self._done(
+            CalibratedLayer(product.address, self._bits(product), lost, None, strength, note)
+        )
         return Value(plain, quantized, of_data=True, behind=_Behind(len(self.layers) - 1))
 
-    def _decide(self, path: str, places: np.ndarray, form: Form, x: Value) -> None:
-        """Round the weight by the method."""
+    def _decide(self, path: str, places: np.ndarray, form: Form, x: Value) -> float:
+        """Round the weight by the method; returns how strongly it was held to the float one."""
         flat = self.weights.floats[path]
         wanted = flat[places].astype(np.float64)
         levels = Levels.of(self.weights.quantized(path), places)
@@ -281,30 +291,35 @@ class _Decisions:
             for q in (True, False)
         )
         parts = list(zip(quantized, plain, strict=True))
-        moments = Moments.of(parts, about_mean=self._matching != "none")
-        regressed = _regressed(wanted, moments, self._regression)
-        rounded = self._method(Layer(regressed, levels, moments))
+        folds = Moments.of_folds(_in_folds(parts), about_mean=self._matching != "none")
+        moments = Moments.joined(folds)
+        strength = self._regression
+        if strength is None:
+            strength = best_strength(wanted, folds) if len(folds) > 1 else np.inf
+        corrected = regressed(wanted, moments, strength)
+        rounded = self._method(Layer(corrected, levels, moments))
         if not self.weights.own_scales(path, places):  # others rely on them
             rounded = Rounded(levels.codes(rounded.values), levels)
-        flat[places] = regressed.astype(flat.dtype)
+        flat[places] = corrected.astype(flat.dtype)
         self.weights.codes[path][places] = rounded.codes.astype(np.int8)
         self.weights.scales[path][rounded.levels.blocks] = rounded.levels.scale
         self.weights.decided[path][places] = True
+        return strength
 
     def _done(self, layer: CalibratedLayer) -> None:
         self.layers.append(layer)
         self._progress(layer)
 
 
-def _regressed(weight: np.ndarray, moments: Moments, strength: float) -> np.ndarray:
-    """The weight whose outputs on the quantized network's inputs are nearest to the float one's."""
-    if np.isinf(strength):
-        return weight
-    n = weight.shape[1]
-    mean = np.trace(moments.own, axis1=1, axis2=2) / n + np.finfo(np.float32).tiny
-    penalty = strength * mean[:, None, None] * np.eye(n)
-    found: np.ndarray = np.linalg.solve(moments.own + penalty, (moments.cross + penalty) @ weight)
-    return found
+def _in_folds(parts: list[tuple[Array, Array]]) -> list[list[tuple[Array, Array]]]:
+    """Rows apart from each other: batches by turns, or the parts of a single one."""
+    if len(parts) > 1:
+        return [parts[i::_FOLDS] for i in range(min(_FOLDS, len(parts)))]
+    ((quantized, plain),) = parts
+    cuts = [len(rows) for rows in np.array_split(range(quantized.shape[1]), _FOLDS)]
+    ends = np.cumsum(cuts)[:-1]
+    halves = zip(jnp.split(quantized, ends, 1), jnp.split(plain, ends, 1), strict=True)
+    return [[part] for part in halves if part[0].shape[1]]
 
 
 def _compared(

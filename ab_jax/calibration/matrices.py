@@ -7,6 +7,7 @@ feature groups, with a row for each position and `n` the input channels times th
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -145,23 +146,42 @@ class Moments:
     cross: np.ndarray
 
     @classmethod
-    def of(cls, parts: list[tuple[Array, Array]], *, about_mean: bool) -> "Moments":
-        """Of parts of [groups, rows, n], in the quantized and in the float network.
+    def of_folds(
+        cls, folds: list[list[tuple[Array, Array]]], *, about_mean: bool
+    ) -> "list[Moments]":
+        """Of several folds, in the quantized and in the float network.
 
         Args:
-          about_mean: whether means are subtracted, so that these are covariances.
+          folds: of each, parts of [groups, rows, n] in the two networks.
+          about_mean: whether the means of all folds are subtracted, so that these are covariances.
         """
+        parts = [part for fold in folds for part in fold]
         count = sum(rows.shape[1] for rows, _ in parts)
         means = [
             np.sum([np.asarray(jnp.sum(part[i], 1)) for part in parts], 0) / count * about_mean
             for i in range(2)
         ]
+        return [cls._about(means, fold) for fold in folds]
+
+    @classmethod
+    def _about(cls, means: list[np.ndarray], parts: list[tuple[Array, Array]]) -> "Moments":
+        count = sum(rows.shape[1] for rows, _ in parts)
         of_parts = [_moments(*part, *map(jnp.float32, means)) for part in parts]
         own, cross = (
             np.sum([np.asarray(x, np.float64) for x in of], axis=0) / count
             for of in zip(*of_parts, strict=True)
         )
         return cls(count, means[0], means[1], own, cross)
+
+    @classmethod
+    def joined(cls, folds: "Sequence[Moments]") -> "Moments":
+        """Of all rows of several folds, whose means are the same."""
+        counts = np.array([fold.count for fold in folds])
+        own, cross = (
+            np.average([getattr(fold, name) for fold in folds], axis=0, weights=counts)
+            for name in ("own", "cross")
+        )
+        return cls(int(counts.sum()), folds[0].mean, folds[0].plain_mean, own, cross)
 
 
 @jax.jit

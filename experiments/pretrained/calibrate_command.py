@@ -57,10 +57,11 @@ class Config:
     depthwise_bits: int | None = None  # of depthwise weights; None: as --bits
     outer_bits: int = 8  # of the first and the last layer
 
-    method: str = "gptq"  # or rounding, weighted_scales, rounded
-    # How strongly a weight is held to its float value; inf: it is not regressed.
-    regression: float = 0.05
-    matching: str = "deviation"  # of each output channel: deviation (and mean), mean or none
+    method: str = "coordinate_descent"  # or gptq, adaround, rounding, weighted_scales, rounded
+    # How strongly a weight is held to its float value; inf: it is not regressed. None: as is best
+    # for each layer on images that were not fitted.
+    regression: float | None = None
+    matching: str = "mean"  # of each output channel: mean, deviation (and mean) or none
 
     # Which images calibrate: photographs, tiny (Tiny ImageNet), or half of each: both.
     source: str = "photographs"

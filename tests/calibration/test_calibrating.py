@@ -54,7 +54,7 @@ def test_without_help_it_rounds(params, batches):
 
 
 def test_means_and_deviations_of_every_layer_are_those_in_float(params, batches):
-    found = calibrate(two_layers, params, THREE, batches)
+    found = calibrate(two_layers, params, THREE, batches, matching="deviation")
     assert [layer.bias for layer in found.layers] == ["first/bias", "second/bias"]
     values = ab.dequantize(found.codes)
 
@@ -195,7 +195,7 @@ def test_the_bias_of_a_norm_behind_a_convolution_is_found(rng, key):
     }
     rest = {"batch_stats": {"norm": statistics}}
     f = lambda p, x: Normed().apply({"params": p, **rest}, x)
-    found = calibrate(f, variables["params"], THREE, [(x,)])
+    found = calibrate(f, variables["params"], THREE, [(x,)], matching="deviation")
     assert found.layers[0].bias == "norm/bias"
     y, wanted = f(ab.dequantize(found.codes), x), f(variables["params"], x)
     np.testing.assert_allclose(y.mean((0, 1, 2)), wanted.mean((0, 1, 2)), atol=1e-5)
@@ -207,7 +207,7 @@ def test_the_bias_of_a_norm_behind_a_convolution_is_found(rng, key):
 
 def test_one_scale_for_several_channels_takes_no_gains(params, batches):
     rules = ab.Rules([(".*kernel", ab.Uniform(bits=4, axis=None)), (".*", None)])
-    found = calibrate(two_layers, params, rules, batches)
+    found = calibrate(two_layers, params, rules, batches, matching="deviation")
     assert all("several channels have one scale" in layer.note for layer in found.layers)
     values = ab.dequantize(found.codes)
     np.testing.assert_allclose(
@@ -273,7 +273,9 @@ def test_layers_of_a_stack_that_share_scales_keep_them(rng, method):
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["kernel"])[0]
 
     x = jnp.asarray(rng.normal(size=(40, 5)), jnp.float32)
-    found = calibrate(scanned, {"kernel": stack}, THREE, [(x,)], method=method)
+    found = calibrate(
+        scanned, {"kernel": stack}, THREE, [(x,)], method=method, matching="deviation"
+    )
     scale = ab.quantize({"kernel": stack}, THREE)["kernel"].scale
     np.testing.assert_array_equal(found.codes["kernel"].scale, scale)
     assert all("other layers have its scales too" in layer.note for layer in found.layers)

@@ -98,7 +98,7 @@ def test_moments_of_parts_are_those_of_the_whole(rng, about_mean):
         tuple(jnp.asarray(x, jnp.float32) for x in whole[:, :, start:end])
         for start, end in ((0, 7), (7, 30))
     ]
-    found = Moments.of(parts, about_mean=about_mean)
+    found = Moments.of_folds([parts], about_mean=about_mean)[0]
     own, plain = whole - whole.mean(2, keepdims=True) * about_mean
     assert found.count == 30
     np.testing.assert_allclose(found.own, own.swapaxes(1, 2) @ own / 30, rtol=1e-3, atol=1e-3)
