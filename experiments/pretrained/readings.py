@@ -85,6 +85,11 @@ class Reader:
         self._function = jax.jit(model.reading or model.forward)
         self.in_float = self.of(model.params)
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Images of each set, by name."""
+        return {name: len(images) for name, images in self._to_read.items()}
+
     def of(self, params: Any) -> dict[str, Reading]:
         """Readings of other parameters, by the name of the set."""
 

@@ -142,7 +142,9 @@ class Conductor:
         flags = {name: value for name, value in as_json(c).items() if name not in PLACES}
         described = describe_run("experiments.pretrained", flags)
         found, how = calibrated(c, model, sources_of(c, model), tell=lambda layer: None)
-        return described | reader.beside_float(ab.dequantize(found.codes)) | how
+        record = described | reader.beside_float(ab.dequantize(found.codes)) | how
+        record["images"]["read"] = reader.counts
+        return record
 
     def _model_of(self, config: Config) -> PretrainedModel:
         network = (config.network, config.weights_file)

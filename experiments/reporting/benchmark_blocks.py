@@ -5,7 +5,8 @@
     <!-- /benchmark -->
 
 The words are a function, with its module, which makes the text from a list of records, and these
-records, as files in results/ without `.json`.
+records, as files in results/ without `.json`; with `*` in it a name stands for all that there are,
+sorted.
 """
 
 import importlib
@@ -58,7 +59,7 @@ def benchmark_table(function: str, names: Sequence[str], results: Path) -> str:
     except (ImportError, AttributeError, ValueError) as error:  # the last: no module is named
         raise ReportError(f"{function or 'no function'} cannot be had: {error}") from error
     records: list[dict[str, Any]] = []
-    for path in (results / f"{one}.json" for one in names):
+    for path in (path for one in names for path in _paths(one, results)):
         if not path.is_file():
             raise ReportError(f"there is no record {path}")
         try:
@@ -70,3 +71,15 @@ def benchmark_table(function: str, names: Sequence[str], results: Path) -> str:
     except (KeyError, IndexError, TypeError) as error:
         told = ", ".join(names) or "no record"
         raise ReportError(f"{function} makes no table of {told}: {error!r}") from error
+
+
+def _paths(name: str, results: Path) -> list[Path]:
+    """The files of a name.
+
+    Raises ReportError: a pattern that nothing matches.
+    """
+    if "*" not in name:
+        return [results / f"{name}.json"]
+    if not (found := sorted(results.glob(f"{name}.json"))):
+        raise ReportError(f"there is no record {results / name}.json")
+    return found
