@@ -139,14 +139,12 @@ def quantize_inputs(
                 return seen.astype(x.dtype), found
             if isinstance(quantizer, TokenQuantizer):
                 return quantizer(x, product.contracted[side], alpha), None
-            if measure:
-                axes = (*([axis_name] if axis_name else []), *product.mesh_axes)
-                apart = along(product.apart)
-                after = _measured(quantizer, x, found, tuple(a for a in axes if a not in apart))
-                # Devices that went ways of their own share the range from before.
-                found = after._replace(limit=found.limit) if apart else after
-            limit = found.limit if quantizer.limit is None else quantizer.limit
-            return quantizer(x, limit, alpha), found
+            if not measure:
+                return quantizer(x, _limit(quantizer, found), alpha), found
+            axes = (*([axis_name] if axis_name else []), *product.mesh_axes)
+            apart = along(product.apart)
+            axes = tuple(axis for axis in axes if axis not in apart)
+            return _measured_and_quantized(quantizer, x, found, alpha, axes, bool(apart))
 
         state = {address: InPass.of(found.limit) for address, found in ranges.items()}
         evaluated = intercept(f, handler, chosen=chosen, parted=parted, met=met)
@@ -266,6 +264,23 @@ def check_ranges(ranges: Mapping[str, Range], *, tolerance: float = 0.001) -> No
             )
 
 
+# Compiled apart, so that it is traced once for all inputs of one shape.
+@functools.partial(jax.jit, static_argnames=("quantizer", "axes", "apart"))
+def _measured_and_quantized(
+    quantizer: ActivationQuantizer,
+    x: Array,
+    found: InPass,
+    alpha: ArrayLike,
+    axes: tuple[str, ...],
+    apart: bool,
+) -> tuple[Array, InPass]:
+    """An input by the range after one more measurement, and that range."""
+    after = _measured(quantizer, x, found, axes)
+    # Devices that went ways of their own share the range from before.
+    found = after._replace(limit=found.limit) if apart else after
+    return quantizer(x, _limit(quantizer, found), alpha), found
+
+
 def _measured(
     quantizer: ActivationQuantizer, x: Array, found: InPass, axes: tuple[str, ...]
 ) -> InPass:
@@ -277,6 +292,11 @@ def _measured(
         measured = jnp.where(jnp.isfinite(measured), jnp.float32(quantizer.limit), measured)
         return found.after(measured, 0.0, cut)
     return found.after(measured, quantizer.momentum, cut)
+
+
+def _limit(quantizer: ActivationQuantizer, found: InPass) -> ArrayLike:
+    """The end of the range in force."""
+    return found.limit if quantizer.limit is None else quantizer.limit
 
 
 def _has_range(quantizer: Any) -> bool:
