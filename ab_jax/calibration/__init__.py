@@ -1,6 +1,7 @@
 """Calibration: from a trained network to few bits in minutes, without training."""
 
 from ab_jax.calibration.calibrating import CalibratedLayer, Calibration, calibrate
+from ab_jax.calibration.equalizing import Equalized, EqualizedPair, LeftOut, equalize
 from ab_jax.calibration.gptq import gptq
 from ab_jax.calibration.rounding_methods import (
     AdaRound,
@@ -16,10 +17,14 @@ __all__ = [
     "CalibratedLayer",
     "Calibration",
     "CoordinateDescent",
+    "Equalized",
+    "EqualizedPair",
     "Gptq",
+    "LeftOut",
     "Method",
     "Rounding",
     "WeightedScales",
     "calibrate",
+    "equalize",
     "gptq",
 ]
