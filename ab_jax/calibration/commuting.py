@@ -255,5 +255,5 @@ def _cut_off(name: str, at: Known) -> str:
     if name == "select_n" or limits.size != 1:
         return f"a {name} puts fixed values in its place"
     if name == "max":
-        return f"it is kept above {limits[0]:g}, which a scale would move"
-    return f"it is cut off at {limits[0]:g}, which a scale would move; with relu it could be scaled"
+        return f"it is kept above {float(limits[0]):g}, which a scale would move"
+    return f"it is cut off at {float(limits[0]):g}, which a scale would move; with relu it could be scaled"
