@@ -61,6 +61,8 @@ class Flow:
       divided: the parameters that a scale divides, each with the channels of its entries.
       offset: why a scale that starts there does not commute, if a fixed value has been added; a
         later factor may take it in. Empty: it commutes.
+      is_sign: whether these are its signs, which no scale changes as long as all of `divided` is
+        divided: good for nothing but to choose among its own entries.
       beside: why the outputs of other products end that it was multiplied by, as those of a gate.
     """
 
@@ -70,6 +72,7 @@ class Flow:
     start: str
     divided: tuple[Members, ...]
     offset: str = ""
+    is_sign: bool = False
     beside: Mapping[Key, str] = dataclasses.field(default_factory=dict)
 
     def agrees_with(self, other: "Flow") -> bool:
@@ -84,7 +87,7 @@ class Flow:
         """Both as one, where they agree."""
         paths = {members.path for members in self.divided}
         more = tuple(members for members in other.divided if members.path not in paths)
-        gain = np.maximum(self.gain, other.gain)
+        gain = self.gain if other.is_sign else np.maximum(self.gain, other.gain)
         beside = {**self.beside, **other.beside}
         divided = (*self.divided, *more)
         return dataclasses.replace(self, gain=gain, divided=divided, beside=beside)
@@ -141,20 +144,25 @@ def _after(
     equation: Any, operands: Sequence[Operand], flows: list[Flow], sizes: Mapping[str, int]
 ) -> Flow | Ended | str:
     """The flow, what no scale changes, or why it ends."""
-    name, flow = equation.primitive.name, flows[0]
+    name = equation.primitive.name
+    flow, *more = sorted(flows, key=lambda x: x.is_sign)  # signs last
     if any(flow.product != other.product for other in flows):
         return "it is combined with the output of another product"
     if any(not flow.agrees_with(other) for other in flows):
         return "it is combined with other channels of its own, or with what it was before a norm"
-    for other in flows[1:]:
+    for other in more:
         flow = flow.joined(other)
     if len(equation.outvars) > 1:
         return f"a {name} takes it apart"
+    if any(x.is_sign for x in flows) and not _may_read_signs(name, operands):
+        return "its signs are read"
     if name in _COMPARISONS or name == "sign":
         # Whether an entry is positive a scale does not change, where nothing fixed was added.
         if not flow.offset and all(isinstance(x, Flow) or _is_kept(x) for x in operands):
-            return Ended(flow.beside)
+            return dataclasses.replace(flow, is_sign=True)
         return flow.offset or "it is compared with a fixed value"
+    if flow.is_sign and name in _KEEPING:
+        return flow
     if not is_floating(equation.outvars[0].aval):
         return f"a {name} makes no floats of it"
     if name in _KEEPING:
@@ -185,6 +193,16 @@ def _after(
     return f"it goes through {name}, of which it is not known that a scale commutes with it"
 
 
+def _may_read_signs(name: str, operands: Sequence[Operand]) -> bool:
+    """Whether signs are handed on, times what they are of, or choose among it."""
+    signs = [isinstance(x, Flow) and x.is_sign for x in operands]
+    if name == "select_n":
+        return not any(signs[1:])
+    return (name == "mul" and all(isinstance(x, Flow) for x in operands)) or (
+        name in _KEEPING | _MOVING
+    )
+
+
 def _is_kept(x: Operand) -> bool:
     return isinstance(x, Known) and x.is_kept
 
@@ -194,8 +212,9 @@ def _multiplied(
 ) -> Flow | str:
     """By what does not depend on the flow; a parameter may take the scale in from here on."""
     divides = equation.primitive.name == "div"
-    if isinstance(operands[0], Flow) == isinstance(operands[1], Flow):
-        return "it is multiplied by itself"
+    if all(isinstance(x, Flow) for x in operands):
+        by_signs = any(isinstance(x, Flow) and x.is_sign for x in operands)
+        return flow if by_signs and not divides else "it is multiplied by itself"
     if divides and not isinstance(operands[0], Flow):
         return "it divides"
     factor = operands[1] if isinstance(operands[0], Flow) else operands[0]
@@ -240,8 +259,6 @@ def _added(operands: Sequence[Operand], flow: Flow, sizes: Mapping[str, int]) ->
 def _joined(name: str, operands: Sequence[Operand], flow: Flow) -> Flow | str:
     """The greater, the smaller, or the one that is selected."""
     values = operands[1:] if name == "select_n" else operands
-    if name == "select_n" and isinstance(operands[0], Flow):
-        return "it selects"
     for x in values:
         if isinstance(x, Ended):
             return f"a {name} combines it with another value"
@@ -250,10 +267,11 @@ def _joined(name: str, operands: Sequence[Operand], flow: Flow) -> Flow | str:
     return flow
 
 
-def _cut_off(name: str, at: Known) -> str:
-    limits = np.unique(np.asarray(at.array))
+def _cut_off(name: str, by: Known) -> str:
+    limits = np.unique(np.asarray(by.array))
     if name == "select_n" or limits.size != 1:
         return f"a {name} puts fixed values in its place"
     if name == "max":
         return f"it is kept above {float(limits[0]):g}, which a scale would move"
-    return f"it is cut off at {float(limits[0]):g}, which a scale would move; with relu it could be scaled"
+    at = f"{float(limits[0]):g}"
+    return f"it is cut off at {at}, which a scale would move; with relu it could be scaled"

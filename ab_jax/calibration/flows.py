@@ -159,7 +159,9 @@ class Flows:
         for key, why in reasons.items():
             self.ends[key].append(End(at, reason=why))
         if isinstance(x, Flow):
-            if into is not None and not x.offset:
+            if x.is_sign:
+                self.ends[x.product].append(End(at, reason="its signs are read"))
+            elif into is not None and not x.offset:
                 self.ends[x.product].append(End(at, x, into))
             else:
                 self.ends[x.product].append(End(at, reason=x.offset or reason))

@@ -292,6 +292,89 @@ def test_networks_of_every_framework_keep_their_function(name):
     assert all(left.first in str(found) and left.reason in str(found) for left in found.left_out)
 
 
+def across(x):
+    """A vector in the layout of images' channels."""
+    return x.reshape(1, 1, 1, -1)
+
+
+def convolved(x, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    groups = x.shape[-1] // kernel.shape[2]
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=layout, feature_group_count=groups
+    )
+
+
+# Of the last value, an earlier one, and parameters of this name that are drawn among two of each.
+STEPS = {
+    "relu": lambda a, b, p: jax.nn.relu(a),
+    "leaky relu": lambda a, b, p: jnp.where(a > 0, a, 0.3 * a),
+    "gain": lambda a, b, p: a * across(p("gain")),
+    "bias": lambda a, b, p: a + across(p("bias")),
+    "mean": lambda a, b, p: a - across(jnp.arange(4.0)),
+    "deviation": lambda a, b, p: a / across(1 + jnp.arange(4.0)),
+    "convolution": lambda a, b, p: convolved(a, p("full")),
+    "depthwise": lambda a, b, p: convolved(a, p("depthwise")),
+    "dense": lambda a, b, p: a @ p("full")[0, 0],
+    "turned": lambda a, b, p: a.transpose(0, 2, 1, 3)[..., ::-1],
+    "sum": lambda a, b, p: a + b,
+    "product": lambda a, b, p: a * b,
+    "greater": lambda a, b, p: jnp.maximum(a, b),
+    "gate": lambda a, b, p: a * jax.nn.silu(b),
+    "mask": lambda a, b, p: jnp.where(b > 0, a, 0),
+    "signs": lambda a, b, p: a * (b > 0),
+    "first channel": lambda a, b, p: jnp.broadcast_to(a[..., :1], a.shape),
+    "relu6": lambda a, b, p: jnp.clip(a, 0, 6),
+}
+
+
+def test_random_functions_stay_the_same(rng):
+    """Of steps that commute and steps that do not, of values and parameters that are read twice."""
+    shapes = {"gain": (4,), "bias": (4,), "full": (3, 3, 4, 4), "depthwise": (3, 3, 1, 4)}
+    names, count = list(STEPS), 0
+    often = np.asarray([4.0] * 9 + [1] * 9)
+    with jax.enable_x64(True):
+        for _ in range(40):
+            chosen = rng.choice(names, rng.integers(2, 9), p=often / often.sum())
+            seed = rng.integers(2**31)
+            params = {
+                f"{n}{i}": jnp.asarray(rng.normal(size=shapes[n])) for n in shapes for i in "01"
+            }
+            params |= {n: jnp.asarray(rng.normal(size=(4, 4))) for n in ("first", "last")}
+            x = jnp.asarray(rng.normal(size=(2, 3, 3, 4)))
+
+            def f(params, x, chosen=chosen, seed=seed):
+                draw = np.random.default_rng(seed)
+                values = [x @ params["first"]]
+                for name in chosen:
+                    earlier = values[draw.integers(len(values))]
+                    of = lambda name: params[f"{name}{draw.integers(2)}"]
+                    values.append(STEPS[name](values[-1], earlier, of))
+                return values[-1] @ params["last"]
+
+            found = equalize(f, params, x)
+            wanted = f(params, x)
+            np.testing.assert_allclose(
+                f(found.params, x), wanted, atol=1e-10 * float(jnp.abs(wanted).max())
+            )
+            count += len(found.pairs)
+    assert count > 10
+
+
+def test_a_bias_that_decides_on_signs_alone_is_divided_too(rng):
+    params, x = layers(rng, 6, 8, 3), drawn(rng, 20, 6)
+    params["threshold"] = drawn(rng, 8)
+
+    def f(params, x):
+        hidden = dense(params["layer0"], x)
+        chosen = hidden + params["threshold"].reshape(1, -1) > 0
+        return dense(params["layer1"], jnp.where(chosen, hidden, 0) * (hidden > 0))
+
+    found = equalize(f, params, x)
+    assert found.pairs[0].divided == ("layer0/kernel", "layer0/bias", "threshold")
+    same(f, params, found, x)
+
+
 def test_a_gated_layer_is_scaled_beside_its_gate(rng):
     params = {
         "gate": drawn(rng, 4, 6),
@@ -376,6 +459,8 @@ NOT_COMMUTING = {
     "square": (lambda x: x * x, "multiplied by itself"),
     "fixed": (lambda x: jax.nn.relu(x + 1), "a fixed value is added"),
     "threshold": (lambda x: jnp.where(x > 1, x, 0), "compared with a fixed value"),
+    "signs": (lambda x: (x > 0).astype(x.dtype), "its signs are read"),
+    "shares": (lambda x: x / (1 + x), "a fixed value is added"),
     "sum": (lambda x: x + x.sum(-1, keepdims=True), "reduce_sum runs over its channels"),
     "joined": (lambda x: jnp.concatenate([x[:, :4], x[:, 4:]], 1), "other channels of its own"),
     "scan": (
