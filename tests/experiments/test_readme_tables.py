@@ -41,6 +41,8 @@ TABLES = [
     ("docs/peers.md", "benchmarks.other_libraries.comparison_tables.table"),
     ("docs/peers.md", "benchmarks.other_libraries.comparison_tables.times"),
     ("docs/peers.md", "benchmarks.peers_accuracy.table"),
+    ("docs/pretrained.md", "experiments.pretrained.study_tables.choices"),
+    ("docs/pretrained.md", "experiments.pretrained.study_tables.choices"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet_parq"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_resnet50"),
