@@ -36,6 +36,7 @@ from experiments.settings.datasets import DATASETS, load_dataset
 from experiments.settings.levels import WEIGHTS
 from experiments.settings.methods import METHODS
 from experiments.settings.networks import NETWORKS
+from experiments.settings.old_flags import ADDED_LATER
 from experiments.settings.starts import CALIBRATIONS, OF_LAST_PHASE
 
 
@@ -136,6 +137,7 @@ def open_run(config: Config, experiment: str, dataset: Images) -> RunDirectory:
             config=flags,
             data=facts(dataset),
             free=FREE_FLAGS,
+            added=ADDED_LATER,
             allow_changed=config.allow_changed,
             writes=is_first(),
         )

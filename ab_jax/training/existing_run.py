@@ -44,7 +44,10 @@ def stored_run(path: Path) -> dict[str, Any] | None:
 
 
 def differences(
-    was: Mapping[str, Any], is_: Mapping[str, Any], free: Collection[str] = ()
+    was: Mapping[str, Any],
+    is_: Mapping[str, Any],
+    free: Collection[str] = (),
+    added: Mapping[str, Any] | None = None,
 ) -> list[str]:
     """Each flag in which a run differs from what it was begun with: `--epochs was 4, is 8`.
 
@@ -52,9 +55,10 @@ def differences(
       was: the flags that are stored.
       is_: those of now, as a run records them.
       free: flags that may differ.
+      added: as for `changes_between`.
     """
     asked = json.loads(json.dumps(dict(is_)))
-    return told(changes_between({"config": was}, {"config": asked}, free))
+    return told(changes_between({"config": was}, {"config": asked}, free, added))
 
 
 def is_in_use(path: Path) -> bool:
@@ -80,16 +84,26 @@ def has_checkpoints(path: Path) -> bool:
 
 
 def changes_between(
-    before: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str]
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    free: Collection[str],
+    added: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Each flag, and each fact of the data, in which a run differs from what it was begun with.
 
     A fact that the code did not note yet when the run was begun tells nothing.
+
+    Args:
+      before, now: with `config`, the flags, and `data`.
+      free: flags that may differ.
+      added: flags that a run begun by older code lacks, with what that code did.
     """
     changes = []
     for of in ("config", "data"):
         if of in before and of in now:
             was, is_ = before[of], now[of]
+            if of == "config":
+                was = {**{n: x for n, x in (added or {}).items() if n in is_}, **was}
             names = {*was, *is_}.difference(free) if of == "config" else was
             for name in sorted(names):
                 if was.get(name) != is_.get(name):

@@ -45,6 +45,7 @@ class RunDirectory:
       config: every flag of the run, JSON values.
       data: what is known of the data set, as JSON values: its version above all.
       free: flags that cannot change a result, in which a resumed run may differ.
+      added: flags that a run begun by older code lacks, with what that code did.
       allow_changed: whether other flags and data may differ too. The record tells of it.
       writes: whether this process writes; of several that train together the first one does.
 
@@ -62,6 +63,7 @@ class RunDirectory:
         config: Mapping[str, Any],
         data: Mapping[str, Any] | None = None,
         free: Collection[str] = (),
+        added: Mapping[str, Any] | None = None,
         allow_changed: bool = False,
         writes: bool = True,
     ) -> None:
@@ -87,7 +89,7 @@ class RunDirectory:
             if self.metrics or has_checkpoints(path):
                 now = self._described
                 self._config, self._described = _read_config(self._config_path)
-                self._changed = changes_between(self._described, now, free)
+                self._changed = changes_between(self._described, now, free, added)
                 if self._changed and not allow_changed:
                     raise ValueError(_refusal(path, self._changed))
                 if writes:

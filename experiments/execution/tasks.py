@@ -12,7 +12,7 @@ from typing import Any
 from ab_jax.training.existing_run import differences, is_in_use, stored_run
 from experiments.execution.combinations import PlanError
 from experiments.settings.config import FREE_FLAGS, PLACES
-from experiments.settings.old_flags import todays
+from experiments.settings.old_flags import ADDED_LATER, todays
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Task:
         if stored is None or (self.flags.get("allow_changed") and not self.record.exists()):
             return []
         was = todays(stored.get("experiment"), stored.get("config", {}))
-        return differences(was, self.flags, FREE_FLAGS | PLACES)
+        return differences(was, self.flags, FREE_FLAGS | PLACES, ADDED_LATER)
 
 
 def check(tasks: Iterable[Task]) -> None:

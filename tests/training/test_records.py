@@ -209,6 +209,23 @@ def test_free_flags_may_differ(tmp_path: Path) -> None:
     assert (tmp_path / "config.json").read_bytes() == stored
 
 
+def test_a_run_of_older_code_goes_on_with_the_flags_that_it_lacks(tmp_path: Path) -> None:
+    """As that code did: 1 of a flag that came later is what it always had, 2 is a change."""
+
+    def resume(value: int) -> RunDirectory:
+        config = {**CONFIG, "refits": value}
+        return RunDirectory(tmp_path, experiment="m", config=config, added={"refits": 1, "no": 0})
+
+    with open_run(tmp_path) as run:
+        run.write_metrics(LINES[0])
+    stored = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(ValueError, match=r"--refits was 1, is 2"):
+        resume(2)
+    with resume(1) as run:
+        run.forget_after(4)
+    assert (tmp_path / "config.json").read_bytes() == stored
+
+
 def test_a_change_that_is_allowed_is_told_of_in_the_record(tmp_path: Path) -> None:
     def resume(learning_rate: float, *, step: int, allow: bool) -> dict[str, Any]:
         config = {**CONFIG, "learning_rate": learning_rate}
