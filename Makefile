@@ -40,7 +40,7 @@ help: ## show this list
 quickstart: $(TRAIN) ## train one small network in float, with STE and with AB (2 minutes)
 	$(PY) -m examples.quickstart
 
-test: lint ## check the style and the types, then run the tests (12 minutes)
+test: lint ## check the style and the types, then run the tests (20 minutes)
 	$(PY) -m pytest -n $(JOBS) --dist worksteal $(EXACT_TESTS); exact=$$?; \
 	$(QUICKLY) $(PY) -m pytest -n $(JOBS) --dist worksteal $(addprefix --ignore=,$(EXACT_TESTS)) && \
 		exit $$exact
