@@ -3,6 +3,7 @@
 from ab_jax.calibration.calibrating import CalibratedLayer, Calibration, calibrate
 from ab_jax.calibration.equalizing import Equalized, EqualizedPair, LeftOut, equalize
 from ab_jax.calibration.gptq import gptq
+from ab_jax.calibration.reconstruction import BlockReconstruction, ReconstructedBlock
 from ab_jax.calibration.rounding_methods import (
     AdaRound,
     CoordinateDescent,
@@ -14,6 +15,7 @@ from ab_jax.calibration.rounding_methods import (
 
 __all__ = [
     "AdaRound",
+    "BlockReconstruction",
     "CalibratedLayer",
     "Calibration",
     "CoordinateDescent",
@@ -22,6 +24,7 @@ __all__ = [
     "Gptq",
     "LeftOut",
     "Method",
+    "ReconstructedBlock",
     "Rounding",
     "WeightedScales",
     "calibrate",

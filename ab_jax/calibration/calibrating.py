@@ -26,10 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from ab_jax.calibration.blocks import BlockFunction
 from ab_jax.calibration.calibrated_weights import CalibratedWeights
 from ab_jax.calibration.evaluating import product_runner
 from ab_jax.calibration.even_grid import Levels
 from ab_jax.calibration.matrices import Form, Moments
+from ab_jax.calibration.reconstruction import (
+    BlockReconstruction,
+    ReconstructedBlock,
+    Reconstruction,
+)
 from ab_jax.calibration.regression import best_strength, regressed
 from ab_jax.calibration.rounding_methods import CoordinateDescent, Layer, Method, Rounded
 from ab_jax.calibration.side_by_side import SideBySide
@@ -80,11 +86,13 @@ class Calibration:
       params: the parameters before their rounding, regressed, scaled and with corrected biases: a
         start for training, together with the scales of `codes`.
       layers: what became of each product, in the order of the program.
+      blocks: what became of each block, in the same order; empty: none was reconstructed.
     """
 
     codes: Any
     params: Any
     layers: tuple[CalibratedLayer, ...]
+    blocks: tuple[ReconstructedBlock, ...] = ()
 
 
 def calibrate(
@@ -96,7 +104,9 @@ def calibrate(
     method: Method | None = None,
     regression: float | None = None,
     matching: Matching = "mean",
+    reconstruction: BlockReconstruction | None = None,
     progress: Callable[[CalibratedLayer], None] = lambda layer: None,
+    progress_of_blocks: Callable[[ReconstructedBlock], None] = lambda block: None,
 ) -> Calibration:
     """Codes of a trained network, calibrated on some inputs.
 
@@ -113,7 +123,11 @@ def calibrate(
         its inputs; infinite: it is not regressed. None: as strongly as is best on inputs that were
         not fitted, for each layer (`ab_jax.calibration.regression`).
       matching: of each output channel the mean and the deviation, the mean alone, or nothing.
+      reconstruction: how the codes of a block are learned together once those of its layers are
+        calibrated; None: they stay. Where no block is found (`ab_jax.calibration.blocks`), and
+        where a layer was not calibrated, they stay too. Scales stay.
       progress: is told of each layer when it is done.
+      progress_of_blocks: is told of each block when it is done.
 
     Raises:
       ValueError: no batch, batches of several shapes, a regression or matching that there is not,
@@ -142,15 +156,19 @@ def calibrate(
         method=method or CoordinateDescent(),
         regression=regression,
         matching=matching,
+        reconstruction=reconstruction,
         progress=progress,
+        progress_of_blocks=progress_of_blocks,
     )
     leaves = [jax.tree.leaves(inputs) for inputs in given]
     inputs = [
         Value(of_batches, of_batches, of_data=True) for of_batches in zip(*leaves, strict=True)
     ]
     values = [*decisions.weights.values(), *inputs]
-    SideBySide(decisions, len(given)).body(function.jaxpr, values, ())
-    return Calibration(*decisions.weights.trees(), tuple(decisions.layers))
+    per_block = None if reconstruction is None else reconstruction.products_per_block
+    SideBySide(decisions, len(given), per_block).body(function.jaxpr, values, ())
+    trees = decisions.weights.trees()
+    return Calibration(*trees, tuple(decisions.layers), tuple(decisions.blocks))
 
 
 @dataclasses.dataclass
@@ -173,17 +191,22 @@ class _Decisions:
         method: Method,
         regression: float | None,
         matching: Matching,
+        reconstruction: BlockReconstruction | None,
         progress: Callable[[CalibratedLayer], None],
+        progress_of_blocks: Callable[[ReconstructedBlock], None],
     ) -> None:
         self.products = products
         self.weights = weights
         self.layers: list[CalibratedLayer] = []
+        self.blocks: list[ReconstructedBlock] = []
+        self._reconstruction = Reconstruction(reconstruction or BlockReconstruction(), weights)
         self._looked_up = looked_up
         self._batches = batches
         self._method = method
         self._regression = regression
         self._matching = matching
         self._progress = progress
+        self._progress_of_blocks = progress_of_blocks
 
     def product(self, key: Key, equation: Any, operands: list[Value]) -> Value | None:
         """See `side_by_side.Decider`."""
@@ -225,10 +248,23 @@ class _Decisions:
             count += each * np.bincount(places.ravel(), minlength=own.size)
         shift = sums / np.maximum(count, 1)
         self.weights.corrected[path][places] = True
+        self._reconstruction.corrected(path, places)
         self.weights.floats[path] = (own + shift).astype(own.dtype)
         layer = self.layers[behind.index]
         self.layers[behind.index] = dataclasses.replace(layer, bias=path)
         return self._as_decided(bias, places)
+
+    def block_begins(self) -> None:
+        """See `side_by_side.Decider`."""
+        self._reconstruction.begin()
+
+    def block_ends(self, function: BlockFunction, enters: Value, leaves: Value) -> Value:
+        """See `side_by_side.Decider`."""
+        leaves, block = self._reconstruction.end(function, enters, leaves)
+        if block is not None:
+            self.blocks.append(block)
+            self._progress_of_blocks(block)
+        return leaves
 
     def _as_decided(self, bias: Value, places: np.ndarray) -> Value:
         assert bias.source is not None
@@ -266,6 +302,8 @@ class _Decisions:
         places = form.of_weight(in_operand)
         is_new = not np.any(self.weights.decided[path][places])
         strength = self._decide(path, places, form, x) if is_new else None
+        if is_new:
+            self._reconstruction.decided(product.address, path, in_operand)
         values = self.weights.values_of(path)[in_operand].astype(weight.plain[0].dtype)
         decided = Value(weight.plain, (jnp.asarray(values),))
         pair = [x, decided] if form.data == 0 else [decided, x]

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax.numpy as jnp
 from jax.extend import core
 
+from ab_jax.calibration.blocks import Block, BlockFunction, find_blocks, last_reads
 from ab_jax.calibration.evaluating import results_of
 from ab_jax.calibration.values import Source, Value, computed, scalar
 from ab_jax.products.finding import called, carried
@@ -44,6 +45,12 @@ class Decider(Protocol):
     def bias(self, behind: Any, sum_of: Value, bias: Value) -> Value:
         """The bias that is added to the result of a product, in both networks."""
 
+    def block_begins(self) -> None:
+        """The products and biases from here on are those of one block, until it ends."""
+
+    def block_ends(self, function: BlockFunction, enters: Value, leaves: Value) -> Value:
+        """What leaves a block, after a second thought on all of its products."""
+
 
 class SideBySide:
     """Evaluates jaxprs of concrete values.
@@ -51,11 +58,15 @@ class SideBySide:
     Args:
       decider: is asked at every product, and at the first parameter that is added behind one.
       batches: how many there are.
+      products_per_block: at least; None: blocks are not looked for.
     """
 
-    def __init__(self, decider: Decider, batches: int) -> None:
+    def __init__(
+        self, decider: Decider, batches: int, products_per_block: int | None = None
+    ) -> None:
         self._decider = decider
         self._batches = batches
+        self._products_per_block = products_per_block
 
     def body(self, jaxpr: Any, values: Sequence[Value], key: Key) -> list[Value]:
         """The results of a jaxpr."""
@@ -63,14 +74,30 @@ class SideBySide:
         known = dict(zip(jaxpr.constvars, map(Value.fixed, constants), strict=True))
         known.update(zip(jaxpr.invars, values, strict=True))
         last_read = _last_reads(jaxpr)
+        blocks = {block.start: block for block in self._blocks(jaxpr, values)}
+        function = None
         for i, equation in enumerate(jaxpr.eqns):
+            if i in blocks:
+                function, enters = BlockFunction(jaxpr, blocks[i]), known[blocks[i].enters]
+                self._decider.block_begins()
             operands = [self._read(known, v) for v in equation.invars]
             results = self.equation(jaxpr, equation, operands, (*key, i))
             made = zip(equation.outvars, results, strict=True)
             known.update((v, x) for v, x in made if not isinstance(v, core.DropVar))
             for variable in last_read.get(i, ()):
                 known.pop(variable, None)
+            if function is not None:
+                function.note(i, operands)
+                if function.block.stop == i + 1:
+                    leaves = function.block.leaves
+                    known[leaves] = self._decider.block_ends(function, enters, known[leaves])
+                    function = None
         return [self._read(known, v) for v in jaxpr.outvars]
+
+    def _blocks(self, jaxpr: Any, values: Sequence[Value]) -> list[Block]:
+        if self._products_per_block is None:
+            return []
+        return find_blocks(jaxpr, [x.of_data for x in values], self._products_per_block)
 
     @staticmethod
     def _read(known: dict[Any, Value], variable: Any) -> Value:
@@ -185,11 +212,8 @@ def _slice(x: Value, step: int, batches: int) -> Value:
 
 def _last_reads(jaxpr: Any) -> dict[int, list[Any]]:
     """After which equation a variable is not read any more."""
-    last = {v: i for i, e in enumerate(jaxpr.eqns) for v in e.invars if isinstance(v, core.Var)}
-    for v in jaxpr.outvars:
-        last.pop(v, None) if isinstance(v, core.Var) else None
     by_equation: dict[int, list[Any]] = {}
-    for v, i in last.items():
+    for v, i in last_reads(jaxpr).items():
         by_equation.setdefault(i, []).append(v)
     return by_equation
 

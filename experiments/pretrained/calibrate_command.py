@@ -13,7 +13,8 @@ each code and scale in turn to its best; adaround: whether each goes up or down 
 rounding: each to the nearest level; weighted_scales: likewise, at scales that lose least of the
 layer's outputs. Before them the layer is regressed on the outputs of the float network
 (--regression=inf: it is not), after them means and deviations of its outputs are matched
-(--matching).
+(--matching). With --reconstruct=STEPS the codes of each two layers are then learned together, for
+the output of both.
 
 rounded: no calibration at all, and no images for it.
 
@@ -30,7 +31,14 @@ import jax.numpy as jnp
 import tyro
 
 import ab_jax as ab
-from ab_jax.calibration import CalibratedLayer, Calibration, Method, calibrate
+from ab_jax.calibration import (
+    BlockReconstruction,
+    CalibratedLayer,
+    Calibration,
+    Method,
+    ReconstructedBlock,
+    calibrate,
+)
 from ab_jax.export.packed import write_packed
 from ab_jax.files import writing
 from ab_jax.training.records import describe_run, write_json
@@ -62,6 +70,8 @@ class Config:
     # for each layer on images that were not fitted.
     regression: float | None = None
     matching: str = "mean"  # of each output channel: mean, deviation (and mean) or none
+    # Steps in which the codes of each block of two layers are learned together; 0: none.
+    reconstruct: int = 0
 
     # Which images calibrate: photographs, tiny (Tiny ImageNet), or half of each: both.
     source: str = "photographs"
@@ -121,6 +131,8 @@ def check(config: Config) -> None:
     c = config
     choose("method", c.method, METHODS)
     choose("matching", c.matching, dict.fromkeys(MATCHINGS))
+    if c.reconstruct < 0:
+        raise FlagError(f"--reconstruct={c.reconstruct} steps should be 0 or more.")
     if c.images < 1 or c.batch_size < 1 or c.images % c.batch_size:
         raise FlagError(
             f"--images={c.images} should be a multiple of --batch_size={c.batch_size}, since "
@@ -147,12 +159,12 @@ def calibrated(
     config: Config,
     model: PretrainedModel,
     sources: ImageSources,
-    tell: Callable[[CalibratedLayer], None],
+    tell: Callable[[CalibratedLayer | ReconstructedBlock], None],
 ) -> tuple[Calibration, dict[str, Any]]:
     """The network of few bits, and what a record says of how it was made.
 
     Args:
-      tell: is told of each layer when it is done.
+      tell: is told of each layer, and of each block, when it is done.
     """
     c = config
     start = time.perf_counter()
@@ -162,6 +174,7 @@ def calibrated(
         "seconds": time.perf_counter() - start,  # of calibration, or of rounding
         "bytes": bytes_of_codes(found.codes),
         "layers": [as_json(layer) for layer in found.layers],
+        "blocks": [as_json(block) for block in found.blocks],
     }
 
 
@@ -169,7 +182,7 @@ def _calibration(
     config: Config,
     model: PretrainedModel,
     sources: ImageSources,
-    tell: Callable[[CalibratedLayer], None],
+    tell: Callable[[CalibratedLayer | ReconstructedBlock], None],
 ) -> Calibration:
     c = config
     rules = rules_of(c, model)
@@ -185,13 +198,19 @@ def _calibration(
         method=method(),
         regression=c.regression,
         matching=c.matching,  # type: ignore[arg-type]  # checked above
+        reconstruction=BlockReconstruction(steps=c.reconstruct) if c.reconstruct else None,
         progress=tell,
+        progress_of_blocks=tell,
     )
 
 
-def _tell(layer: CalibratedLayer) -> None:
-    lost = f"{layer.bits} bits, lost {layer.lost:.4f}"
-    print(f"{layer.address:<24} {lost}{layer.note and f'  ({layer.note})'}", flush=True)
+def _tell(done: CalibratedLayer | ReconstructedBlock) -> None:
+    if isinstance(done, ReconstructedBlock):
+        learned = f"learned together, lost {done.before:.4f}, now {done.after:.4f}"
+        print(f"{', '.join(done.addresses)}: {learned}", flush=True)
+        return
+    lost = f"{done.bits} bits, lost {done.lost:.4f}"
+    print(f"{done.address:<24} {lost}{done.note and f'  ({done.note})'}", flush=True)
 
 
 def main() -> None:

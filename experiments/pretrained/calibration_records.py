@@ -12,13 +12,15 @@ from ab_jax.quantized import Quantized
 
 
 def as_json(settings: Any) -> dict[str, Any]:
-    """The fields of a dataclass; JSON has no paths, and no numbers that are not finite."""
+    """The fields of a dataclass; JSON has no paths, tuples, or numbers that are not finite."""
     return {name: _as_json(value) for name, value in dataclasses.asdict(settings).items()}
 
 
 def _as_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else str(value)
+    if isinstance(value, tuple):
+        return list(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import ab_jax as ab
-from ab_jax.calibration import WeightedScales, calibrate
+from ab_jax.calibration import BlockReconstruction, WeightedScales, calibrate
 from ab_jax.export.packed import read_packed
 from ab_jax.models import pretrained as weights
 from experiments.pretrained import image_sources
@@ -129,6 +129,7 @@ def test_the_record_says_what_calibration_by_hand_gives(network, photographs, tm
         method="weighted_scales",
         regression=0.2,
         matching="mean",
+        reconstruct=30,
         photographs=photographs,
         images=16,
         draw=3,
@@ -154,6 +155,7 @@ def test_the_record_says_what_calibration_by_hand_gives(network, photographs, tm
         method=WeightedScales(),
         regression=0.2,
         matching="mean",
+        reconstruction=BlockReconstruction(steps=30),
     )
     file = read_packed(config.out).variables
     same_codes(file["params"], by_hand.codes)
@@ -173,6 +175,10 @@ def test_the_record_says_what_calibration_by_hand_gives(network, photographs, tm
         "file": config.out.stat().st_size,
     }
     assert [layer["address"] for layer in record["layers"]] == [x.address for x in by_hand.layers]
+    assert len(record["blocks"]) == len(by_hand.blocks) == 2
+    for block, told in zip(record["blocks"], by_hand.blocks, strict=True):
+        assert block["after"] == pytest.approx(told.after)
+        assert f"together: {', '.join(told.addresses)}" in said
     for layer, wanted in zip(record["layers"], by_hand.layers, strict=True):
         assert (layer["bits"], layer["note"]) == (wanted.bits, wanted.note)
         assert layer["lost"] == pytest.approx(wanted.lost)
