@@ -36,9 +36,16 @@ def test_blocks_are_made_anew_and_what_is_between_them_stays(results: Path) -> N
     assert renew_all(PAGE.format("old\n") + PAGE.format(table), results) == one + one
 
 
+def test_a_star_stands_for_all_records_sorted(results: Path) -> None:
+    starred = PAGE.format("").replace("exports/a exports/b", "exports/*")
+    found = renew_all(starred, results).replace("exports/*", "exports/a exports/b")
+    assert found == renew_all(PAGE.format(""), results)
+
+
 @pytest.mark.parametrize(
     ("marker", "told"),
     [
+        (MARKER.replace("exports/b", "imports/*"), "there is no record "),
         (MARKER.replace("exports/b", "exports/c"), "there is no record "),
         (MARKER.replace(TABLE, f"{TABLE}s"), f"{TABLE}s cannot be had"),
         (MARKER.replace(TABLE, "benchmarks.lost.table"), "No module named 'benchmarks.lost'"),
