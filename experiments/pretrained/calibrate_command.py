@@ -206,8 +206,8 @@ def _calibration(
 
 def _tell(done: CalibratedLayer | ReconstructedBlock) -> None:
     if isinstance(done, ReconstructedBlock):
-        learned = f"learned together, lost {done.before:.4f}, now {done.after:.4f}"
-        print(f"{', '.join(done.addresses)}: {learned}", flush=True)
+        lost = f"lost {done.before:.4f}, now {done.after:.4f}"
+        print(f"together: {', '.join(done.addresses)}: {lost}", flush=True)
         return
     lost = f"{done.bits} bits, lost {done.lost:.4f}"
     print(f"{done.address:<24} {lost}{done.note and f'  ({done.note})'}", flush=True)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from experiments.pretrained.calibrate_command import Config, run
+from experiments.pretrained.calibration_study import Arguments, conduct, runs_of
 from experiments.pretrained.readings import from_bits
-from experiments.pretrained.study import Arguments, conduct, runs_of
 from experiments.settings.config import FlagError
 from tests.experiments.test_pretrained_command import network as network
 from tests.experiments.test_pretrained_command import photographs as photographs

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from experiments.pretrained.calibration_tables import choices, finals, points_below_float
 from experiments.pretrained.readings import as_bits
-from experiments.pretrained.study_tables import choices, finals, points_below_float
 
 
 def record(rng, *, draw=0, images=128, read=500, lost=0.05, **config):

@@ -1,6 +1,6 @@
 """A study of calibration from its file: every combination of flags, each draw, a record each.
 
-    python -m experiments.pretrained.study studies/pretrained/mobilenet.toml \\
+    python -m experiments.pretrained.calibration_study studies/pretrained/mobilenet.toml \\
         --photographs=PATH --data_dir=DIR --weights_file=PATH
 
 The file has what is asked (`about`), flags of all runs (`flags`) and stages. A flag with a list of
@@ -195,7 +195,7 @@ def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
     arguments = tyro.cli(
         Arguments,
-        prog="python -m experiments.pretrained.study",
+        prog="python -m experiments.pretrained.calibration_study",
         description=__doc__,
         use_underscores=True,
     )
