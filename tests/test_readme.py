@@ -91,7 +91,7 @@ def test_the_example_ends_in_the_network_of_its_codes(example):
 def commands():
     # Tables bring commands of their own, which the tests of the report read back.
     text = re.sub(r"<!-- table: .*?<!-- /table: ", "", README + EXPERIMENTS, flags=re.DOTALL)
-    lines = re.findall(r"python -m ((?:experiments|benchmarks)\.\w+)([^`\n]*)", text)
+    lines = re.findall(r"python -m ((?:experiments|benchmarks)(?:\.\w+)+)([^`\n]*)", text)
     assert {name.partition(".")[0] for name, _ in lines} == {"experiments", "benchmarks"}
     return lines
 

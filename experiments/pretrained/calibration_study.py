@@ -39,12 +39,8 @@ import tyro
 
 import ab_jax as ab
 from ab_jax.training.records import describe_run, write_json
-from experiments.pretrained.calibrate_command import (
-    Config,
-    calibrated,
-    check,
-    sources_of,
-)
+from experiments.pretrained import calibrate_command
+from experiments.pretrained.calibrate_command import calibrated, check, sources_of
 from experiments.pretrained.calibration_records import as_json
 from experiments.pretrained.pretrained_models import PretrainedModel, pretrained_model
 from experiments.pretrained.readings import Reader
@@ -54,11 +50,11 @@ from experiments.settings.config import FlagError
 #: Flags that say where things lie on a machine; no study file has them, and no record.
 PLACES = ("weights_file", "photographs", "data_dir", "out", "record")
 _OF_STAGE = {"name", "run_name", "runs", "rows"}
-_FLAGS = {field.name for field in dataclasses.fields(Config)} - set(PLACES)
+_FLAGS = {field.name for field in dataclasses.fields(calibrate_command.Config)} - set(PLACES)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Arguments:
+class Config:
     """Which study, and where its images, weights and records lie."""
 
     file: tyro.conf.Positional[Path]  # such as studies/pretrained/mobilenet.toml
@@ -76,7 +72,7 @@ class Run:
     """A run of a study: `STAGE/NAME`, and all its flags."""
 
     name: str
-    config: Config
+    config: calibrate_command.Config
 
 
 def runs_of(path: Path, places: dict[str, Any]) -> list[Run]:
@@ -101,7 +97,7 @@ def runs_of(path: Path, places: dict[str, Any]) -> list[Run]:
             flags = {**held.get("flags", {}), **shared, **part, **row}
             _known(flags, _FLAGS, where)
             for combined in _combinations(flags):
-                config = Config(**combined, **places)
+                config = calibrate_command.Config(**combined, **places)
                 try:
                     name = f"{stage['name']}/{stage['run_name'].format(**as_json(config))}"
                     check(config)
@@ -134,7 +130,7 @@ class Conductor:
         self._read: tuple[Any, ...] | None = None
         self._reader: Reader | None = None
 
-    def record(self, config: Config) -> dict[str, Any]:
+    def record(self, config: calibrate_command.Config) -> dict[str, Any]:
         """Calibrate and read; what there is to say of it, without where things lie."""
         c = config
         model = self._model_of(c)
@@ -146,14 +142,14 @@ class Conductor:
         record["images"]["read"] = reader.counts
         return record
 
-    def _model_of(self, config: Config) -> PretrainedModel:
+    def _model_of(self, config: calibrate_command.Config) -> PretrainedModel:
         network = (config.network, config.weights_file)
         if self._model is None or network != self._network:
             self._network, self._model = network, pretrained_model(*network)
             self._reader = None
         return self._model
 
-    def _reader_of(self, config: Config, model: PretrainedModel) -> Reader:
+    def _reader_of(self, config: calibrate_command.Config, model: PretrainedModel) -> Reader:
         c = config
         # All that `ImageSources.to_read` depends on: places are the same for all runs.
         read = (c.read, c.batch_size, c.source == "photographs")
@@ -163,25 +159,25 @@ class Conductor:
         return self._reader
 
 
-def conduct(arguments: Arguments) -> None:
+def conduct(config: Config) -> None:
     """Make the runs that are not done.
 
     Raises:
       FlagError, ValueError, OSError: as `runs_of`, and as the runs.
     """
-    a = arguments
-    places = {name: getattr(a, name) for name in ("photographs", "data_dir", "weights_file")}
-    runs = runs_of(a.file, places)
-    index, _, count = a.shard.partition("/")
+    c = config
+    places = {name: getattr(c, name) for name in ("photographs", "data_dir", "weights_file")}
+    runs = runs_of(c.file, places)
+    index, _, count = c.shard.partition("/")
     if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
-        raise FlagError(f"--shard={a.shard} should be I/N with I from 0 to N - 1")
-    mine = [run for run in runs if a.stage in (None, run.name.partition("/")[0])]
+        raise FlagError(f"--shard={c.shard} should be I/N with I from 0 to N - 1")
+    mine = [run for run in runs if c.stage in (None, run.name.partition("/")[0])]
     if not mine:
-        raise FlagError(f"--stage={a.stage}: {a.file} has no such stage")
+        raise FlagError(f"--stage={c.stage}: {c.file} has no such stage")
     conductor = Conductor()
     for run in mine[int(index) :: int(count)]:
-        path = a.results / a.file.parent.name / a.file.stem / f"{run.name}.json"
-        if a.dry_run or path.exists():
+        path = c.results / c.file.parent.name / c.file.stem / f"{run.name}.json"
+        if c.dry_run or path.exists():
             print(f"{run.name:<60} {'done' if path.exists() else 'to do'}", flush=True)
             continue
         record = conductor.record(run.config)
@@ -193,13 +189,13 @@ def conduct(arguments: Arguments) -> None:
 
 def main() -> None:
     """The command line; what the user can mend ends it with one line on stderr."""
-    arguments = tyro.cli(
-        Arguments,
+    config = tyro.cli(
+        Config,
         prog="python -m experiments.pretrained.calibration_study",
         description=__doc__,
         use_underscores=True,
     )
-    end_with_a_line(lambda: conduct(arguments))
+    end_with_a_line(lambda: conduct(config))
 
 
 if __name__ == "__main__":

@@ -126,6 +126,8 @@ def _way(record: Record) -> tuple[str, str, str, str]:
     regression = {None: "by layer", "inf": "none"}.get(config["regression"], config["regression"])
     matched = {"deviation": "mean, deviation"}.get(config["matching"], config["matching"])
     method = _METHODS.get(config["method"], config["method"])
+    if config.get("reconstruct"):
+        method += ", then blocks"
     return method, str(regression), matched, images
 
 

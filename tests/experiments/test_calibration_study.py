@@ -6,8 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from experiments.pretrained import calibration_study as command
 from experiments.pretrained.calibrate_command import Config, run
-from experiments.pretrained.calibration_study import Arguments, conduct, runs_of
+from experiments.pretrained.calibration_study import conduct, runs_of
 from experiments.pretrained.readings import from_bits
 from experiments.settings.config import FlagError
 from tests.experiments.test_pretrained_command import network as network
@@ -73,7 +74,7 @@ def test_a_run_is_every_combination_of_parts_rows_and_lists(study):
 
 def test_records_are_those_of_the_command_without_places(study, photographs, tmp_path, capsys):
     results = tmp_path / "results"
-    arguments = Arguments(file=study, photographs=photographs, results=results)
+    arguments = command.Config(file=study, photographs=photographs, results=results)
     conduct(arguments)
     paths = sorted(results.rglob("*.json"))
     assert len(paths) == 10
@@ -100,7 +101,7 @@ def test_records_are_those_of_the_command_without_places(study, photographs, tmp
 
 def test_shards_make_all_runs_between_them(study, photographs, tmp_path, capsys):
     for shard in ("0/3", "2/3", "1/3"):
-        arguments = Arguments(
+        arguments = command.Config(
             file=study, photographs=photographs, results=tmp_path / "results", shard=shard
         )
         conduct(arguments)
@@ -140,4 +141,4 @@ def test_a_file_that_makes_no_sense_is_refused_by_name(study, change, message):
 )
 def test_other_flags_are_refused(study, flags, message):
     with pytest.raises(FlagError, match=message):
-        conduct(Arguments(file=study, **flags))
+        conduct(command.Config(file=study, **flags))

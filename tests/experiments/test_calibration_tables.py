@@ -80,7 +80,7 @@ def test_choices_have_a_pair_of_columns_for_each_width(rng):
     records = [
         record(rng, lost=0.1),
         record(rng, lost=0.2, bits=3),
-        record(rng, lost=0.3, matching="deviation", regression="inf"),
+        record(rng, lost=0.3, matching="deviation", regression="inf", reconstruct=500),
     ]
     head, _, *found = rows(choices(records))
     assert head[4:] == [
@@ -89,5 +89,5 @@ def test_choices_have_a_pair_of_columns_for_each_width(rng):
     below = [f"{one['points_below_float']['tiny']:.1f}" for one in records]
     assert found == [
         ["GPTQ", "by layer", "mean", "128", "0.100", below[0], "0.200", below[1]],
-        ["GPTQ", "none", "mean, deviation", "128", "0.300", below[2], "", ""],
+        ["GPTQ, then blocks", "none", "mean, deviation", "128", "0.300", below[2], "", ""],
     ]
