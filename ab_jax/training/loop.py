@@ -72,9 +72,9 @@ class Training:
       init_from: what to start from: the directory of a run, for its weights and batch statistics,
         or a file of weights trained elsewhere (`ab_jax.models.pretrained`).
       new_head: whether a head of other classes in that file is left out.
-      rebase_norm: whether the batch norm of what it starts from is re-based first (see
-        `ab_jax.training.rebasing`).
-      calibration: how the weights of what it starts from are calibrated then; the estimator takes
+      rebase_norm: whether the batch norm of what it starts from is re-based (see
+        `ab_jax.training.rebasing`), after its calibration.
+      calibration: how the weights of what it starts from are calibrated; the estimator takes
         scales (`ab_jax.learned_scales`), which begin as those of the codes. None: they are not.
       teacher: a float network to learn from, as `init_from`; None: there is none.
       teacher_share: of the loss, see `make_train_step`.
@@ -329,11 +329,12 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
         return state
     state = network_from(t.init_from, state, new_head=t.new_head)
     of_images = (t.model, t.preprocessing, t.dataset.train, t.seed)
-    if t.rebase_norm:
-        state = with_rebased_norm(state, *of_images)
     if t.calibration is not None:
         state = calibrated(state, *of_images, rules=t.rules, start=t.calibration)
     elif takes_scales:
         state = dataclasses.replace(state, scales=initial_scales(state.params, t.rules))
+    if t.rebase_norm:
+        calibrated_by = None if t.calibration is None else t.rules
+        state = with_rebased_norm(state, *of_images, calibrated_by=calibrated_by)
     # An optimizer may have something of the weights in its state.
     return dataclasses.replace(state, opt_state=t.optimizer.init(state.trained))

@@ -1,26 +1,28 @@
 """What a run starts from: another run's network or a file, and what is done to it before step 0.
 
-Batch norm may be re-based (`ab_jax.training.rebasing`), then the weights calibrated
-(`ab_jax.calibration`): the run then begins near the levels, at the scales of the calibrated codes.
+The weights may be calibrated (`ab_jax.calibration`): the run then begins near the levels, at the
+scales of the calibrated codes. Then batch norm may be re-based (`ab_jax.training.rebasing`).
 """
 
 import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
 
-from ab_jax.blend import dequantize, scales_of
+from ab_jax.blend import dequantize, quantize, scales_of
 from ab_jax.calibration import CalibratedLayer, Method, calibrate
 from ab_jax.data.batches import epoch_order
 from ab_jax.data.dataset import Images
 from ab_jax.data.stream import Photos
+from ab_jax.describe import quantized_paths
 from ab_jax.linen import RANGES, Model, module_of, plain_convolutions
 from ab_jax.models.pretrained import load_pretrained
-from ab_jax.rules import Rules
+from ab_jax.rules import Rules, leaves_by_path
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.distributed import is_first, tree_of_first
 from ab_jax.training.rebasing import rebased
@@ -99,8 +101,13 @@ def with_rebased_norm(
     preprocessing: Preprocessing,
     images: Images | Photos,
     seed: int,
+    *,
+    calibrated_by: Rules | None = None,
 ) -> TrainState:
     """The state with batch norm re-based on up to 1,600 training images.
+
+    Of a calibrated network it is the quantized one whose inputs of norms are measured. Its biases
+    make good what the running means do not know, and batch statistics would make it good twice.
 
     Args:
       state: of a trained network.
@@ -108,6 +115,8 @@ def with_rebased_norm(
       preprocessing: of the images, of which the augmentation is left out.
       images: the training part.
       seed: which draws the images.
+      calibrated_by: the rules by which the network was calibrated, at the scales of the state;
+        None: it was not, and is measured in float.
 
     Raises:
       ValueError: as `rebased`.
@@ -120,8 +129,17 @@ def with_rebased_norm(
     own, ranges = _without_ranges(state.model_state)
     module = module_of(model)
     call = arguments_of(module, train=False, alpha=0.0)
-    found = tree_of_first(rebased(module, {"params": state.params, **own}, batches, **call))
-    return dataclasses.replace(state, params=found.pop("params"), model_state={**found, **ranges})
+    params = state.params
+    if calibrated_by is not None:
+        params = dequantize(quantize(params, calibrated_by, scales=state.scales))
+    found = tree_of_first(rebased(module, {"params": params, **own}, batches, **call))
+    of_norms = found.pop("params")
+    if calibrated_by is not None:  # the weights themselves stay
+        weights = set(quantized_paths(state.params, calibrated_by))
+        pairs = zip(leaves_by_path(state.params), jax.tree.leaves(of_norms), strict=True)
+        leaves = [old if path in weights else new for (path, old), new in pairs]
+        of_norms = jax.tree.unflatten(jax.tree.structure(of_norms), leaves)
+    return dataclasses.replace(state, params=of_norms, model_state={**found, **ranges})
 
 
 def calibrated(

@@ -111,12 +111,14 @@ class Config:
     # Share of the loss that is the divergence from the teacher's predictions; the rest is the
     # cross-entropy of the labels.
     teacher_share: Share = 1.0
-    rebase_norm: bool = False  # first make batch norm's running statistics those of the images
-    # Then start from calibrated weights, at their scales: how they are rounded, such as gptq.
+    # Start from calibrated weights, at their scales: how they are rounded, such as gptq. A network
+    # with batch norm wants --rebase_norm too.
     calibrate: str | None = None
     calibration_images: Count = 128  # training images that calibrate
     # What the weights are then: corrected for what layers lose, but not rounded; or the codes.
     latents: Literal["corrected", "codes"] = "corrected"
+    # Make batch norm's running statistics those of training images; the function stays.
+    rebase_norm: bool = False
 
     # Which images: one of ours, image_folder:NAME, or package.module:NAME for somebody else's
     # (docs/extending.md).

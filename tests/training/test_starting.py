@@ -28,7 +28,14 @@ from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.rebasing import rebased
 from ab_jax.training.records import RunDirectory
-from ab_jax.training.starting import CalibratedStart, calibrated, drawn_images, load_teacher
+from ab_jax.training.starting import (
+    CalibratedStart,
+    calibrated,
+    drawn_images,
+    load_teacher,
+    network_from,
+    with_rebased_norm,
+)
 from ab_jax.training.state import create_state
 from ab_jax.training.stopping import StoppedError
 from ab_jax.training.train_step import Preprocessing
@@ -216,6 +223,35 @@ def test_a_rebased_start_is_calibrated_as_it_is(
     # A step later than the start, at a momentum of 0.9, statistics have hardly moved.
     statistics = found["model_state"]["batch_stats"]["norm"], wanted["batch_stats"]["norm"]
     assert np.all(np.abs(statistics[0]["mean"] - statistics[1]["mean"]) < 0.1)
+
+
+@pytest.mark.parametrize("latents", ["corrected", "codes"])
+def test_the_calibrated_network_is_rebased_and_not_the_float_one(
+    training: Training, start: Path, latents: Any
+) -> None:
+    """Its function stays, and its norms have the statistics of their own inputs."""
+    t, by = training, CalibratedStart(method=Gptq(), images=24, latents=latents)
+    images = t.model, t.preprocessing, t.dataset.train, t.seed
+    state = network_from(start, create_state(t.model, RESTING, SHAPE, 0, scale_rules=RULES))
+    before = calibrated(state, *images, rules=RULES, start=by)
+    after = with_rebased_norm(before, *images, calibrated_by=RULES)
+    for layer in ("conv", "head"):
+        kernels = [of.params[layer]["kernel"] for of in (before, after)]
+        np.testing.assert_array_equal(*kernels)
+    x = t.preprocessing.normalize(jnp.asarray(t.dataset.train.images))
+    variables = [
+        {"params": ab.dequantize(ab.quantize(of.params, RULES, scales=of.scales)), **of.model_state}
+        for of in (before, after)
+    ]
+    logits = [t.model.apply(of, x, train=False) for of in variables]
+    np.testing.assert_allclose(*logits, rtol=1e-4, atol=1e-4)
+    again = rebased(t.model, variables[1], [x], train=False)
+    for name in ("mean", "var"):
+        found, wanted = (of["batch_stats"]["norm"][name] for of in (variables[1], again))
+        np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+    in_float = with_rebased_norm(before, *images).model_state["batch_stats"]["norm"]
+    if latents == "corrected":
+        assert not np.allclose(in_float["var"], again["batch_stats"]["norm"]["var"], rtol=1e-3)
 
 
 # Resuming
