@@ -152,7 +152,7 @@ def test_the_exported_scales_are_those_of_the_calibration_unless_they_are_traine
         ),
         (
             {"calibrate": "best", "init_from": "x"},
-            r"--calibrate=best is not known\. Choose one of gptq, rounding, weighted_scales",
+            r"--calibrate=best is not known\. Choose one of coordinate_descent, gptq, adaround",
         ),
         (
             {"calibrate": "gptq", "init_from": "x", "refit_every": 4},
