@@ -11,8 +11,9 @@ order of the program. Of each, with the inputs that it has in the network quanti
    to the float weight by its penalty), so that the layer makes good what those before it lost, as
    far as that holds on inputs that were not fitted;
 2. the weight is rounded by a method, such as GPTQ;
-3. the deviation of each output channel is matched to that of the float network by a gain, which the
-   scales take in, and its mean by the bias behind the layer, that of a following norm included.
+3. the mean of each output channel is matched to that of the float network by the bias behind the
+   layer, that of a following norm included; where asked for, its deviation too, by a gain that the
+   scales take in.
 
 A network that quantizes well needs none of this; one that loses all at 4 bits needs most of it.
 """
@@ -356,8 +357,8 @@ def _in_folds(parts: list[tuple[Array, Array]]) -> list[list[tuple[Array, Array]
     ((quantized, plain),) = parts
     cuts = [len(rows) for rows in np.array_split(range(quantized.shape[1]), _FOLDS)]
     ends = np.cumsum(cuts)[:-1]
-    halves = zip(jnp.split(quantized, ends, 1), jnp.split(plain, ends, 1), strict=True)
-    return [[part] for part in halves if part[0].shape[1]]
+    each = zip(jnp.split(quantized, ends, 1), jnp.split(plain, ends, 1), strict=True)
+    return [[part] for part in each if part[0].shape[1]]
 
 
 def _compared(

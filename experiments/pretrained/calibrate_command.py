@@ -133,6 +133,11 @@ def check(config: Config) -> None:
     choose("matching", c.matching, dict.fromkeys(MATCHINGS))
     if c.reconstruct < 0:
         raise FlagError(f"--reconstruct={c.reconstruct} steps should be 0 or more.")
+    if c.reconstruct and METHODS[c.method] is None:
+        raise FlagError(
+            f"--reconstruct={c.reconstruct} is for methods that calibrate, not for --method="
+            f"{c.method}. Omit it."
+        )
     if c.images < 1 or c.batch_size < 1 or c.images % c.batch_size:
         raise FlagError(
             f"--images={c.images} should be a multiple of --batch_size={c.batch_size}, since "

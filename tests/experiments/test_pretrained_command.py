@@ -250,6 +250,7 @@ def test_the_command_ends_with_a_table(network, photographs, monkeypatch, capsys
         ({"photographs": None}, "--source=photographs needs --photographs=PATH.*not passed on"),
         ({"images": 12}, "--images=12 should be a multiple of --batch_size=8"),
         ({"images": 0}, "--images=0 should be"),
+        ({"reconstruct": 5, "method": "rounded"}, "--reconstruct=5 .*not for --method=rounded"),
         ({"images": 400}, "400 images are asked for"),
         ({"bits": 9, "outer_bits": 9}, "2 to 8 bits, not bits=9"),
         ({"regression": 0.0}, "regression=0.0 must be positive"),
