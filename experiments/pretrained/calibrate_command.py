@@ -106,12 +106,10 @@ def run(config: Config) -> dict[str, Any]:
     to_read = sources.to_read(c.read)
     described = describe_run("calibrate", as_json(c))
     found, record = calibrated(c, model, sources, _tell)
-    record = (
-        described
-        | Reader(model, to_read, batch_size=c.batch_size).beside_float(ab.dequantize(found.codes))
-        | record
-    )
-    record["images"]["read"] = {name: len(images) for name, images in to_read.items()}
+    reader = Reader(model, to_read, batch_size=c.batch_size)
+    read = reader.beside_float(reader.of(ab.dequantize(found.codes)))
+    record = described | read | record
+    record["images"]["read"] = reader.counts
     if c.out is not None:
         network = {"network": c.network, "revision": record["revision"]}
         variables = {"params": found.codes, **model.state}

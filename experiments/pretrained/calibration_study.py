@@ -138,7 +138,8 @@ class Conductor:
         flags = {name: value for name, value in as_json(c).items() if name not in PLACES}
         described = describe_run("experiments.pretrained", flags)
         found, how = calibrated(c, model, sources_of(c, model), tell=lambda layer: None)
-        record = described | reader.beside_float(ab.dequantize(found.codes)) | how
+        read = reader.beside_float(reader.of(ab.dequantize(found.codes)))
+        record = described | read | how
         record["images"]["read"] = reader.counts
         return record
 

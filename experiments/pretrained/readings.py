@@ -96,14 +96,17 @@ class Reader:
         def logits(pixels: np.ndarray) -> Any:
             return self._function(params, jnp.asarray(self._model.normalize(pixels)))
 
+        return self.of_function(logits)
+
+    def of_function(self, logits: Logits) -> dict[str, Reading]:
+        """Readings of any network, by the name of the set; `logits` as for `read`."""
         return {n: read(logits, x, batch_size=self._batch_size) for n, x in self._to_read.items()}
 
-    def beside_float(self, params: Any) -> dict[str, Any]:
-        """What a record says of them, by the name of the set.
+    def beside_float(self, found: Mapping[str, Reading]) -> dict[str, Any]:
+        """What a record says of readings, by the name of the set.
 
         `right` holds which images each network names right, a bit each, as hexadecimal bytes.
         """
-        found = self.of(params)
         pairs = {name: (self.in_float[name], reading) for name, reading in found.items()}
         return {
             "float": {name: f.accuracy for name, (f, _) in pairs.items()},

@@ -76,7 +76,7 @@ def _load(
     return Dataset(
         name=f"experiments.pretrained.training_images:{source}",
         version="1",
-        train=_together(train),
+        train=_mixed(_together(train)),
         validation=_together([tiny.choice()]),
         test=_together([test]),
         class_names=class_ids(),
@@ -92,6 +92,12 @@ def _photographs(*, needed: bool) -> Photographs | None:
     if needed:
         raise ValueError(f"The environment variable {PHOTOGRAPHS} names no images. {WHERE_FROM}.")
     return None
+
+
+def _mixed(images: Images) -> Images:
+    """The same images, so that the first ones are of all sources, as statistics of them want."""
+    order = drawn(images.labels, None, 0)
+    return Images(images.images[order], images.labels[order])
 
 
 def _together(sets: list[ImageSet]) -> Images:

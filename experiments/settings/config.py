@@ -76,6 +76,8 @@ class Config:
     weight_zero_point: bool = False  # int2 to int8: levels need not be symmetric about 0
     # Bits of the first and the last layer, of their weights and inputs. None: as all the others.
     outer_bits: Bits | None = None
+    # Bits of the weights of depthwise convolutions. None: as all the others.
+    depthwise_bits: Bits | None = None
 
     # Bits of the inputs of layers (of images always 8, signed). None: they stay in float.
     act_bits: Bits | None = None

@@ -65,21 +65,30 @@ def weight_quantizer(config: Config, weights: str) -> ab.Quantizer:
 
 
 def weight_rules(config: Config) -> ab.Rules:
-    """Kernels by the flags; those of the first and the last layer at --outer_bits.
+    """Kernels by the flags; the first and the last at --outer_bits, depthwise at --depthwise_bits.
 
     Raises:
-      FlagError: as `weight_quantizer`.
+      FlagError: as `weight_quantizer`; bits for depthwise convolutions of which there are none.
     """
     c = config
     rules: list[tuple[str, ab.Quantizer | None]] = [
         (r"(.*/)?kernel", weight_quantizer(c, c.weights)),
         (r".*", None),
     ]
+    absmax = c.weight_scale == "absmax"
+    uniform = c if absmax else dataclasses.replace(c, weight_scale="least_squares")
+    if c.depthwise_bits is not None:
+        network = network_of(c.network)
+        if network.depthwise is None:
+            raise FlagError(
+                f"--depthwise_bits={c.depthwise_bits}: --network={c.network} names no depthwise "
+                f"convolutions. Omit it."
+            )
+        depthwise = weight_quantizer(uniform, f"int{c.depthwise_bits}")
+        rules.insert(0, (rf"{network.depthwise}/kernel", depthwise))
     if c.outer_bits is not None:
         network = network_of(c.network)
         outer = "|".join(re.escape(path) for path in (network.first, network.last))
-        absmax = c.weight_scale == "absmax"
-        uniform = c if absmax else dataclasses.replace(c, weight_scale="least_squares")
         rules.insert(0, (rf"({outer})/kernel", weight_quantizer(uniform, f"int{c.outer_bits}")))
     return ab.Rules(rules)
 

@@ -47,6 +47,7 @@ class Network:
       make: makes it.
       first, last: paths of its first and its last layer, which --outer_bits is for; the input of
         the first one, the images, has 8 bits and a sign.
+      depthwise: a pattern of the paths of its depthwise convolutions; None: it has none.
       signed: a pattern of the paths of other layers whose inputs have both signs, since no ReLU
         comes before them; None: there are none.
     """
@@ -55,6 +56,7 @@ class Network:
     make: Callable[..., nn.Module]
     first: str = "stem"
     last: str = "head"
+    depthwise: str | None = None
     signed: str | None = None
 
 
@@ -72,10 +74,13 @@ NETWORKS: dict[str, Network] = {
     "binarynet": Network(label="BinaryNet", make=BinaryNet, first="conv0"),
     # The stem is the one for 32 pixels; smaller and larger images pass it too.
     "resnet20": Network(label="ResNet-20", make=resnet20),
-    "mobilenet_v1": Network(label="MobileNet v1", make=_with_stem(MobileNet)),
+    "mobilenet_v1": Network(
+        label="MobileNet v1", make=_with_stem(MobileNet), depthwise=r"(.*/)?depthwise"
+    ),
     "efficientnet_lite0": Network(
         label="EfficientNet-Lite0",
         make=_with_stem(EfficientNetLite),
+        depthwise=r"(.*/)?depthwise",
         signed=r"block\d+/expand|top",
     ),
     "resnet50_v1": Network(

@@ -38,6 +38,7 @@ ADDED_LATER: dict[str, Any] = {
     "calibration_images": 128,
     "latents": "corrected",
     "relative_updates": False,
+    "depthwise_bits": None,
     "act_range": "percentile",
     "act_backward": "clipped",
     "act_start": None,

@@ -1,6 +1,7 @@
 """Methods by name: their estimators, and layers in the order in which a network calls them."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,7 +12,7 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.models.binarynet import BinaryNet
-from experiments.settings.build import layerwise_schedule, settled
+from experiments.settings.build import layerwise_schedule, make_model, settled
 from experiments.settings.config import Config, FlagError
 from experiments.settings.levels import WEIGHTS, weight_quantizer, weight_rules
 from experiments.settings.methods import METHODS, estimator_of
@@ -69,9 +70,31 @@ def test_every_name_of_weights_is_its_quantizer() -> None:
     assert weight_quantizer(groups, "int3") == ab.Uniform(bits=3, symmetric=False, group_size=32)
 
 
+@pytest.mark.parametrize("network", ["mobilenet_v1", "efficientnet_lite0"])
+def test_depthwise_convolutions_may_have_bits_of_their_own(network: str) -> None:
+    config = Config(network=network, weights="int3", depthwise_bits=6, outer_bits=8)
+    model = make_model(config, num_classes=5, image_size=32)
+    images = jnp.zeros((1, 32, 32, 3))
+    init = functools.partial(model.init, train=False)
+    params = jax.eval_shape(init, jax.random.key(0), images)["params"]
+    codes = jax.eval_shape(lambda p: ab.quantize(p, weight_rules(config)), params)
+    widths: dict[int, set[str]] = {}
+    for path, leaf in jax.tree.leaves_with_path(
+        codes, is_leaf=lambda leaf: isinstance(leaf, ab.Quantized)
+    ):
+        if isinstance(leaf, ab.Quantized):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            widths.setdefault(leaf.bits, set()).add(name)
+    assert widths[8] == {"stem/kernel", "head/kernel"}
+    assert widths[6] == {name for paths in widths.values() for name in paths if "depthwise" in name}
+    assert len(widths[6]) > 10
+    assert len(widths) == 3
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"network": "resnet20", "depthwise_bits": 8}, "names no depthwise convolutions"),
         ({"weights": "int9"}, "--weights=int9 is not known. Choose one of binary"),
         ({"weights": "binary", "weight_scale": "absmax"}, "takes least_squares or one"),
         ({"weights": "ternary", "weight_scale": "one"}, "takes absmean or least_squares"),

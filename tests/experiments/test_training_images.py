@@ -6,7 +6,7 @@ import pytest
 
 from ab_jax.data.augment import normalize
 from experiments.pretrained import training_images
-from experiments.pretrained.images import resized
+from experiments.pretrained.images import drawn, resized
 from experiments.pretrained.photographs import Photographs
 from experiments.pretrained.pretrained_models import PUBLISHED
 from experiments.settings.config import Config
@@ -42,8 +42,10 @@ def test_parts_are_those_that_calibrate_that_choose_and_that_are_read(load, tiny
     assert found.num_classes == 1000
     assert found.image_shape == (224, 224, 3)
     wanted = images.calibration(6), photographs.calibration()
-    np.testing.assert_array_equal(found.train.images, pixels(*wanted))
-    assert found.train.labels.tolist() == [label for part in wanted for label in part.labels]
+    labels = np.concatenate([part.labels for part in wanted])
+    order = drawn(labels, None, 0)  # mixed, so that the first images are of both sources
+    np.testing.assert_array_equal(found.train.images, pixels(*wanted)[order])
+    assert found.train.labels.tolist() == labels[order].tolist()
     np.testing.assert_array_equal(found.validation.images, pixels(images.choice()))
     np.testing.assert_array_equal(found.validation.labels, images.choice().labels)
     np.testing.assert_array_equal(found.test.images, pixels(photographs.test()))
