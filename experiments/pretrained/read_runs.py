@@ -120,7 +120,7 @@ def logits_of(network: TrainedNetwork, images: Dataset, *, batch_size: int) -> L
     """The network's function of uint8 pixels, with batch statistics of these training images."""
     preprocessing = Preprocessing(images.mean, images.std)
     evaluator = Evaluator(
-        network.model, preprocessing, Parallel("pmap", jax.devices()[:1]), batch_size
+        network.model, preprocessing, Parallel("pmap", tuple(jax.devices()[:1])), batch_size
     )
     state = dict(network.variables)
     params = ab.dequantize(state.pop("params"))

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from experiments.pretrained.calibration_tables import choices, finals, points_below_float
+from experiments.pretrained.calibration_tables import choices, finals
+from experiments.pretrained.intervals import points_below_float
 from experiments.pretrained.readings import as_bits
 
 
