@@ -179,6 +179,8 @@ def rebuilt(
 
 
 def _read_record(path: Path) -> dict[str, Any]:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"There is no run in {path.parent}. Correct the path.")
     if not path.exists():
         raise FileNotFoundError(
             f"There is no {path}: the run is not complete. Give its command again, and it goes on."

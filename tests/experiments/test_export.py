@@ -417,7 +417,11 @@ def test_the_command_line_exports_or_says_in_a_line_why_not(
     binarynet_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = f"--out={tmp_path / 'net'}"
-    assert "There is no nowhere/record.json" in error_of(monkeypatch, "nowhere", out)
+    assert "There is no run in nowhere. Correct the path." in error_of(monkeypatch, "nowhere", out)
+    (tmp_path / "begun").mkdir()
+    assert "record.json: the run is not complete" in error_of(
+        monkeypatch, str(tmp_path / "begun"), out
+    )
     unknown = error_of(monkeypatch, str(binarynet_run.path), out, "--format=zip")
     assert "--format=zip is not known. Choose one of packed" in unknown
     below_a_file = f"--out={binarynet_run.path / 'record.json' / 'net'}"
