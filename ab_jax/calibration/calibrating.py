@@ -2,7 +2,7 @@
 
     found = calibrate(forward, params, rules, [(images,), ...])
     forward(ab.dequantize(found.codes), images)       # the network of few bits
-    found.params                                      # a start for training
+    found.latents                                     # a start for training
 
 `forward` is a function of any framework, as for `ab_jax.products`. Its products are taken in the
 order of the program. Of each, with the inputs that it has in the network quantized so far,
@@ -31,6 +31,7 @@ from ab_jax.calibration.blocks import BlockFunction
 from ab_jax.calibration.calibrated_weights import CalibratedWeights
 from ab_jax.calibration.evaluating import product_runner
 from ab_jax.calibration.even_grid import Levels
+from ab_jax.calibration.latents import within_cells
 from ab_jax.calibration.matrices import Form, Moments
 from ab_jax.calibration.reconstruction import (
     BlockReconstruction,
@@ -44,6 +45,7 @@ from ab_jax.calibration.values import Value, computed
 from ab_jax.products.finding import traced
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
+from ab_jax.quantized import Quantized
 from ab_jax.rules import Rules
 
 # Of the mean variance of the channels: below it a channel is as good as constant.
@@ -84,8 +86,7 @@ class Calibration:
     Attributes:
       codes: the parameters with a `Quantized` in place of each that the rules quantize, as
         `ab_jax.quantize` gives them; biases are the corrected ones.
-      params: the parameters before their rounding, regressed, scaled and with corrected biases: a
-        start for training, together with the scales of `codes`.
+      params: the parameters before their rounding, regressed, scaled and with corrected biases.
       layers: what became of each product, in the order of the program.
       blocks: what became of each block, in the same order; empty: none was reconstructed.
     """
@@ -94,6 +95,16 @@ class Calibration:
     params: Any
     layers: tuple[CalibratedLayer, ...]
     blocks: tuple[ReconstructedBlock, ...] = ()
+
+    @property
+    def latents(self) -> Any:
+        """A start for training at the scales of `codes`: `params`, but each rounds to its code."""
+        return jax.tree.map(
+            lambda code, w: within_cells(code, w) if isinstance(code, Quantized) else w,
+            self.codes,
+            self.params,
+            is_leaf=lambda leaf: isinstance(leaf, Quantized),
+        )
 
 
 def calibrate(

@@ -41,7 +41,8 @@ class CalibratedStart:
       method: how a weight is rounded, one of `ab_jax.calibration`.
       images: how many training images calibrate.
       latents: what the parameters are then: `corrected`, the weights before they are rounded,
-        regressed and scaled; or `codes`, the values of the codes. Biases are corrected in both.
+        regressed, scaled, and moved as little as needed to round to their codes; or `codes`, the
+        values of the codes. Biases are corrected in both.
     """
 
     method: Method
@@ -179,7 +180,7 @@ def calibrated(
         return module.apply({"params": params, **own}, images, **call)
 
     found = calibrate(forward, state.params, rules, batches, method=start.method, progress=_tell)
-    params = found.params if start.latents == "corrected" else dequantize(found.codes)
+    params = found.latents if start.latents == "corrected" else dequantize(found.codes)
     params, scales = tree_of_first((params, scales_of(found.codes)))
     return dataclasses.replace(state, params=params, scales=scales)
 
