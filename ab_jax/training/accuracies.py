@@ -14,7 +14,7 @@ from ab_jax.rules import Rules
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.state import TrainState
 
-RECALIBRATION_BATCHES = 20
+_RECALIBRATION_BATCHES = 20
 # In units of the channel's scale, such that the levels -1, 0 and 1 are in the middle of a bin.
 _HISTOGRAM_EDGES = np.linspace(-3.05, 3.05, 62)
 
@@ -148,7 +148,7 @@ class Readings:
 
     def _recalibrated(self, params: Any, state: TrainState, alpha: float) -> Any:
         return self._evaluator.recalibrate(
-            params, state.model_state, alpha, self.train, RECALIBRATION_BATCHES
+            params, state.model_state, alpha, self.train, _RECALIBRATION_BATCHES
         )
 
 

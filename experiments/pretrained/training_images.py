@@ -95,8 +95,8 @@ def _photographs(*, needed: bool) -> Photographs | None:
 
 
 def _mixed(images: Images) -> Images:
-    """The same images, so that the first ones are of all sources, as statistics of them want."""
-    order = drawn(images.labels, None, 0)
+    """The same images, the first ones of each source as often as all are: statistics want that."""
+    order = drawn(np.zeros(len(images), np.int64), None, 0)
     return Images(images.images[order], images.labels[order])
 
 
