@@ -17,7 +17,7 @@ from ab_jax.data import tiny_imagenet
 from ab_jax.data.prepare import prepare_tiny_imagenet
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.pretrained import load_pretrained
-from experiments.pretrained.imagenet_classes import class_ids, class_index
+from experiments.pretrained.imagenet_classes import class_ids, class_index, class_names
 from experiments.pretrained.images import ImageSet, drawn, half_of_each, resized
 from experiments.pretrained.photographs import Photographs
 from experiments.pretrained.tiny_photographs import TinyPhotographs
@@ -32,6 +32,15 @@ def test_the_classes_are_a_thousand_wordnet_ids_in_order():
     assert all(re.fullmatch(r"n\d{8}", wnid) for wnid in ids)
     assert [ids[0], ids[1], ids[999]] == ["n01440764", "n01443537", "n15075141"]  # tench, goldfish
     assert [class_index(wnid) for wnid in ids] == list(range(1000))
+
+
+def test_each_class_has_a_name_of_its_own():
+    names = class_names()
+    assert len(set(names)) == len(names) == 1000
+    assert [names[i] for i in (0, 1, 207, 281, 954, 999)] == [
+        *("tench", "goldfish", "golden retriever", "tabby", "banana", "toilet tissue")
+    ]
+    assert all(name and name == name.strip() for name in names)
 
 
 @pytest.mark.parametrize(
