@@ -18,7 +18,9 @@ the output of both.
 
 rounded: no calibration at all, and no images for it.
 
-The written file is a packed one: `ab_jax.export.packed.read_packed(PATH).variables` has the codes.
+The file that is written is a packed one, and `ab_jax.export.packed.read_packed(PATH).variables` has
+the codes; named .onnx, it is one for ONNX Runtime, which takes photographs as they are:
+`python -m experiments.classify net.onnx photo.jpg`.
 """
 
 import dataclasses
@@ -44,6 +46,7 @@ from ab_jax.files import writing
 from ab_jax.training.records import describe_run, write_json
 from experiments.pretrained.calibration_records import as_json, bytes_of_codes, table
 from experiments.pretrained.image_sources import ImageSources
+from experiments.pretrained.onnx_writing import onnx_bytes, write_onnx
 from experiments.pretrained.pretrained_models import PretrainedModel, pretrained_model
 from experiments.pretrained.readings import Reader
 from experiments.settings.choices import choose
@@ -52,6 +55,8 @@ from experiments.settings.config import FlagError
 from experiments.settings.starts import CALIBRATIONS
 
 METHODS: dict[str, Callable[[], Method] | None] = {**CALIBRATIONS, "rounded": None}
+#: Flags that say where things lie on a machine; no study file has them, and no record.
+PLACES = ("weights_file", "photographs", "data_dir", "out", "record")
 MATCHINGS = ("deviation", "mean", "none")
 
 
@@ -84,7 +89,7 @@ class Config:
     read: str = "test"
     batch_size: int = 32  # images at a time
 
-    out: Path | None = None  # a packed file of the network to write
+    out: Path | None = None  # the network's file to write: .safetensors (packed) or .onnx
     record: Path | None = None  # a JSON record to write
 
 
@@ -102,6 +107,8 @@ def run(config: Config) -> dict[str, Any]:
                 path.parent.mkdir(parents=True, exist_ok=True)
     model = pretrained_model(c.network, c.weights_file)
     rules_of(c, model)
+    if c.out is not None and c.out.suffix == ".onnx":
+        onnx_bytes(model, model.params, description={})  # now, and not after minutes
     sources = sources_of(c, model)
     to_read = sources.to_read(c.read)
     described = describe_run("calibrate", as_json(c))
@@ -112,12 +119,23 @@ def run(config: Config) -> dict[str, Any]:
     record["images"]["read"] = reader.counts
     if c.out is not None:
         network = {"network": c.network, "revision": record["revision"]}
-        variables = {"params": found.codes, **model.state}
-        rules = rules_of(c, model)
-        record["bytes"]["file"] = write_packed(c.out, variables, rules=rules, network=network)
+        record["bytes"]["file"] = _write(c, model, found, network)
     if c.record is not None:
         write_json(c.record, record)
     return record
+
+
+def _write(
+    config: Config, model: PretrainedModel, found: Calibration, network: dict[str, Any]
+) -> int:
+    """Write the file that --out names; returns its bytes."""
+    c = config
+    assert c.out is not None
+    if c.out.suffix == ".onnx":
+        network["config"] = {name: v for name, v in as_json(c).items() if name not in PLACES}
+        return write_onnx(c.out, model, found.codes, description=network)
+    variables = {"params": found.codes, **model.state}
+    return write_packed(c.out, variables, rules=rules_of(c, model), network=network)
 
 
 def check(config: Config) -> None:

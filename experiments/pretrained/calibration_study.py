@@ -40,15 +40,13 @@ import tyro
 import ab_jax as ab
 from ab_jax.training.records import describe_run, write_json
 from experiments.pretrained import calibrate_command
-from experiments.pretrained.calibrate_command import calibrated, check, sources_of
+from experiments.pretrained.calibrate_command import PLACES, calibrated, check, sources_of
 from experiments.pretrained.calibration_records import as_json
 from experiments.pretrained.pretrained_models import PretrainedModel, pretrained_model
 from experiments.pretrained.readings import Reader
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import FlagError
 
-#: Flags that say where things lie on a machine; no study file has them, and no record.
-PLACES = ("weights_file", "photographs", "data_dir", "out", "record")
 _OF_STAGE = {"name", "run_name", "runs", "rows"}
 _FLAGS = {field.name for field in dataclasses.fields(calibrate_command.Config)} - set(PLACES)
 

@@ -41,28 +41,39 @@ def choices(records: Sequence[Record]) -> str:
 
 
 def finals(records: Sequence[Record]) -> str:
-    """A row for each width and way to calibrate: points below float, bytes, minutes and images.
+    """A row for each width and way to calibrate: points below float, nats, bytes, minutes, draws.
 
-    In brackets 95 % intervals, over images and draws.
+    In brackets 95 % intervals, over images and draws. `nats`, of each set: how far what the network
+    says is from what the float network says. `minutes`: of the fastest draw.
     """
     sets = [name for name in SETS if name in records[0]["points_below_float"]]
     head = ["weights", "method", "regression", "matched", "calibrated on"]
     head += [f"points below float, {SETS[name]}" for name in sets]
-    head += ["kB", "minutes", "n"]
+    head += ["nats", "kB", "minutes", "n"]
     rows = []
-    for (width, *way), of_row in grouped(records, lambda r: (width_of(r), *_way(r))).items():
-        method, regression, matched, images = way
-        source = "" if images == "0" else f"{images} {SOURCES[of_row[0]['config']['source']]}"
-        below = [interval(points_below_float(of_row, name)) for name in sets]
-        kilobytes = f"{of_row[0]['bytes']['codes_and_scales'] / 1000:.0f}"
-        minutes = f"{np.mean([r['seconds'] for r in of_row]) / 60:.1f}"
-        rows.append([width, method, regression, matched, source, *below, kilobytes, minutes])
-        rows[-1].append(str(len(of_row)))
+    for width, of_width in grouped(records, width_of).items():
+        for (*way, source), draws in grouped(of_width, _way_and_source).items():
+            below = [interval(points_below_float(draws, name)) for name in sets]
+            nats = " / ".join(f"{_mean_nats(draws, name):.3f}" for name in sets)
+            kilobytes = f"{draws[0]['bytes']['codes_and_scales'] / 1000:.0f}"
+            minutes = f"{min(record['seconds'] for record in draws) / 60:.1f}"
+            rows.append([width, *way[:3], source, *below, nats, kilobytes, minutes])
+            rows[-1].append(str(len(draws)))
     return markdown(head, rows, left=5)
 
 
+def _way_and_source(record: Record) -> tuple[str, ...]:
+    way = _way(record)
+    source = "" if way[-1] == "0" else f"{way[-1]} {SOURCES[record['config']['source']]}"
+    return *way, source
+
+
+def _mean_nats(records: Sequence[Record], name: str) -> float:
+    return float(np.mean([record["divergence_from_float"][name] for record in records]))
+
+
 def _nats(records: Sequence[Record]) -> str:
-    return f"{np.mean([record['divergence_from_float']['tiny'] for record in records]):.3f}"
+    return f"{_mean_nats(records, 'tiny'):.3f}"
 
 
 def _points(records: Sequence[Record], name: str) -> str:

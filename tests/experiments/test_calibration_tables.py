@@ -21,7 +21,7 @@ def record(rng, *, draw=0, images=128, read=500, lost=0.05, **config):
         },
         "images": {"calibrated": images, "read": dict.fromkeys(named, read)},
         "points_below_float": below,
-        "divergence_from_float": {"tiny": lost},
+        "divergence_from_float": {"photographs": lost / 2, "tiny": lost},
         "right": {
             n: {"float": as_bits(x), "quantized": as_bits(quantized)} for n, x in named.items()
         },
@@ -64,14 +64,17 @@ def test_one_draw_has_the_interval_of_its_images(rng):
 def test_a_row_is_a_width_and_a_way(rng):
     records = [record(rng, draw=draw, method=m) for m in ("gptq", "rounding") for draw in (0, 1)]
     records += [record(rng, method="rounded", images=0), record(rng, bits=3, regression=0.5)]
+    records.append(record(rng, source="tiny", lost=0.25))
     head, _, *found = rows(finals(records))
     assert [row[:5] for row in found] == [
         ["W4, depthwise 8", "GPTQ", "by layer", "mean", "128 half of each"],
         ["W4, depthwise 8", "rounding", "by layer", "mean", "128 half of each"],
         ["W4, depthwise 8", "rounding alone", "", "", ""],
+        ["W4, depthwise 8", "GPTQ", "by layer", "mean", "128 Tiny ImageNet"],
         ["W3, depthwise 8", "GPTQ", "0.5", "mean", "128 half of each"],
     ]
-    assert [row[-3:] for row in found] == [["123", "1.5", n] for n in ("2", "2", "1", "1")]
+    assert [row[-3:] for row in found] == [["123", "1.5", n] for n in ("2", "2", "1", "1", "1")]
+    assert found[3][-4] == "0.125 / 0.250"
     mean, half = points_below_float(records[:2], "tiny")
     column = head.index("points below float, Tiny ImageNet")
     assert found[0][column] == f"{mean:.2f} [{mean - half:.2f}, {mean + half:.2f}]"
