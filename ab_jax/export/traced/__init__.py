@@ -1,0 +1,21 @@
+"""Any JAX function as a flat graph, from which files of other runtimes are written."""
+
+from ab_jax.export.traced.functions import BATCH, TracedFunction, trace
+from ab_jax.export.traced.sizes import Dim, OpenAxes, Shape, Size
+from ab_jax.export.traced.traced_graph import Codes, Constant, Graph, Operand, Operation, Value
+
+__all__ = [
+    "BATCH",
+    "Codes",
+    "Constant",
+    "Dim",
+    "Graph",
+    "OpenAxes",
+    "Operand",
+    "Operation",
+    "Shape",
+    "Size",
+    "TracedFunction",
+    "Value",
+    "trace",
+]
