@@ -1,5 +1,6 @@
 """An ONNX file in the making: its nodes and its arrays, each under a name of its own."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,13 +21,20 @@ class OnnxFile:
 
     def node(self, operator: str, inputs: list[str], name: str, **attributes: Any) -> str:
         """Append a node; returns the name of what it gives out."""
-        name = self._unique(name)
-        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
-        return name
+        return self.node_of_several(operator, inputs, name, 1, **attributes)[0]
+
+    def node_of_several(
+        self, operator: str, inputs: list[str], name: str, count: int, **attributes: Any
+    ) -> list[str]:
+        """Append a node; returns the names of the several things that it gives out."""
+        names = [self.unique(name) for _ in range(count)]
+        called = names[0] if names else self.unique(name)
+        self.nodes.append(helper.make_node(operator, inputs, names, name=called, **attributes))
+        return names
 
     def array(self, name: str, values: np.ndarray | np.generic) -> str:
         """Add an array; returns its name."""
-        name = self._unique(name)
+        name = self.unique(name)
         self._arrays[name] = numpy_helper.from_array(np.asarray(values), name)
         return name
 
@@ -43,14 +51,19 @@ class OnnxFile:
         """The name of int8 values; int4 in the file if asked for, and cast where it is loaded."""
         if not int4:
             return self.array(name, values)
+        stored = self.int4_array(f"{name}_int4", values)
+        return self.node("Cast", [stored], name, to=onnx.TensorProto.INT8)
+
+    def int4_array(self, name: str, values: np.ndarray) -> str:
+        """Add int8 values in 4 bits; returns the name."""
         halves = np.zeros(values.size + values.size % 2, np.uint8)
         halves[: values.size] = values.reshape(-1).view(np.uint8) & 15
         data = (halves[::2] | halves[1::2] << 4).tobytes()  # the first of two in the lower half
-        stored = self._unique(f"{name}_int4")
-        self._arrays[stored] = helper.make_tensor(
-            stored, onnx.TensorProto.INT4, values.shape, data, raw=True
+        name = self.unique(name)
+        self._arrays[name] = helper.make_tensor(
+            name, onnx.TensorProto.INT4, values.shape, data, raw=True
         )
-        return self.node("Cast", [stored], name, to=onnx.TensorProto.INT8)
+        return name
 
     def rename(self, old: str, new: str) -> None:
         """Give what a node gives out another name."""
@@ -62,16 +75,16 @@ class OnnxFile:
 
     def model(
         self,
-        images: onnx.ValueInfoProto,
-        logits: onnx.ValueInfoProto,
+        inputs: Sequence[onnx.ValueInfoProto],
+        outputs: Sequence[onnx.ValueInfoProto],
         *,
         opset: int,
         ir_version: int,
         metadata: dict[str, str],
     ) -> onnx.ModelProto:
-        """The model from `images` to `logits`, checked by ONNX's own checker."""
+        """The model from inputs to outputs, checked by ONNX's own checker."""
         graph = helper.make_graph(
-            self.nodes, "network", [images], [logits], list(self._arrays.values())
+            self.nodes, "network", inputs, outputs, list(self._arrays.values())
         )
         model = helper.make_model(
             graph,
@@ -83,7 +96,8 @@ class OnnxFile:
         onnx.checker.check_model(model, full_check=True)
         return model
 
-    def _unique(self, name: str) -> str:
+    def unique(self, name: str) -> str:
+        """The name, with a number behind it if it is taken."""
         unique, number = name, 1
         while unique in self._taken:
             number += 1

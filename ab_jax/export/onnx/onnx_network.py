@@ -128,8 +128,8 @@ def to_onnx(
     }
     pixel = TensorProto.FLOAT if mean is None else TensorProto.UINT8
     model = file.model(
-        helper.make_tensor_value_info(IMAGES, pixel, ["batch", *graph.image_shape]),
-        helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", classes]),
+        [helper.make_tensor_value_info(IMAGES, pixel, ["batch", *graph.image_shape])],
+        [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["batch", classes])],
         opset=21 if int4 else 13,
         ir_version=10 if int4 else 8,
         metadata={name: json.dumps(value) for name, value in metadata.items() if value is not None},

@@ -15,7 +15,6 @@ from ab_jax.export.traced.traced_graph import (
     Constant,
     Graph,
     Operand,
-    Value,
     needed,
 )
 from ab_jax.export.traced.tracing import Walk
@@ -147,7 +146,9 @@ def _operand(path: str, leaf: Any) -> Operand:
     if not isinstance(leaf, Quantized):
         if isinstance(leaf, jax.ShapeDtypeStruct):
             raise ValueError(f"The parameter {path} is a shape alone. Give its numbers.")
-        return Constant(np.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))), path)
+        return Constant(
+            np.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))), path
+        )
     shape = leaf.codes.shape
     split = isinstance(leaf, BinaryCoded) and leaf.bits > 1
     scales = jnp.unstack(leaf.scale, axis=-1) if isinstance(leaf, BinaryCoded) else (leaf.scale,)
@@ -194,13 +195,3 @@ def _opened(
         if wrong:
             raise ValueError(f"An input of shape {leaf.shape} has no axis {wrong[0]} to be open.")
     return found
-
-
-def quantized_values(graph: Graph) -> set[Value]:
-    """What `quantize` gives out, in the graph and its bodies."""
-    return {
-        value
-        for operation in graph.all_operations()
-        if operation.primitive == "quantize"
-        for value in operation.outputs
-    }

@@ -44,7 +44,10 @@ def moved(primitive: str, params: Mapping[str, Any], x: np.ndarray) -> list[np.n
         case "split":
             return np.split(x, np.cumsum(params["sizes"])[:-1], params["axis"])
         case "unstack":
-            return [part.squeeze(params["axis"]) for part in np.split(x, x.shape[params["axis"]], params["axis"])]
+            return [
+                part.squeeze(params["axis"])
+                for part in np.split(x, x.shape[params["axis"]], params["axis"])
+            ]
         case "tile":
             return [np.tile(x, params["reps"])]
     raise NotImplementedError(primitive)

@@ -74,21 +74,20 @@ class OpenAxes:
         return int(values[0]) if len(set(values)) == 1 else Size(tuple(map(int, values)), self)
 
     def joined(self, of_corners: Sequence[Any]) -> Any:
-        """Shapes, or parameters of a primitive: tuples whose numbers are those of the corners.
+        """Parameters of a primitive: what is equal at all corners, and tuples with `Size`s.
 
         Raises:
           ValueError: they differ in something else than numbers.
         """
         first = of_corners[0]
-        if all(other is first for other in of_corners):
+        if all(_equal(other, first) for other in of_corners[1:]):
             return first
         if isinstance(first, (tuple, list)):
             if len({len(other) for other in of_corners}) == 1:
-                return tuple(self.joined(parts) for parts in zip(*of_corners, strict=True))
+                parts = [self.joined(parts) for parts in zip(*of_corners, strict=True)]
+                return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
         elif isinstance(first, (int, np.integer)) and not isinstance(first, bool):
             return self.size(of_corners)
-        elif all(bool(other == first) for other in of_corners):
-            return first
         raise ValueError(f"{first} at one size of the open axes is {of_corners[-1]} at another")
 
 
@@ -142,7 +141,9 @@ class Size:
         rows = [[math.prod(corner[n] for n in p) for p in products] for corner in self.axes.corners]
         found = np.linalg.solve(np.array(rows, float), np.array(self.values, float)).round()
         terms = {p: int(c) for p, c in zip(products, found, strict=True) if c}
-        if any(evaluated(terms, c) != v for c, v in zip(self.axes.corners, self.values, strict=True)):
+        if any(
+            evaluated(terms, c) != v for c, v in zip(self.axes.corners, self.values, strict=True)
+        ):
             return None
         # A square grows faster than the line through two of its values, which is negative at 1.
         steep = any(abs(count) > 1 for product, count in terms.items() if product)
@@ -203,3 +204,8 @@ def is_closed(found: Any) -> bool:
     if isinstance(found, (tuple, list)):
         return all(map(is_closed, found))
     return not isinstance(found, Size)
+
+
+def _equal(one: Any, other: Any) -> bool:
+    both_nan = isinstance(one, float) and one != one and other != other
+    return both_nan or bool(np.all(one == other))

@@ -230,7 +230,9 @@ class Walk:
         jaxprs = [p["jaxpr"] for p in params]
         bodies = [opened(jaxpr)[0] for jaxpr in jaxprs]
         # What the body hands on as it is, as it does with ranges, is no state.
-        kept = [bodies[0].outvars[i] is not bodies[0].invars[first + i] for i in range(last - first)]
+        kept = [
+            bodies[0].outvars[i] is not bodies[0].invars[first + i] for i in range(last - first)
+        ]
         inputs = self.fresh([body.invars[first:] for body in bodies])
         given = [
             value if i >= len(kept) or kept[i] else operands[first + i]
@@ -241,9 +243,7 @@ class Walk:
         wanted = [o for i, o in enumerate(results) if i >= len(kept) or kept[i]]
         body = dataclasses.replace(body, outputs=tuple(wanted))
         carry = [o for o, keep in zip(operands[first:last], kept, strict=True) if keep]
-        gathered = [
-            Value((length, *o.shape), np.dtype(o.dtype)) for o in results[last - first :]
-        ]
+        gathered = [Value((length, *o.shape), np.dtype(o.dtype)) for o in results[last - first :]]
         outputs = [*(Value(o.shape, o.dtype) for o in inputs[: len(kept)]), *gathered]
         found = {
             "body": body,
