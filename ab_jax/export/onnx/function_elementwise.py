@@ -11,7 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, computed_in, onnx_type
+from ab_jax.export.onnx.function_file import (
+    FunctionFile,
+    NotCarriedError,
+    computed_in,
+    onnx_type,
+    orderable,
+)
 from ab_jax.export.traced import Operation
 
 Write = Callable[[FunctionFile, Operation], Any]
@@ -27,7 +33,8 @@ _BINARY = {
     "add_any": "Add",
 }
 _COMPARED = {
-    **dict(lt="Less", le="LessOrEqual", gt="Greater", ge="GreaterOrEqual", eq="Equal"),
+    **{"lt": "Less", "le": "LessOrEqual", "gt": "Greater", "ge": "GreaterOrEqual"},
+    "eq": "Equal",
 }
 _BITWISE = {
     "and": ("And", "BitwiseAnd"),
@@ -64,10 +71,7 @@ def _compared(operator: str, *, negated: bool = False) -> Write:
     def write(file: FunctionFile, operation: Operation) -> str:
         names = []
         for x in operation.inputs:
-            kind = computed_in(x.dtype)
-            # Of bools only some comparisons are known.
-            kind = np.dtype(np.int32) if kind == bool else kind
-            names.append(file.cast(file.name(x), x.dtype, kind))
+            names.append(file.cast(file.name(x), x.dtype, orderable(x.dtype)))
         result = file.op(operator, *names)
         return file.op("Not", result) if negated else result
 
@@ -193,7 +197,7 @@ def _is_finite(file: FunctionFile, operation: Operation) -> str:
 def _select(file: FunctionFile, operation: Operation) -> str:
     which, *cases = operation.inputs
     dtype = operation.outputs[0].dtype
-    kind = np.dtype(np.int32) if dtype == bool else computed_in(dtype)
+    kind = orderable(dtype)
     names = [file.cast(file.name(case), dtype, kind) for case in cases]
     if len(cases) == 1:
         return file.name(cases[0])

@@ -251,6 +251,11 @@ def _names_in(nodes: Sequence[onnx.NodeProto]) -> Iterator[str]:
                 yield from (output.name for output in graph.output)
 
 
+def orderable(dtype: Any) -> np.dtype:
+    """What numbers are computed in, bools too: of these there are more kernels than of bools."""
+    return np.dtype(np.int32) if np.dtype(dtype).kind == "b" else computed_in(dtype)
+
+
 def _content(array: np.ndarray | None) -> Any:
     """What tells arrays from others."""
     if array is None:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, computed_in
+from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, orderable
 from ab_jax.export.onnx.function_layouts import expanded
 from ab_jax.export.traced import Constant, Dim, Operand, Operation, Shape, Size
 
@@ -156,20 +156,20 @@ def _filled(file: FunctionFile, operation: Operation, is_inside: str, x: str) ->
     dtype = np.dtype(operation.outputs[0].dtype)
     value = operation.params["fill_value"]
     if value is None:
-        if dtype == bool:
+        if dtype.kind == "b":
             value = True
         elif np.issubdtype(dtype, np.integer):
             ends = np.iinfo(dtype)
             value = ends.min if ends.min < 0 else ends.max
         else:
             value = np.nan
-    kind = np.dtype(np.int32) if dtype == bool else computed_in(dtype)
+    kind = orderable(dtype)
     filled = file.op("Where", is_inside, file.cast(x, dtype, kind), np.asarray(value, kind))
     return file.cast(filled, kind, dtype)
 
 
 def _scatter(file: FunctionFile, operation: Operation) -> str:
-    data, indices, updates = operation.inputs
+    data, _, updates = operation.inputs
     numbers = operation.params["dimension_numbers"]
     batching, of_batch = numbers.operand_batching_dims, numbers.scatter_indices_batching_dims
     axes = list(numbers.scatter_dims_to_operand_dims)
@@ -184,7 +184,7 @@ def _scatter(file: FunctionFile, operation: Operation) -> str:
         raise NotCarriedError("of windows that are not whole")
     if not axes:
         raise NotCarriedError("of no axes")
-    kind = np.dtype(np.int32) if data.dtype == bool else computed_in(data.dtype)
+    kind = orderable(data.dtype)
     inside = ""
     if not places.are_inside(window):
         if _is_dropping(operation):

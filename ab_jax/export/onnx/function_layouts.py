@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, computed_in
+from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, orderable
 from ab_jax.export.traced import Operation, Shape, Size
 
 
@@ -113,7 +113,7 @@ def _iota(file: FunctionFile, operation: Operation) -> str:
 
 def _pad(file: FunctionFile, operation: Operation) -> str:
     x, value = operation.inputs
-    kind = np.dtype(np.int32) if x.dtype == bool else computed_in(x.dtype)
+    kind = orderable(x.dtype)
     name = file.cast(file.name(x), x.dtype, kind)
     around = file.cast(file.name(value), value.dtype, kind)
     padded, _ = padded_with(file, name, x.shape, operation.params["padding_config"], around)

@@ -35,7 +35,8 @@ def _arranged(
     """The name of an operand with its axes in another order, and in another shape then."""
     moved = tuple(x.shape[axis] for axis in axes)
     if isinstance(x, Codes):
-        x = x.moved(lambda a: a.transpose(axes).reshape(shape))
+        closed: Any = shape
+        x = x.moved(lambda a: a.transpose(axes).reshape(closed))
         return file.cast(file.weight(x, to_products=meets_codes), x.dtype, kind)
     if isinstance(x, Constant):
         x = Constant(np.ascontiguousarray(x.array.transpose(axes).reshape(shape)), x.path)

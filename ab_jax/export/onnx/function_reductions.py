@@ -7,7 +7,7 @@ import numpy as np
 from onnx import TensorProto
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, computed_in
+from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, orderable
 from ab_jax.export.traced import Operand, Operation, Size
 
 _REDUCED = {
@@ -22,7 +22,7 @@ _REDUCED = {
 
 def _computable(file: FunctionFile, x: Operand) -> tuple[str, np.dtype]:
     """The name of an operand in numbers that can be ordered and added, and these."""
-    kind = np.dtype(np.int32) if x.dtype == bool else computed_in(x.dtype)
+    kind = orderable(x.dtype)
     return file.cast(file.name(x), x.dtype, kind), kind
 
 

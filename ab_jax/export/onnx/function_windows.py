@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, computed_in
+from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, orderable
 from ab_jax.export.onnx.function_layouts import padded_with
 from ab_jax.export.traced import Operation, Shape, Size
 
@@ -26,7 +26,7 @@ def _window(file: FunctionFile, operation: Operation) -> str:
     window, strides = params["window_dimensions"], params["window_strides"]
     if any(isinstance(size, Size) for size in (*window, *strides)):
         raise NotCarriedError("with a window whose size is open")
-    kind = np.dtype(np.int32) if x.dtype == bool else computed_in(x.dtype)
+    kind = orderable(x.dtype)
     name, shape = file.cast(file.name(x), x.dtype, kind), x.shape
     config = [
         (*ends, factor - 1)

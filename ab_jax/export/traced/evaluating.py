@@ -44,7 +44,8 @@ def without_values(
             return kept
         if name in _LEFT_TO_THE_FILE:
             return None
-    path = next((o.path for o in operands if not isinstance(o, Constant) or o.path), None)
+    paths = [o.path for o in operands if isinstance(o, Constant | Codes) and o.path]
+    path = paths[0] if paths else None
     arrays = [o.values() if isinstance(o, Codes) else _array(o) for o in operands]
     if name in MOVES and not _is_extended(arrays[0]):
         return [Constant(part, path) for part in moved(name, params, arrays[0])]

@@ -1,4 +1,4 @@
-"""Primitives that only move entries, on arrays of NumPy: how constants and codes go through them."""
+"""Primitives that only move entries, on arrays of NumPy: constants and codes go through them."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -59,8 +59,8 @@ class OpenAxes:
                 f"There are {len(names)} open axes, {', '.join(names)}. At most "
                 f"{len(_TRACED_AT)} can be."
             )
-        left = iter(_TRACED_AT)
-        return cls(tuple(names), tuple(tuple(sizes.get(name, next(left))) for name in names))
+        primes = dict(zip(names, _TRACED_AT, strict=False))
+        return cls(tuple(names), tuple(sizes.get(name, primes[name]) for name in names))
 
     @functools.cached_property
     def corners(self) -> tuple[dict[str, int], ...]:

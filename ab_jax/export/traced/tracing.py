@@ -1,4 +1,4 @@
-"""From a function to its graph (`trace`): a walk through its jaxprs at several sizes of open axes."""
+"""From jaxprs, one for each size of the open axes, to the operations of a graph."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -54,7 +54,7 @@ class Walk:
             variable = variables[0]
             if not isinstance(variable, core.Literal):
                 return known[variable]
-            return self.literal([v.val for v in variables], variable.aval.dtype)
+            return self.literal([v.val for v in variables], _dtype(variable))
 
         for equations in zip(*(body.eqns for body in bodies), strict=True):
             taken = [read(vs) for vs in zip(*(e.invars for e in equations), strict=True)]
@@ -311,6 +311,10 @@ class Walk:
 def _called(params: Mapping[str, Any]) -> Any:
     """The body of a call; those with derivatives of their own have it under other names."""
     return params["fun_jaxpr"] if "fun_jaxpr" in params else called(params)
+
+
+def _dtype(variable: Any) -> Any:
+    return variable.aval.dtype
 
 
 def _is_key(array: Any) -> bool:
