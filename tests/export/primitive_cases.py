@@ -19,6 +19,7 @@ class PrimitiveCase:
     f: Callable[..., Any]
     inputs: tuple[tuple[tuple[int, ...], str], ...]
     relative: float = 2e-6
+    is_further: bool = False  # another kind of numbers of what a case has already
 
     @property
     def name(self) -> str:
@@ -54,14 +55,19 @@ IMAGE = ((0, 6, 5, 4), "float32")
 
 
 def add(
-    primitive: str, f: Callable[..., Any], *inputs: Any, of: str = "", relative: float = 2e-6
+    primitive: str,
+    f: Callable[..., Any],
+    *inputs: Any,
+    of: str = "",
+    relative: float = 2e-6,
+    is_further: bool = False,
 ) -> None:
-    CASES.append(PrimitiveCase(primitive, of, f, inputs or (X,), relative))
+    CASES.append(PrimitiveCase(primitive, of, f, inputs or (X,), relative, is_further))
 
 
 def of_kinds(primitive: str, f: Callable[..., Any], count: int, kinds: str) -> None:
-    for kind in kinds.split():
-        add(primitive, f, *[((0, 5), kind)] * count, of=kind)
+    for i, kind in enumerate(kinds.split()):
+        add(primitive, f, *[((0, 5), kind)] * count, of=kind, is_further=i > 0)
 
 
 # On each entry
@@ -92,7 +98,7 @@ of_kinds("div", lax.div, 2, FLOATS)
 for kind in ("int32", "int8", "uint8", "int16"):
     for name in ("div", "rem"):
         by = lambda x, y, name=name: getattr(lax, name)(x, y | 1)
-        add(name, by, *[((0, 5), kind)] * 2, of=kind)
+        add(name, by, *[((0, 5), kind)] * 2, of=kind, is_further=kind != "int32")
 add("rem", lax.rem, X, ((0, 5), "positive"), of="float32")
 add("max", lambda x: lax.max(x, jnp.log(x)), X, of="nan")
 add("atan2", lax.atan2, X, X, relative=4e-6)
@@ -100,8 +106,13 @@ add("atan2", lambda x: lax.atan2(x, jnp.zeros_like(x)), X, of="of no length", re
 add("pow", lax.pow, ((0, 5), "positive"), X, relative=4e-6)
 add("pow", lax.pow, X, ((0, 5), "index"), of="whole", relative=4e-6)
 for power in (-3, -1, 0, 1, 2, 5, 40):
-    add("integer_pow", lambda x, power=power: lax.integer_pow(x, power), X, of=str(power),
-        relative=4e-6)
+    add(
+        "integer_pow",
+        lambda x, power=power: lax.integer_pow(x, power),
+        X,
+        of=str(power),
+        relative=4e-6,
+    )
 of_kinds("integer_pow", lambda x: lax.integer_pow(x, 3), 1, "int32 int8 uint32")
 for name in ("and", "or", "xor"):
     of_kinds(name, getattr(lax, f"bitwise_{name}"), 2, f"bool {WHOLE}")
@@ -109,33 +120,43 @@ of_kinds("not", lax.bitwise_not, 1, f"bool {WHOLE}")
 for kind in WHOLE.split():
     for name in ("shift_left", "shift_right_logical", "shift_right_arithmetic"):
         by = lambda x, n, name=name: getattr(lax, name)(x, (n * 11 % 40).astype(x.dtype))
-        add(name, by, ((0, 5), kind), ((0, 5), "index"), of=kind)
+        add(name, by, ((0, 5), kind), ((0, 5), "index"), of=kind, is_further=kind != "int32")
 for name in ("lt", "le", "gt", "ge", "eq", "ne"):
     compared = lambda x, y, name=name: getattr(lax, name)(x, y)
-    for kind in ("float32", "bfloat16", "int32", "uint8", "uint32", "bool"):
-        add(name, compared, *[((0, 5), kind)] * 2, of=kind)
+    of_kinds(name, compared, 2, "float32 bfloat16 int32 uint8 uint32 bool")
     add(name, lambda x, name=name: getattr(lax, name)(x, x), X, of="equal")
 of_kinds("clamp", lambda x: lax.clamp(x.dtype.type(1), x, x.dtype.type(2)), 1, f"{FLOATS} {WHOLE}")
 add("clamp", lambda x, a: lax.clamp(-a, x, a), X, ((0, 5), "unit"), of="by arrays")
 for kind in (*FLOATS.split(), "int32", "uint8", "bool"):
-    add("select_n", lambda w, x, y: lax.select_n(w, x, y), ((0, 5), "bool"),
-        *[((0, 5), kind)] * 2, of=kind)
+    add(
+        "select_n",
+        lambda w, x, y: lax.select_n(w, x, y),
+        ((0, 5), "bool"),
+        *[((0, 5), kind)] * 2,
+        of=kind,
+        is_further=kind != "float32",
+    )
 add("select_n", lambda w, *xs: lax.select_n(w, *xs), ((0, 5), "index"), X, X, X, X, of="of four")
-KINDS = "float32 float16 bfloat16 int32 int8 uint8 uint32 bool".split()
+KINDS = ["float32", "float16", "bfloat16", "int32", "int8", "uint8", "uint32", "bool"]
 for before in KINDS:
     for after in KINDS:
         floating = jnp.issubdtype(jnp.dtype(before), jnp.floating)
         signless = floating and after.startswith(("u", "b")) and after != "bfloat16"
         if before != after and after != "bool":
-            add("convert_element_type",
+            add(
+                "convert_element_type",
                 lambda x, after=after, s=signless: lax.convert_element_type(
-                    lax.abs(x) if s else x, jnp.dtype(after)),
-                ((0, 5), before), of=f"{before} to {after}")
+                    lax.abs(x) if s else x, jnp.dtype(after)
+                ),
+                ((0, 5), before),
+                of=f"{before} to {after}",
+                is_further="float32" not in (before, after),
+            )
 for bits in ((8, 23), (8, 7), (5, 10)):
     add("reduce_precision", lambda x, bits=bits: lax.reduce_precision(x, *bits), X, of=str(bits))
-for name in ("copy", "optimization_barrier", "stop_gradient"):
-    f = {"copy": jnp.copy, "optimization_barrier": lax.optimization_barrier}
-    add("add", lambda x, f=f.get(name, lax.stop_gradient): f(x) + 1, X, of=f"behind {name}")
+behind = {"copy": jnp.copy, "barrier": lax.optimization_barrier, "stop_gradient": lax.stop_gradient}
+for name, f in behind.items():
+    add("add", lambda x, f=f: f(x) + 1, X, of=f"behind {name}")
 
 # Layout
 
@@ -171,18 +192,26 @@ PADS = {
 for variant, config in PADS.items():
     add("pad", lambda x, config=config: lax.pad(x, x.dtype.type(7), config), IMAGE, of=variant)
 for kind in (*FLOATS.split(), *WHOLE.split(), "bool"):
-    add("pad", lambda x: lax.pad(x, x.dtype.type(1), ((0, 0, 0), (2, 1, 1))), ((0, 5), kind), of=kind)
+    add(
+        "pad",
+        lambda x: lax.pad(x, x.dtype.type(1), ((0, 0, 0), (2, 1, 1))),
+        ((0, 5), kind),
+        of=kind,
+        is_further=kind != "float32",
+    )
 
 # Reductions and running ones
 
 for name, f in {"sum": jnp.sum, "max": jnp.max, "min": jnp.min, "prod": jnp.prod}.items():
     add(f"reduce_{name}", lambda x, f=f: f(x, (1, 3)), IMAGE, relative=4e-6)
     add(f"reduce_{name}", lambda x, f=f: f(x), X, of="of all", relative=1e-5)
-    for kind in ("bfloat16", "int32", "uint8", "int8"):
+    for kind in ("bfloat16", "index", "int32", "uint8", "int8"):
         direct = {"sum": lax.reduce_sum, "max": lax.reduce_max, "min": lax.reduce_min}
-        reduced = lambda x, f=direct.get(name, lax.reduce_prod): f(x, (1,))
-        if kind != "bfloat16" or name in ("max", "min"):
-            add(f"reduce_{name}", reduced, ((0, 5), kind), of=kind)
+        direct["prod"] = lax.reduce_prod
+        reduced = lambda x, f=direct[name]: f(x, (1,))
+        # Products of int32 may leave 64 bits, and sums of bfloat16 are rounded elsewhere.
+        if name in ("max", "min") or (kind != "bfloat16" and (name, kind) != ("prod", "int32")):
+            add(f"reduce_{name}", reduced, ((0, 5), kind), of=kind, is_further=True)
 add("div", lambda x: x.mean(0), X, of="mean over the batch", relative=4e-6)
 for name in ("and", "or", "xor"):
     reduced = getattr(lax, f"reduce_{name}")
@@ -195,10 +224,10 @@ for name in ("argmax", "argmin"):
     of_kinds(name, lambda x, f=f: f(x, 1), 1, "int32 uint8 bool")
 for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
     for reverse in (False, True):
-        f = lambda x, f=getattr(lax, name), r=reverse: f(x, axis=1, reverse=r)
+        f = lambda x, n=name, r=reverse: getattr(lax, n)(x, axis=1, reverse=r)
         add(name, f, IMAGE, of="from behind" * reverse, relative=1e-5)
 for name in ("cumsum", "cumprod", "cummax", "cummin"):
-    of_kinds(name, lambda x, f=getattr(lax, name): f(x, axis=1), 1, "int32")
+    of_kinds(name, lambda x, n=name: getattr(lax, n)(x, axis=1), 1, "int32")
 add("cumsum", lambda x: lax.cumsum(x, axis=0), X, of="over the batch", relative=1e-5)
 add("sort", lambda x: jnp.sort(x, 1), IMAGE)
 add("sort", lambda x: jnp.argsort(jnp.round(x), 1), IMAGE, of="argsort, with ties")
@@ -206,7 +235,7 @@ add("sort", lambda x: jnp.sort(x, 0, descending=True), X, of="of the batch, fall
 add("sort", lambda x, y: lax.sort((jnp.round(x), y), num_keys=2), X, X, of="by two keys")
 of_kinds("sort", lambda x: lax.sort(x), 1, "int32 uint8 bool")
 add("top_k", lambda x: lax.top_k(x, 3), X)
-add("top_k", lambda x: lax.top_k(jnp.round(x), 4), X, of="with ties")
+add("top_k", lambda x: lax.top_k(lax.floor(lax.abs(x) * 2), 4), X, of="with ties")
 add("approx_top_k", lambda x: lax.approx_max_k(x, 2), ((0, 9), "float32"))
 
 # Windows
@@ -240,8 +269,13 @@ def whole_pool(x, op, start):
 
 add("reduce_window_max", lambda x: whole_pool(x, lax.max, -(2**31)), ((0, 8), "int32"), of="int32")
 add("reduce_window_sum", lambda x: whole_pool(x, lax.add, 0), ((0, 8), "int32"), of="int32")
-add("reduce_window_sum", lambda x: jax.lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1),
-    (1, 2, 2, 1), "SAME") / 4, IMAGE, of="average", relative=1e-5)
+add(
+    "reduce_window_sum",
+    lambda x: jax.lax.reduce_window(x, 0.0, lax.add, (1, 2, 2, 1), (1, 2, 2, 1), "SAME") / 4,
+    IMAGE,
+    of="average",
+    relative=1e-5,
+)
 
 # Products
 
@@ -265,8 +299,13 @@ DOTS = {
 for variant, (contracted, batch, left, right) in DOTS.items():
     f = lambda x, y, n=(contracted, batch): lax.dot_general(x, y, n)
     add("dot_general", f, (left, "float32"), (right, "float32"), of=variant, relative=1e-5)
-add("dot_general", lambda x: lax.dot_general(jnp.arange(15.0).reshape(3, 5), x, (((1,), (1,)),
-    ((), ()))), X, of="constant on the left", relative=1e-5)
+add(
+    "dot_general",
+    lambda x: lax.dot_general(jnp.arange(15.0).reshape(3, 5), x, (((1,), (1,)), ((), ()))),
+    X,
+    of="constant on the left",
+    relative=1e-5,
+)
 for kind, wide in (("int8", "int32"), ("bfloat16", "float32"), ("int32", "int32")):
     f = lambda x, y, w=wide: lax.dot(x, y, preferred_element_type=jnp.dtype(w))
     add("dot_general", f, ((0, 5), kind), ((5, 3), kind), of=kind, relative=1e-5)
@@ -287,31 +326,52 @@ CONVS = {
     "negative padding": (conv(padding=((-1, 2), (1, -1))), IMAGE, KERNEL),
     "dilated": (conv(rhs_dilation=(2, 1)), IMAGE, KERNEL),
     "dilated input": (conv(padding=((1, 2), (2, 1)), lhs_dilation=(2, 3)), IMAGE, KERNEL),
-    "dilated input, strided": (
-        conv((2, 1), ((1, 2), (2, 1)), lhs_dilation=(3, 2)), IMAGE, KERNEL),
+    "dilated input, strided": (conv((2, 1), ((1, 2), (2, 1)), lhs_dilation=(3, 2)), IMAGE, KERNEL),
     "groups": (conv(feature_group_count=2), IMAGE, ((3, 3, 2, 6), "float32")),
     "depthwise": (conv(feature_group_count=4), IMAGE, ((3, 3, 1, 8), "float32")),
-    "channels first": (conv(numbers=("NCHW", "OIHW", "NCHW")), ((0, 3, 6, 5), "float32"),
-                       ((4, 3, 3, 3), "float32")),
-    "odd layout": (conv(numbers=("CHNW", "WIOH", "HNWC")), ((4, 6, 0, 5), "float32"),
-                   ((2, 4, 8, 3), "float32")),
-    "1-D": (conv((2,), "SAME", ("NWC", "WIO", "NWC")), ((0, 9, 4), "float32"),
-            ((3, 4, 5), "float32")),
-    "3-D": (conv((1, 2, 1), "SAME", ("NDHWC", "DHWIO", "NDHWC")), ((0, 4, 5, 3, 2), "float32"),
-            ((2, 3, 2, 2, 4), "float32")),
-    "bfloat16": (conv(preferred_element_type=jnp.float32), ((0, 6, 5, 4), "bfloat16"),
-                 ((3, 2, 4, 8), "bfloat16")),
+    "channels first": (
+        conv(numbers=("NCHW", "OIHW", "NCHW")),
+        ((0, 3, 6, 5), "float32"),
+        ((4, 3, 3, 3), "float32"),
+    ),
+    "odd layout": (
+        conv(numbers=("CHNW", "WIOH", "HNWC")),
+        ((4, 6, 0, 5), "float32"),
+        ((2, 4, 8, 3), "float32"),
+    ),
+    "1-D": (
+        conv((2,), "SAME", ("NWC", "WIO", "NWC")),
+        ((0, 9, 4), "float32"),
+        ((3, 4, 5), "float32"),
+    ),
+    "3-D": (
+        conv((1, 2, 1), "SAME", ("NDHWC", "DHWIO", "NDHWC")),
+        ((0, 4, 5, 3, 2), "float32"),
+        ((2, 3, 2, 2, 4), "float32"),
+    ),
+    "bfloat16": (
+        conv(preferred_element_type=jnp.float32),
+        ((0, 6, 5, 4), "bfloat16"),
+        ((3, 2, 4, 8), "bfloat16"),
+    ),
 }
 for variant, (f, *inputs) in CONVS.items():
     add("conv_general_dilated", f, *inputs, of=variant, relative=1e-5)
 
 
 def upsampled(strides, padding, window=(3, 2), groups=1, out=6):
-    kernel = jax.random.normal(jax.random.key(0), (*window, 4 // groups, out))
+    kernel = np.random.default_rng(0).normal(size=(*window, 4 // groups, out)).astype(np.float32)
     if groups == 1:
         return lambda x: lax.conv_transpose(x, kernel, strides, padding)
-    return lambda x: lax.conv_general_dilated(x, kernel, (1, 1), padding, lhs_dilation=strides,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"), feature_group_count=groups)
+    return lambda x: lax.conv_general_dilated(
+        x,
+        kernel,
+        (1, 1),
+        padding,
+        lhs_dilation=strides,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=groups,
+    )
 
 
 for variant, f in {
@@ -342,49 +402,125 @@ add("gather", lambda x, i: x.at[i].get(mode="fill"), TABLE, WILD, of="filled wit
 add("gather", lambda x, i: x.at[i].get(mode="fill", fill_value=3), TABLE, WILD, of="filled with 3")
 add("gather", lambda x, i: x.at[i, i].get(mode="fill"), ((6, 5), "int32"), WILD, of="filled, int32")
 add("gather", lambda x, i: jnp.take(x, i, axis=1), TABLE, WILD, of="take")
-add("gather", lambda x, i: jnp.take_along_axis(x, i, 1), ((0, 5), "float32"), ((0, 3), "index"),
-    of="take_along_axis")
-add("gather", lambda x, i: jnp.take_along_axis(x, i, 0), ((5, 0), "float32"), ((3, 0), "index"),
-    of="take_along_axis in front")
-add("gather", lambda x, i: jax.vmap(lambda x, i: x[i])(x, i), ((0, 5, 2), "float32"),
-    ((0, 3), "index"), of="of a batch")
-add("gather", lambda x, i: jax.vmap(lambda x, i: lax.dynamic_slice(x, (i, 1), (2, 2)))(x, i),
-    ((0, 5, 4), "float32"), ((0,), "wild"), of="windows of a batch")
-add("gather", lambda x, i: jax.vmap(lambda i: lax.dynamic_slice(x, (i, i), (2, 3)))(i),
-    ((6, 5), "float32"), ((0,), "wild"), of="windows at two places")
+add(
+    "gather",
+    lambda x, i: jnp.take_along_axis(x, i, 1),
+    ((0, 5), "float32"),
+    ((0, 3), "index"),
+    of="take_along_axis",
+)
+add(
+    "gather",
+    lambda x, i: jnp.take_along_axis(x, i, 0),
+    ((5, 0), "float32"),
+    ((3, 0), "index"),
+    of="take_along_axis in front",
+)
+add(
+    "gather",
+    lambda x, i: jax.vmap(lambda x, i: x[i])(x, i),
+    ((0, 5, 2), "float32"),
+    ((0, 3), "index"),
+    of="of a batch",
+)
+add(
+    "gather",
+    lambda x, i: jax.vmap(lambda x, i: lax.dynamic_slice(x, (i, 1), (2, 2)))(x, i),
+    ((0, 5, 4), "float32"),
+    ((0,), "wild"),
+    of="windows of a batch",
+)
+add(
+    "gather",
+    lambda x, i: jax.vmap(lambda i: lax.dynamic_slice(x, (i, i), (2, 3)))(i),
+    ((6, 5), "float32"),
+    ((0,), "wild"),
+    of="windows at two places",
+)
 of_kinds("gather", lambda x: x[:, jnp.array([2, 0, 1, 2])], 1, f"{FLOATS} {WHOLE} bool")
 UPDATE = ((0, 5, 4), "float32")
 add("scatter", lambda x: x.at[:, 1].set(2.0), X, of="[:, 1].set")
-add("scatter", lambda x, y: x.at[:, 1].set(y), ((0, 5, 2), "float32"), ((0, 2), "float32"),
-    of="[:, 1].set of arrays")
+add(
+    "scatter",
+    lambda x, y: x.at[:, 1].set(y),
+    ((0, 5, 2), "float32"),
+    ((0, 2), "float32"),
+    of="[:, 1].set of arrays",
+)
 add("scatter", lambda x, i, y: x.at[i[0]].set(y), TABLE, PICKED, ((5, 4), "float32"), of="[i].set")
-add("scatter", lambda x, i: x.at[jnp.arange(x.shape[0]), i].set(9.0), X, PICKED,
-    of="[arange, i].set")
+add(
+    "scatter",
+    lambda x, i: x.at[jnp.arange(x.shape[0]), i].set(9.0),
+    X,
+    PICKED,
+    of="[arange, i].set",
+)
 add("scatter", lambda x, y: x.at[:, 1:3].set(y), X, ((0, 2), "float32"), of="[:, 1:3].set")
 add("scatter", lambda x, y: x.at[:, ::2].set(y), X, ((0, 3), "float32"), of="[:, ::2].set")
 add("scatter", lambda x, i: x.at[i[:1]].set(1.0), TABLE, WILD, of="dropped")
 for name in ("add", "mul", "min", "max"):
-    f = lambda x, i, y, n={"mul": "multiply"}.get(name, name): getattr(x.at[i], n)(y)
-    add(f"scatter-{name}" if name in ("add", "mul") else f"scatter-{name}", f, TABLE, WILD, UPDATE,
-        relative=1e-5)
+    method = "multiply" if name == "mul" else name
+    f = lambda x, i, y, n=method: getattr(x.at[i], n)(y)
+    add(
+        f"scatter-{name}",
+        f,
+        TABLE,
+        WILD,
+        UPDATE,
+        relative=1e-5,
+    )
 add("scatter-add", lambda x, i: x.at[:, i].add(1.0), TABLE, PICKED, of="[:, i].add")
 add("scatter-add", lambda x, i: x.at[i, 1, i].add(1.0), TABLE, PICKED, of="[i, 1, i].add")
-add("scatter-add", lambda x, i, y: jax.vmap(lambda x, i, y: x.at[i].add(y))(x, i, y),
-    ((0, 5), "float32"), ((0, 3), "wild"), ((0, 3), "float32"), of="of a batch", relative=1e-5)
-add("scatter-add", lambda i, y: jax.ops.segment_sum(y, i, 4), PICKED, ((0, 5), "float32"),
-    of="segment_sum", relative=1e-5)
+add(
+    "scatter-add",
+    lambda x, i, y: jax.vmap(lambda x, i, y: x.at[i].add(y))(x, i, y),
+    ((0, 5), "float32"),
+    ((0, 3), "wild"),
+    ((0, 3), "float32"),
+    of="of a batch",
+    relative=1e-5,
+)
+add(
+    "scatter-add",
+    lambda i, y: jax.ops.segment_sum(y, i, 4),
+    PICKED,
+    ((0, 5), "float32"),
+    of="segment_sum",
+    relative=1e-5,
+)
 of_kinds("scatter", lambda x: x.at[:, jnp.array([2, 0])].set(x[:, 3:]), 1, f"{FLOATS} {WHOLE} bool")
 ONE = ((), "wild")
 add("dynamic_slice", lambda x, i: lax.dynamic_slice(x, (i, 0, i), (2, 5, 3)), TABLE, ONE)
-add("dynamic_slice", lambda x, i: lax.dynamic_slice_in_dim(x, i, 3, 1), ((0, 5, 2), "float32"), ONE,
-    of="with a batch")
+add(
+    "dynamic_slice",
+    lambda x, i: lax.dynamic_slice_in_dim(x, i, 3, 1),
+    ((0, 5, 2), "float32"),
+    ONE,
+    of="with a batch",
+)
 add("dynamic_slice", lambda x, i: x[i], TABLE, ONE, of="x[i]")
-add("dynamic_update_slice", lambda x, y, i: lax.dynamic_update_slice(x, y, (i, i, 0)), TABLE,
-    ((2, 3, 4), "float32"), ONE)
-add("dynamic_update_slice", lambda x, y, i: lax.dynamic_update_slice_in_dim(x, y, i, 1),
-    ((0, 5, 2), "float32"), ((0, 2, 2), "float32"), ONE, of="with a batch")
-add("dynamic_update_slice", lambda x, y: lax.dynamic_update_slice(x, y, (0, 3)), X,
-    ((0, 2), "float32"), of="at a known place")
+add(
+    "dynamic_update_slice",
+    lambda x, y, i: lax.dynamic_update_slice(x, y, (i, i, 0)),
+    TABLE,
+    ((2, 3, 4), "float32"),
+    ONE,
+)
+add(
+    "dynamic_update_slice",
+    lambda x, y, i: lax.dynamic_update_slice_in_dim(x, y, i, 1),
+    ((0, 5, 2), "float32"),
+    ((0, 2, 2), "float32"),
+    ONE,
+    of="with a batch",
+)
+add(
+    "dynamic_update_slice",
+    lambda x, y: lax.dynamic_update_slice(x, y, (0, 3)),
+    X,
+    ((0, 2), "float32"),
+    of="at a known place",
+)
 
 # Loops and branches
 
@@ -395,15 +531,43 @@ def running(x):
 
 add("scan", lambda x: running(x.T), ((0, 12), "float32"), of="long")
 add("scan", running, ((0, 3), "float32"), of="over the batch")
-add("scan", lambda x: lax.scan(lambda c, v: (c + v, c * v), x[0], x, reverse=True),
-    ((12, 0), "float32"), of="from behind")
-add("scan", lambda x: lax.fori_loop(0, 20, lambda i, y: y * 0.9 + i, x), X, of="counted",
-    relative=1e-5)
-add("scan", lambda x: lax.scan(lambda c, _: (c * 0.9, c), x, None, length=20, reverse=True),
-    X, of="counted from behind", relative=1e-5)
-add("while", lambda x: lax.while_loop(lambda s: s[1] < jnp.abs(x).sum(), lambda s: (s[0] * 2, s[1]
-    + s[0].max()), (x * 0 + 1, jnp.float32(0))), X, of="", relative=1e-5)
+add(
+    "scan",
+    lambda x: lax.scan(lambda c, v: (c + v, c * v), x[0], x, reverse=True),
+    ((12, 0), "float32"),
+    of="from behind",
+)
+add(
+    "scan",
+    lambda x: lax.fori_loop(0, 20, lambda i, y: y * 0.9 + i, x),
+    X,
+    of="counted",
+    relative=1e-5,
+)
+add(
+    "scan",
+    lambda x: lax.scan(lambda c, _: (c * 0.9, c), x, None, length=20, reverse=True),
+    X,
+    of="counted from behind",
+    relative=1e-5,
+)
+add(
+    "while",
+    lambda x: lax.while_loop(
+        lambda s: s[1] < jnp.abs(x).sum(),
+        lambda s: (s[0] * 2, s[1] + s[0].max()),
+        (x * 0 + 1, jnp.float32(0)),
+    ),
+    X,
+    of="",
+    relative=1e-5,
+)
 add("while", lambda x, i: lax.fori_loop(0, i, lambda k, y: y * 0.5 + k, x), X, ONE, of="counted")
 add("cond", lambda x: lax.cond(x[0, 0] > 0, jnp.sin, lambda x: x * 2, x), X)
-add("cond", lambda x, i: lax.switch(i, [jnp.sin, jnp.cos, lambda x: x * 2, jnp.tanh], x), X, ONE,
-    of="switch")
+add(
+    "cond",
+    lambda x, i: lax.switch(i, [jnp.sin, jnp.cos, lambda x: x * 2, jnp.tanh], x),
+    X,
+    ONE,
+    of="switch",
+)

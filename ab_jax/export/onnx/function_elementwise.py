@@ -231,18 +231,23 @@ def _shifted(file: FunctionFile, operation: Operation) -> str:
 
 
 def _shifted_with_sign(file: FunctionFile, operation: Operation) -> str:
-    """Rounded down after a division by a power of 2, in float64, which holds 32 bits."""
+    """Rounded down after a division by a power of 2, in float64, which holds 32 bits.
+
+    The highest bit is the sign, of unsigned numbers too.
+    """
     x, by = operation.inputs
-    if np.dtype(x.dtype).itemsize > 4:
+    bits = np.dtype(x.dtype).itemsize * 8
+    if bits > 32:
         raise NotCarriedError(f"of {x.dtype}")
     double = np.dtype(np.float64)
     places = file.op("Min", file.cast(file.name(by), by.dtype, double), np.float64(63))
     # A count below 0 is a large one without its sign.
     places = file.op("Where", file.op("Less", places, np.float64(0)), np.float64(63), places)
     power = file.op("Pow", np.float64(2), places)
-    value = file.cast(file.name(x), x.dtype, double)
+    signed = np.dtype(f"int{bits}")
+    value = file.cast(file.cast(file.name(x), x.dtype, signed), signed, double)
     moved = file.op("Floor", file.op("Div", value, power))
-    return file.cast(file.cast(moved, double, np.int64), np.int64, x.dtype)
+    return file.cast(file.cast(moved, double, signed), signed, x.dtype)
 
 
 def _converted(file: FunctionFile, operation: Operation) -> str:

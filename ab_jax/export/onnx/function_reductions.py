@@ -34,8 +34,10 @@ def _reduce(file: FunctionFile, operation: Operation) -> str:
     if name in ("reduce_or", "reduce_and") and x.dtype != bool:
         raise NotCarriedError(f"of {x.dtype}")
     found, kind = _computable(file, x)
-    axes = np.array(axes, np.int64)
-    found = file.op(_REDUCED[name], found, axes, keepdims=0)
+    # Sums of int32 do not wrap there.
+    if kind.kind == "i" and name in ("reduce_sum", "reduce_prod"):
+        found, kind = file.cast(found, kind, np.int64), np.dtype(np.int64)
+    found = file.op(_REDUCED[name], found, np.array(axes, np.int64), keepdims=0)
     return file.cast(found, kind, operation.outputs[0].dtype)
 
 

@@ -28,24 +28,29 @@ def _window(file: FunctionFile, operation: Operation) -> str:
         raise NotCarriedError("with a window whose size is open")
     kind = orderable(x.dtype)
     name, shape = file.cast(file.name(x), x.dtype, kind), x.shape
-    config = [
-        (*ends, factor - 1)
-        for ends, factor in zip(params["padding"], params["base_dilation"], strict=True)
-    ]
-    if any(map(any, config)):
+    pads = [tuple(ends) for ends in params["padding"]]
+    if any(isinstance(end, Size) for ends in pads for end in ends):
+        raise NotCarriedError("with a padding that is open")
+    factors = params["base_dilation"]
+    axes = [i for i, size in enumerate(window) if size != 1 or strides[i] != 1 or any(pads[i])]
+    # A window that sees nothing but padding has no largest entry there.
+    seeing = all(0 <= end < size for ends, size in zip(pads, window, strict=True) for end in ends)
+    dilated = any(d != 1 for d in params["window_dilation"])  # sums of these came later
+    pooled = {
+        "reduce_window_max": seeing and all(factor == 1 for factor in factors),
+        "reduce_window_sum": not dilated,
+    }.get(operation.primitive, False)
+    pooled = pooled and kind == np.float32 and 0 < len(axes) <= _MOST_AXES
+    config = [(*ends, factor - 1) for ends, factor in zip(pads, factors, strict=True)]
+    attributes = pooled and seeing and all(factor == 1 for factor in factors)
+    if any(map(any, config)) and not attributes:
         edge = file.constant(kind.type(_neutral(operation.primitive, kind)))
         name, shape = padded_with(file, name, shape, config, edge)
-    dilations = params["window_dilation"]
-    axes = [i for i, size in enumerate(window) if size != 1 or strides[i] != 1]
-    is_float = kind == np.float32
-    pooled = is_float and operation.primitive != "reduce_window_min" and len(axes) <= _MOST_AXES
-    # Averages over dilated windows came later.
-    if operation.primitive == "reduce_window_sum" and any(d != 1 for d in dilations):
-        pooled = False
+        pads = [(0, 0)] * len(pads)
     if not axes:
         result = name
     elif pooled:
-        result = _pool(file, operation, name, shape, axes)
+        result = _pool(file, operation, name, shape, axes, pads)
     elif math.prod(window) <= _MOST_PLACES:
         result = _combined(file, operation, name, shape)
     else:
@@ -63,7 +68,12 @@ def _neutral(primitive: str, kind: np.dtype) -> float:
 
 
 def _pool(
-    file: FunctionFile, operation: Operation, x: str, shape: Shape, axes: Sequence[int]
+    file: FunctionFile,
+    operation: Operation,
+    x: str,
+    shape: Shape,
+    axes: Sequence[int],
+    pads: Sequence[tuple[int, int]],
 ) -> str:
     """By the pooling operators, which want two axes in front of those of the windows."""
     params = operation.params
@@ -79,12 +89,13 @@ def _pool(
     options = {
         "kernel_shape": window,
         "strides": [params["window_strides"][i] for i in axes],
+        "pads": [pads[i][0] for i in axes] + [pads[i][1] for i in axes],
     }
     if operation.primitive == "reduce_window_max":
         dilations = [params["window_dilation"][i] for i in axes]
         x = file.op("MaxPool", x, dilations=dilations, **options)
     else:
-        x = file.op("AveragePool", x, **options)
+        x = file.op("AveragePool", x, count_include_pad=1, **options)
         x = file.op("Mul", x, np.float32(math.prod(window)))
     result = tuple(operation.outputs[0].shape[i] for i in order)
     x = file.reshape(x, (*front, *result[len(rest) :]), result)

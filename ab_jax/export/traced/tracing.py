@@ -134,11 +134,27 @@ class Walk:
                 return found
         if name in SAME:
             return operands
+        same = self.simplified(name, params, operands, shapes[0] if shapes else ())
+        if same is not None:
+            return [same]
         outputs = tuple(
             Value(shape, v.aval.dtype) for shape, v in zip(shapes, first.outvars, strict=True)
         )
         self.operations.append(Operation(name, params, tuple(operands), outputs, line))
         return outputs
+
+    def simplified(
+        self, name: str, params: Mapping[str, Any], operands: Sequence[Operand], shape: Shape
+    ) -> Operand | None:
+        """An operand that is the result: chosen by a number that is known, or its own bits."""
+        if name == "select_n" and isinstance(operands[0], Constant) and not operands[0].shape:
+            chosen = operands[1 + int(operands[0].array)]
+            return chosen if chosen.shape == shape else None
+        if name == "bitcast_convert_type":
+            made = next((o for o in reversed(self.operations) if operands[0] in o.outputs), None)
+            if made and made.primitive == name and made.inputs[0].dtype == params["new_dtype"]:
+                return made.inputs[0]
+        return None
 
     def params(self, equations: Sequence[Any]) -> dict[str, Any]:
         """The parameters of an equation, with sizes; without the jaxprs in some."""
