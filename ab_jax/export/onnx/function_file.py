@@ -88,6 +88,10 @@ class FunctionFile(OnnxFile):
             self._by_content[key] = super().array(name, values)
         return self._by_content[key]
 
+    def own_array(self, name: str, values: np.ndarray) -> str:
+        """Add an array, whether there is such a one or not; returns its name."""
+        return super().array(name, values)
+
     @contextlib.contextmanager
     def at_head(self, stem: str) -> Iterator[None]:
         """Nodes within go to the head of the file."""
@@ -103,15 +107,9 @@ class FunctionFile(OnnxFile):
         yield self.nodes
         self.nodes = outer
 
-    def finish(self) -> None:
-        """Put the head in front, and leave out what nothing takes of it."""
-        taken = set(_names_in(self.nodes))
-        kept = []
-        for node in reversed(self._head):
-            if not taken.isdisjoint(node.output):
-                kept.append(node)
-                taken.update(node.input)
-        self.nodes = [*kept[::-1], *self.nodes]
+    def finish(self, outputs: Sequence[str]) -> None:
+        """Put the head in front, and leave out what the outputs do not need."""
+        self.nodes = pruned([*self._head, *self.nodes], outputs)
 
     # Operands
 
@@ -128,21 +126,19 @@ class FunctionFile(OnnxFile):
                 self.names[operand] = self.array(operand.path or "constant", array)
         return self.names[operand]
 
-    def weight(self, codes: Codes, *, to_products: bool = False) -> str:
+    def weight(self, codes: Codes, *, channels: int | None = None) -> str:
         """The name of a weight's values.
 
         Args:
           codes: of the weight.
-          to_products: whether they meet codes in a product, in integers.
+          channels: the axis of the channels of a product in which they meet codes.
         """
         arrays = [codes.codes, *codes.scales, codes.zero_point]
-        key = (codes.path, *map(_content, arrays), to_products)
+        key = (codes.path, *map(_content, arrays), channels)
         if key not in self._by_content:
             found = stored(codes)
             with self.at_head(codes.path):
-                self._by_content[key] = found.written(
-                    self, behind=self.fused or to_products, as_int8=to_products
-                )
+                self._by_content[key] = found.written(self, channels=channels)
         return self._by_content[key]
 
     # Sizes
@@ -239,6 +235,16 @@ def onnx_type(dtype: Any) -> int:
 def computed_in(dtype: Any) -> np.dtype:
     """What numbers of a dtype are computed in."""
     return np.dtype(_COMPUTED_IN.get(np.dtype(dtype).name, dtype))
+
+
+def pruned(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> list[onnx.NodeProto]:
+    """The nodes that outputs need."""
+    taken, kept = set(outputs), []
+    for node in reversed(nodes):
+        if not taken.isdisjoint(node.output):
+            kept.append(node)
+            taken.update(_names_in([node]))
+    return kept[::-1]
 
 
 def _names_in(nodes: Sequence[onnx.NodeProto]) -> Iterator[str]:

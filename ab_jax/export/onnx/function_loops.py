@@ -8,7 +8,7 @@ import onnx
 from onnx import helper
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FunctionFile, onnx_type
+from ab_jax.export.onnx.function_file import FunctionFile, onnx_type, pruned
 from ab_jax.export.traced import Graph, Operation, Size, Value
 
 WriteAll = Callable[[FunctionFile, Sequence[Operation]], None]
@@ -35,7 +35,8 @@ def loops(write_all: WriteAll) -> dict[str, Write]:
             helper.make_tensor_value_info(name, onnx.TensorProto.BOOL, [])
             for name in names[: len(names) - len(graph.outputs)]
         ]
-        return helper.make_graph(nodes, file.unique("body"), inputs, [*more, *outputs])
+        kept = pruned(nodes, names)
+        return helper.make_graph(kept, file.unique("body"), inputs, [*more, *outputs])
 
     def named(file: FunctionFile, values: Sequence[Value]) -> list[onnx.ValueInfoProto]:
         """Inputs of a body."""

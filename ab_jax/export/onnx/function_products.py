@@ -30,14 +30,17 @@ def _arranged(
     shape: Shape,
     kind: np.dtype,
     *,
-    meets_codes: bool = False,
+    channels: int | None = None,
 ) -> str:
-    """The name of an operand with its axes in another order, and in another shape then."""
+    """The name of an operand with its axes in another order, and in another shape then.
+
+    `channels`: where a weight meets codes, the axis of its channels in that shape.
+    """
     moved = tuple(x.shape[axis] for axis in axes)
     if isinstance(x, Codes):
         closed: Any = shape
         x = x.moved(lambda a: a.transpose(axes).reshape(closed))
-        return file.cast(file.weight(x, to_products=meets_codes), x.dtype, kind)
+        return file.cast(file.weight(x, channels=channels), x.dtype, kind)
     if isinstance(x, Constant):
         x = Constant(np.ascontiguousarray(x.array.transpose(axes).reshape(shape)), x.path)
         return file.cast(file.name(x), x.dtype, kind)
@@ -92,10 +95,11 @@ def _product(
     # A product of two axes and the sum after it ONNX Runtime would make a Gemm of, which rounds
     # what is added.
     alone = (any(meets) and len(shape) == 2) or not in_rows
-    a = _arranged(file, left, axes, (1, *shape) if alone else shape, kind, meets_codes=meets[1])
+    a = _arranged(file, left, axes, (1, *shape) if alone else shape, kind)
     shape = (*batched, math.prod(summed), math.prod(columns))
     axes = [*batch[1], *contracted[1], *_others(right, batch[1], contracted[1])]
-    b = _arranged(file, right, axes, shape, kind, meets_codes=meets[0])
+    channels = len(shape) - 1 if meets[0] and not batched else None
+    b = _arranged(file, right, axes, shape, kind, channels=channels)
     found = file.op("MatMul", a, b)
     found = file.cast(found, kind, result)
     given = (*((1,) if alone else ()), *batched, *in_rows, math.prod(columns))
@@ -123,7 +127,7 @@ def _convolution(file: FunctionFile, operation: Operation) -> str:
     window = tuple(kernel.shape[i] for i in rhs)
     if any(isinstance(size, Size) for size in window):
         raise NotCarriedError("with a kernel whose size is open")
-    data = _arranged(file, x, lhs, shape, kind, meets_codes=_is_codes(file, kernel))
+    data = _arranged(file, x, lhs, shape, kind)
     name = _transposed(file, operation, data, kernel, kind)
     if name is None:
         name = _direct(file, operation, data, shape, kernel, kind)
@@ -143,9 +147,9 @@ def _direct(
     params = operation.params
     rhs = tuple(params["dimension_numbers"].rhs_spec)
     x = operation.inputs[0]
-    weights = _arranged(
-        file, kernel, rhs, tuple(kernel.shape[i] for i in rhs), kind, meets_codes=_is_codes(file, x)
-    )
+    window = tuple(kernel.shape[i] for i in rhs)
+    channels = 0 if _is_codes(file, x) else None
+    weights = _arranged(file, kernel, rhs, window, kind, channels=channels)
     pads = [tuple(ends) for ends in params["padding"]]
     if any(isinstance(end, Size) for ends in pads for end in ends):
         raise NotCarriedError("with a padding that is open")

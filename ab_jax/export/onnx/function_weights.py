@@ -37,19 +37,22 @@ class Stored:
     scales: tuple[np.ndarray, ...]
     zero_point: np.ndarray | None
 
-    def written(self, file: FunctionFile, *, behind: bool, as_int8: bool) -> str:
+    def written(self, file: FunctionFile, *, channels: int | None) -> str:
         """The name of the values.
 
         Args:
           file: where to.
-          behind: whether behind `DequantizeLinear`, if scales can be so.
-          as_int8: whether codes are cast to int8 first: kernels of integers want that.
+          channels: where they meet codes, the axis of the channels of their product: kernels of
+            integers take int8 with a scale for each of these, or one for all.
         """
         weight = self.weight
         if weight.dtype == np.float32 and len(self.scales) == 1:
             axis, size = self._block()
-            if behind and axis is not None:
-                return self._dequantized(file, axis, size, as_int8)
+            if channels is not None:
+                if not size and (axis == channels or self.scales[0].size == 1):
+                    return self._dequantized(file, channels, 0, as_int8=True)
+            elif file.fused and axis is not None:
+                return self._dequantized(file, axis, size, as_int8=False)
         values = self._signed_sum(file) if len(self.scales) > 1 else self._multiplied(file)
         return file.cast(values, self.scales[0].dtype, weight.dtype)
 
@@ -69,21 +72,26 @@ class Stored:
         return None, 0
 
     def _dequantized(self, file: FunctionFile, axis: int, size: int, as_int8: bool) -> str:
+        """Behind DequantizeLinear, with arrays of its own.
+
+        ONNX Runtime turns int8 into uint8, zero points too, and fails where these are left out of
+        one of two weights, or shared by them.
+        """
         (scale,), zero = self.scales, self.zero_point
-        if as_int8 and zero is None:
-            zero = np.zeros(scale.shape, np.int8)
+        zero = np.zeros(scale.shape, np.int8) if zero is None else zero
         if not size:  # one scale, or one a channel
             shape = (scale.size,) if scale.size > 1 else ()
-            scale = scale.reshape(shape)
-            zero = None if zero is None else zero.reshape(shape)
-        path = self.weight.path
-        inputs = [self._codes(file) if as_int8 else self._array(file, "codes", self.weight.codes)]
-        inputs.append(file.array(f"{path}/scale", scale))
-        if zero is not None:
-            add = file.int4_array if self.is_int4 and not as_int8 else file.array
-            inputs.append(add(f"{path}/zero_point", zero))
+            scale, zero = scale.reshape(shape), zero.reshape(shape)
+        name, codes = self.weight.path, self.weight.codes
+        if as_int8 or not self.is_int4:
+            stored = file.whole_numbers(f"{name}/codes", codes, int4=self.is_int4)
+            zeros = file.own_array(f"{name}/zero_point", zero)
+        else:
+            stored = file.int4_array(f"{name}/codes", codes)
+            zeros = file.int4_array(f"{name}/zero_point", zero)
+        scales = file.own_array(f"{name}/scale", scale)
         options = {"block_size": size} if size else {}
-        return file.op("DequantizeLinear", *inputs, axis=axis, **options)
+        return file.op("DequantizeLinear", stored, scales, zeros, axis=axis, **options)
 
     def _multiplied(self, file: FunctionFile) -> str:
         """Codes times scales."""
@@ -92,8 +100,8 @@ class Stored:
         split, blocks = self._split()
         values = file.reshape(values, self.weight.shape, split)
         if self.zero_point is not None:
-            zero = self.zero_point.astype(scale.dtype).reshape(blocks)
-            values = file.op("Sub", values, zero)
+            zeros = file.array(f"{self.weight.path}/zero_point", self.zero_point.reshape(blocks))
+            values = file.op("Sub", values, file.op("Cast", zeros, to=_type_of(scale)))
         values = file.op(
             "Mul", values, file.array(f"{self.weight.path}/scale", scale.reshape(blocks))
         )
@@ -130,11 +138,6 @@ class Stored:
         """The name of the codes as int8."""
         name = f"{self.weight.path}/codes"
         return file.whole_numbers(name, self.weight.codes, int4=self.is_int4)
-
-    def _array(self, file: FunctionFile, what: str, values: np.ndarray) -> str:
-        """The name of int8 values as they are stored."""
-        add = file.int4_array if self.is_int4 else file.array
-        return add(f"{self.weight.path}/{what}", values)
 
     def _split(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes in which blocks have an axis of their own: of the codes, and of the scales."""

@@ -104,7 +104,7 @@ def function_to_onnx(
         raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
     for name, output in zip(out, graph.outputs, strict=True):
         file.nodes.append(helper.make_node("Identity", [file.name(output)], [name], name=name))
-    file.finish()
+    file.finish(out)
     metadata = {
         "class_names": None if class_names is None else list(class_names),
         "mean": None if mean is None else list(mean),

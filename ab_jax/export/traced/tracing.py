@@ -50,14 +50,15 @@ class Walk:
         for variable, *arrays in zip(first.constvars, *constants, strict=True):
             known[variable] = self.constant(arrays)
 
-        def read(variables: Sequence[Any]) -> Operand:
+        def read(variables: Sequence[Any], equation: Any = None) -> Operand:
             variable = variables[0]
             if not isinstance(variable, core.Literal):
                 return known[variable]
-            return self.literal([v.val for v in variables], _dtype(variable))
+            return self.literal([v.val for v in variables], _dtype(variable), equation)
 
         for equations in zip(*(body.eqns for body in bodies), strict=True):
-            taken = [read(vs) for vs in zip(*(e.invars for e in equations), strict=True)]
+            variables = zip(*(e.invars for e in equations), strict=True)
+            taken = [read(vs, equations[0]) for vs in variables]
             results = self.equation(first, equations, taken)
             known.update(zip(equations[0].outvars, results, strict=True))
         return [read(vs) for vs in zip(*(body.outvars for body in bodies), strict=True)]
@@ -79,7 +80,7 @@ class Walk:
             )
         return Constant(first if _is_key(first) else np.asarray(first))
 
-    def literal(self, values: Sequence[Any], dtype: Any) -> Operand:
+    def literal(self, values: Sequence[Any], dtype: Any, equation: Any) -> Operand:
         """A number in the program; where it depends on open axes it is their `size`."""
         if len({np.asarray(value).tobytes() for value in values}) == 1:
             return Constant(np.asarray(values[0], dtype))
@@ -87,7 +88,8 @@ class Walk:
             raise ValueError(
                 self._told(
                     f"A number is {' or '.join(map(str, values))}, by the size of an open axis, "
-                    f"and no whole one"
+                    f"and no whole one",
+                    self.line or (model_line(equation) if equation else ""),
                 )
             )
         size = self.axes.size([int(value) for value in values])
