@@ -149,13 +149,13 @@ def test_codes_of_every_kind(name: str, fused: bool, rng: np.random.Generator) -
     operators = Counter(node.op_type for node in model.graph.node)
     pairs = 2 * (fused and KINDS[name][1] in IN_FUSED and not KINDS[name][3])
     assert operators["DequantizeLinear"] == pairs
+    width = {1: 1, 2: 1.6 if "ternary" in name else 2, 3: 4, 4: 4}.get(up.bits, 8)
     for path, leaf in (("up/w", up), ("down/w", down)):
         arrays = [a for a in model.graph.initializer if a.name.startswith(path)]
         floats = [a for a in arrays if a.data_type == onnx.TensorProto.FLOAT]
-        assert sum(np.prod(a.dims) for a in floats) <= max(leaf.scale.size, _MOST_SHARED)
-
-
-_MOST_SHARED = 16  # scales that stand among other constants
+        assert sum(np.prod(a.dims) for a in floats) <= leaf.scale.size
+        (stored,) = [a for a in arrays if "/codes" in a.name or "/packed" in a.name]
+        assert len(stored.raw_data) == np.ceil(leaf.codes.size * width / 8)
 
 
 def test_fused_weights_are_exact_where_the_session_says_so(rng: np.random.Generator) -> None:
@@ -278,7 +278,7 @@ def test_layers_with_quantized_inputs_run_in_integers(
     x = drawn(rng, 3, 16)
     rules = ActivationRules([(r".*", ActivationQuantizer(bits=8, limit=4.0))])
     ranges = initial_ranges(mlp, rules, params, x)
-    for bits in (8, 4):
+    for bits in (8, 4, 2):
         codes = {"up": coded(params["up"], bits), "down": coded(params["down"], bits, axis=0)}
         model = function_to_onnx(mlp, codes, x, rules=rules, ranges=ranges)
         options = onnxruntime.SessionOptions()

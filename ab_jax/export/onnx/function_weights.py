@@ -1,7 +1,8 @@
 """Quantized weights of a function as they lie in an ONNX file.
 
-Codes of at most 4 bits are stored in 4 bits, others in 8. (Types of 2 bits came with opset 25, and
-ONNX Runtime 1.32 computes another product behind `DequantizeLinear` of them.)
+Codes of at most 2 bits are packed: 8 of 1 bit, 5 ternary ones, 4 of 2 bits to a byte. Others of at
+most 4 bits are stored in 4 bits, the rest in 8. (ONNX has types of 2 bits since opset 25; behind
+`DequantizeLinear` ONNX Runtime 1.32 computes another product of them.)
 
 They become numbers in one of two ways. As `Cast` and `Mul`, which ONNX Runtime computes when it
 loads the file: the values are those of JAX whatever the scales are by. Or by `DequantizeLinear`,
@@ -21,6 +22,10 @@ from ab_jax.export.traced import Codes
 
 if TYPE_CHECKING:
     from ab_jax.export.onnx.function_file import FunctionFile
+
+
+# How many digits of a base fit into a byte.
+_DIGITS = {2: 8, 3: 5, 4: 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,12 +87,12 @@ class Stored:
         if not size:  # one scale, or one a channel
             shape = (scale.size,) if scale.size > 1 else ()
             scale, zero = scale.reshape(shape), zero.reshape(shape)
-        name, codes = self.weight.path, self.weight.codes
-        if as_int8 or not self.is_int4:
-            stored = file.whole_numbers(f"{name}/codes", codes, int4=self.is_int4)
+        name = self.weight.path
+        if as_int8 or not self.is_int4 or self.weight.bits <= 2:
+            stored = self._codes(file)
             zeros = file.own_array(f"{name}/zero_point", zero)
         else:
-            stored = file.int4_array(f"{name}/codes", codes)
+            stored = file.int4_array(f"{name}/codes", self.weight.codes)
             zeros = file.int4_array(f"{name}/zero_point", zero)
         scales = file.own_array(f"{name}/scale", scale)
         options = {"block_size": size} if size else {}
@@ -111,11 +116,13 @@ class Stored:
         """The sum of a code's scales by its binary digits, the highest first."""
         bits, kind = self.weight.bits, self.scales[0].dtype
         digits = (self.weight.codes.astype(np.int32) + (2**bits - 1)) >> 1
-        left = file.op(
-            "Cast",
-            file.array(f"{self.weight.path}/digits", digits.astype(np.uint8)),
-            to=_type_of(self.scales[0]),
-        )
+        if bits == 2:
+            stored, lowest = self._unpacked(file, digits, 4), 0
+        else:
+            lowest, name = 2 ** (bits - 1), f"{self.weight.path}/codes"
+            stored = file.whole_numbers(name, (digits - lowest).astype(np.int8), int4=bits <= 4)
+        left = file.op("Cast", stored, to=_type_of(self.scales[0]))
+        left = file.op("Add", left, np.asarray(lowest, kind))
         split, blocks = self._split()
         left = file.reshape(left, self.weight.shape, split)
         total = ""
@@ -136,8 +143,33 @@ class Stored:
 
     def _codes(self, file: FunctionFile) -> str:
         """The name of the codes as int8."""
-        name = f"{self.weight.path}/codes"
-        return file.whole_numbers(name, self.weight.codes, int4=self.is_int4)
+        codes, bits = self.weight.codes, self.weight.bits
+        if bits > 2:
+            return file.whole_numbers(f"{self.weight.path}/codes", codes, int4=self.is_int4)
+        lowest, step, base = -2, 1, 4
+        if bits == 1:
+            lowest, step, base = -1, 2, 2
+        elif codes.size and codes.min() >= -1:
+            lowest, base = -1, 3
+        digits = self._unpacked(file, (codes - lowest) // step, base)
+        unit = np.int32(step)
+        found = file.op("Add", file.op("Mul", digits, unit), np.int32(lowest))
+        return file.op("Cast", found, to=TensorProto.INT8)
+
+    def _unpacked(self, file: FunctionFile, digits: np.ndarray, base: int) -> str:
+        """The name of digits, int32, that are packed in the file: the first of a byte is its last."""
+        count = _DIGITS[base]
+        flat = np.zeros(-(-digits.size // count) * count, np.int64)
+        flat[: digits.size] = digits.reshape(-1)
+        powers = base ** np.arange(count)
+        data = (flat.reshape(-1, count) @ powers).astype(np.uint8)
+        found = file.op(
+            "Cast", file.array(f"{self.weight.path}/packed", data), to=TensorProto.INT32
+        )
+        found = file.op("Div", file.op("Unsqueeze", found, np.array([1])), powers.astype(np.int32))
+        found = file.op("Reshape", file.op("Mod", found, np.int32(base)), np.array([-1]))
+        found = file.slice(found, 0, 0, digits.size)
+        return file.op("Reshape", found, np.array(digits.shape, np.int64))
 
     def _split(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Shapes in which blocks have an axis of their own: of the codes, and of the scales."""
