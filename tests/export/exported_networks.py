@@ -61,6 +61,20 @@ def coded(params: Any, bits: int, axis: int = -1, zero_point: bool = False) -> A
     return jax.tree.map(leaf, params)
 
 
+def dequantized(params: Any) -> Any:
+    """What `coded` stands for, by NumPy."""
+
+    def leaf(w: Any) -> Any:
+        if not isinstance(w, Quantized):
+            return w
+        offsets = w.codes.astype(np.float32) - np.float32(
+            0 if w.zero_point is None else w.zero_point
+        )
+        return offsets * w.scale
+
+    return jax.tree.map(leaf, params, is_leaf=lambda w: isinstance(w, Quantized))
+
+
 class Pictures(nn.Module):
     """GELU and LayerNorm between convolutions."""
 

@@ -1,6 +1,8 @@
 """Networks of every framework as ONNX files: their answers are JAX's, in floats and in codes."""
 
+import contextlib
 import json
+import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +20,7 @@ from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.export.onnx import function_to_onnx
 from ab_jax.products import ActivationRules, initial_ranges, measure_ranges, quantize_inputs
 from ab_jax.quantized import BinaryCoded, Quantized
-from tests.export.exported_networks import LONG, NETWORKS, OPEN_AXES, coded, drawn
+from tests.export.exported_networks import LONG, NETWORKS, OPEN_AXES, coded, dequantized, drawn
 from tests.export.onnx_answers import answers, check_close, evaluate
 
 
@@ -43,7 +45,7 @@ def test_a_file_answers_as_its_network(name: str, rng: np.random.Generator) -> N
     axis = 0 if name.startswith("equinox") else -1
     for given in (params, coded(params, 8, axis), coded(params, 4, axis, zero_point=True)):
         model = function_to_onnx(f, given, *inputs, open_axes=OPEN_AXES.get(name))
-        check_close(answers(model, *inputs), compiled(ab.dequantize(given), *inputs))
+        check_close(answers(model, *inputs), compiled(dequantized(given), *inputs))
         check_codes(model, given)
 
 
@@ -143,7 +145,7 @@ def test_codes_of_every_kind(name: str, fused: bool, rng: np.random.Generator) -
     codes = {"up": {"w": up, "b": drawn(rng, 24)}, "down": {"w": down}}
     x = drawn(rng, 3, 16)
     model = function_to_onnx(mlp, codes, x, fused=fused)
-    wanted = evaluate(mlp, ab.dequantize(jax.tree.map(jnp.asarray, codes)), jnp.asarray(x))
+    wanted = evaluate(lambda c, x: mlp(ab.dequantize(c), x), codes, x)
     # What ONNX Runtime makes of a fused pair rounds activations to 8 bits.
     check_close(answers(model, x), wanted, relative=2e-2 if fused else 1e-5)
     operators = Counter(node.op_type for node in model.graph.node)
@@ -165,7 +167,7 @@ def test_fused_weights_are_exact_where_the_session_says_so(rng: np.random.Genera
     options = onnxruntime.SessionOptions()
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "0")
     running = onnxruntime.InferenceSession(model.SerializeToString(), options)
-    wanted = evaluate(mlp, jax.tree.map(jnp.asarray, ab.dequantize(params)), jnp.asarray(x))
+    wanted = evaluate(mlp, dequantized(params), x)
     check_close(running.run(None, {"input0": x}), wanted)
 
 
@@ -181,8 +183,7 @@ def test_codes_stay_codes_through_layout_and_layers(rng: np.random.Generator) ->
     codes = coded(params, 8, axis=0)
     x = drawn(rng, 3, 6)
     model = function_to_onnx(f, codes, x)
-    dense = jax.tree.map(jnp.asarray, ab.dequantize(codes))
-    check_close(answers(model, x), evaluate(f, dense, jnp.asarray(x)))
+    check_close(answers(model, x), evaluate(f, dequantized(codes), x))
     check_codes(model, codes)
     floats = [a for a in model.graph.initializer if a.data_type == onnx.TensorProto.FLOAT]
     assert all(np.prod(a.dims) <= 6 for a in floats)
@@ -224,7 +225,7 @@ def test_quantized_inputs_are_those_of_jax(name: str, rng: np.random.Generator) 
     model = function_to_onnx(
         f, codes, *inputs, rules=rules, ranges=ranges, open_axes=OPEN_AXES.get(name)
     )
-    dense = ab.dequantize(codes)
+    dense = dequantized(codes)
     quantized = quantize_inputs(f, rules)
     wanted = compiled_for(lambda p, *xs: quantized(p, *xs, ranges=ranges)[0], dense, *inputs)
     plain = compiled_for(f, dense, *inputs)
@@ -252,7 +253,7 @@ def test_codes_of_one_input(bits: int, signed: bool, rng: np.random.Generator) -
     limit = np.float64(ranges["w"].limit)
     lowest, highest = quantizer.levels
     levels = np.clip(np.rint(x.astype(np.float64) * highest / limit), lowest, highest)
-    weights = np.asarray(ab.dequantize(coded(params, 8))["w"], np.float64)
+    weights = dequantized(coded(params, 8))["w"].astype(np.float64)
     wanted = (levels * (limit / highest)) @ weights
     (found,) = answers(model, x)
     close = np.abs(found - wanted) < 1e-5 * np.abs(wanted).max()
@@ -288,3 +289,85 @@ def test_layers_with_quantized_inputs_run_in_integers(
         operators = Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node)
         assert operators["MatMulIntegerToFloat"] == 2, operators
         assert not {"DequantizeLinear", "MatMul", "Gemm", "QGemm"} & operators.keys()
+
+
+# The entry
+
+
+def test_names_shapes_and_metadata_of_a_file(rng: np.random.Generator) -> None:
+    f = lambda p, x, tree: {"sum": x @ p["w"] + tree["a"], "rest": tree["b"]}
+    params = coded({"w": drawn(rng, 4, 3)}, 4)
+    inputs = drawn(rng, 2, 4), {"a": drawn(rng, 2, 3), "b": np.arange(3)}
+    axes = ({0: "batch"}, {"a": {0: "batch"}, "b": None})
+    told = {"class_names": ["a", "b", "c"], "mean": [0.5], "std": [0.2], "description": {"of": 1}}
+    model = function_to_onnx(f, params, *inputs, open_axes=axes, **told)
+    shapes = {
+        value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*model.graph.input, *model.graph.output)
+    }
+    assert shapes == {
+        **{"input0": ["batch", 4], "input1/a": ["batch", 3], "input1/b": [3]},
+        **{"output/rest": [3], "output/sum": ["batch", 3]},
+    }
+    metadata = {p.key: json.loads(p.value) for p in model.metadata_props}
+    assert metadata.pop("source") == {"ab_jax": ab.__version__, "jax": jax.__version__}
+    assert metadata.pop("quantization") == {"weights": {"w": 4}, "inputs": {}}
+    assert metadata == {
+        **{"class_names": ["a", "b", "c"], "mean": [0.5], "std": [0.2], "network": {"of": 1}}
+    }
+    again = function_to_onnx(f, params, *inputs, open_axes=axes, **told)
+    assert again.SerializeToString(deterministic=True) == model.SerializeToString(
+        deterministic=True
+    )
+    named = function_to_onnx(
+        f, params, *inputs, open_axes=axes, input_names=list("xyz"), output_names=["r", "s"]
+    )
+    assert [value.name for value in named.graph.input] == ["x", "y", "z"]
+    assert [value.name for value in named.graph.output] == ["r", "s"]
+    with pytest.raises(ValueError, match="2 input names for 3 inputs: 0, 1/a, 1/b"):
+        function_to_onnx(f, params, *inputs, input_names=["x", "y"])
+    with pytest.raises(ValueError, match="not all different"):
+        function_to_onnx(f, params, *inputs, open_axes=axes, output_names=["input0", "s"])
+
+
+def test_outputs_may_be_inputs_constants_codes_and_one_value_twice(
+    rng: np.random.Generator,
+) -> None:
+    params = coded({"w": drawn(rng, 4, 3)}, 8)
+
+    def f(p: Any, x: jax.Array) -> Any:
+        y = x * 2
+        return x, y, y, p["w"], jnp.arange(3), jnp.zeros((x.shape[0], 2))
+
+    x = drawn(rng, 3, 4)
+    found = answers(function_to_onnx(f, params, x), x)
+    check_close(found, f(jax.tree.map(jnp.asarray, dequantized(params)), jnp.asarray(x)))
+
+
+def test_bools_and_strings_are_given_to_the_function(rng: np.random.Generator) -> None:
+    f = lambda _, x, train, mode: x if train else {"twice": 2 * x}[mode]
+    x = drawn(rng, 3)
+    model = function_to_onnx(f, {}, x, False, "twice")
+    check_close(answers(model, x), 2 * x)
+    assert len(model.graph.input) == 1
+
+
+# The page
+
+
+def test_what_the_page_shows_is_run(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/deploy.md").read_text(encoding="utf-8")
+    (section,) = re.findall(r"## A model of your own\n(.*?)\n## ", page, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(blocks) == 2
+    names: dict[str, Any] = {}
+    with contextlib.chdir(tmp_path):
+        for block in blocks:
+            exec(block, names)
+    x = np.ones((5, 16), np.float32)
+    wanted = names["forward"](ab.dequantize(names["codes"]), x)
+    check_close([names["scores"]], wanted)
+    (found,) = answers(names["net"], x)
+    quantized = quantize_inputs(names["forward"], names["inputs"])
+    dense = ab.dequantize(names["codes"])
+    check_close([found], quantized(dense, x, ranges=names["ranges"])[0], relative=2e-2)

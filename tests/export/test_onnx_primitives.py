@@ -96,6 +96,14 @@ def test_a_primitive_that_is_not_carried_is_named_with_its_line_and_the_weight()
     assert f"nextafter of layer/w, at {__file__}:{line}" in told
 
 
+def test_random_keys_and_complex_numbers_are_refused_by_what_they_are() -> None:
+    x = jnp.ones((2, 4))
+    assert "the dtype complex64 of the output" in refused(lambda x: x * 1j, x)
+    assert "random_bits" in refused(lambda x: x + jax.random.uniform(jax.random.key(0), x.shape), x)
+    told = refused(lambda x, k: x, x, jax.random.key(0))
+    assert "the dtype key<fry> of 1" in told
+
+
 @pytest.mark.parametrize(
     ("f", "told"),
     [

@@ -146,10 +146,8 @@ def _direct(
     """A convolution, with zeros put between its inputs where it is one by their dilation."""
     params = operation.params
     rhs = tuple(params["dimension_numbers"].rhs_spec)
-    x = operation.inputs[0]
     window = tuple(kernel.shape[i] for i in rhs)
-    channels = 0 if _is_codes(file, x) else None
-    weights = _arranged(file, kernel, rhs, window, kind, channels=channels)
+    weights = _arranged(file, kernel, rhs, window, kind)
     pads = [tuple(ends) for ends in params["padding"]]
     if any(isinstance(end, Size) for ends in pads for end in ends):
         raise NotCarriedError("with a padding that is open")

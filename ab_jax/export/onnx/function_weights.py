@@ -137,9 +137,10 @@ class Stored:
 
     @property
     def is_int4(self) -> bool:
-        """Whether the codes, and the zero points, can be stored in 4 bits."""
+        """Whether the codes, and the zero points, are stored in 4 bits."""
         arrays = (self.weight.codes, self.zero_point)
-        return all(a is None or (a.size and a.min() >= -8 and a.max() <= 7) for a in arrays)
+        fit = all(a is None or (a.size and a.min() >= -8 and a.max() <= 7) for a in arrays)
+        return self.weight.bits <= 4 and fit
 
     def _codes(self, file: FunctionFile) -> str:
         """The name of the codes as int8."""
@@ -157,15 +158,14 @@ class Stored:
         return file.op("Cast", found, to=TensorProto.INT8)
 
     def _unpacked(self, file: FunctionFile, digits: np.ndarray, base: int) -> str:
-        """The name of digits, int32, that are packed in the file: the first of a byte is its last."""
+        """The name of digits, int32, that are packed in the file, the lowest of a byte first."""
         count = _DIGITS[base]
         flat = np.zeros(-(-digits.size // count) * count, np.int64)
         flat[: digits.size] = digits.reshape(-1)
         powers = base ** np.arange(count)
         data = (flat.reshape(-1, count) @ powers).astype(np.uint8)
-        found = file.op(
-            "Cast", file.array(f"{self.weight.path}/packed", data), to=TensorProto.INT32
-        )
+        packed = file.array(f"{self.weight.path}/packed", data)
+        found = file.op("Cast", packed, to=TensorProto.INT32)
         found = file.op("Div", file.op("Unsqueeze", found, np.array([1])), powers.astype(np.int32))
         found = file.op("Reshape", file.op("Mod", found, np.int32(base)), np.array([-1]))
         found = file.slice(found, 0, 0, digits.size)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import onnx
 from onnx import helper
 
@@ -28,7 +29,7 @@ from ab_jax.export.onnx.function_loops import loops
 from ab_jax.export.onnx.function_products import PRODUCTS
 from ab_jax.export.onnx.function_reductions import REDUCTIONS
 from ab_jax.export.onnx.function_windows import WINDOWS
-from ab_jax.export.traced import Codes, Graph, Operation, Size, trace
+from ab_jax.export.traced import Codes, Graph, Operation, Size, TracedFunction, trace
 from ab_jax.products import ActivationRules, Range
 
 OPSET = 21
@@ -93,7 +94,7 @@ def function_to_onnx(
         ranges=ranges,
         one_range_a_weight=one_range_a_weight,
     )
-    _check(traced.graph)
+    _check(traced)
     into = _named(input_names, "input", traced.inputs)
     out = _named(output_names, "output", traced.outputs)
     file = FunctionFile(dict(zip(traced.graph.inputs, into, strict=True)), fused=fused)
@@ -149,13 +150,18 @@ CARRIED: dict[str, Write] = {
 }
 
 
-def _check(graph: Graph) -> None:
-    """Refuse operations that nothing is written for, all at once."""
+def _check(traced: TracedFunction) -> None:
+    """Refuse operations that nothing is written for, all at once, and dtypes that there are not."""
+    graph = traced.graph
     refused = [
         f"{operation.primitive}{_place(operation)}"
         for operation in graph.all_operations()
         if operation.primitive not in CARRIED
     ]
+    paths, values = (*traced.inputs, *traced.outputs), (*graph.inputs, *graph.outputs)
+    for path, value in zip(paths, values, strict=True):
+        if not isinstance(value.dtype, np.dtype) or value.dtype.kind == "c":
+            refused.append(f"the dtype {value.dtype} of {path or 'the output'}")
     if refused:
         raise _refused(list(dict.fromkeys(refused)))
 

@@ -138,6 +138,8 @@ def _shown(leaf: Any) -> jax.ShapeDtypeStruct:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     array = leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf)
+    if jnp.issubdtype(array.dtype, jax.dtypes.extended):  # random keys
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.extend import core
 
-from ab_jax.export.traced.evaluating import without_values
+from ab_jax.export.traced.known_values import without_values
 from ab_jax.export.traced.layouts import SAME
 from ab_jax.export.traced.sizes import Dim, OpenAxes, Shape, Size, is_closed
 from ab_jax.export.traced.traced_graph import (
@@ -200,7 +200,7 @@ class Walk:
         first, last = carried(params[0])
         length = self.axes.size([p["length"] for p in params])
         slices = operands[last:]
-        over_layers = any(not isinstance(operand, Value) for operand in slices)
+        over_layers = any(not isinstance(o, Value) and o.path for o in slices)
         if isinstance(length, Size) or not (over_layers or length <= self.longest_unrolled):
             return self.rolled(params, operands, length)
         jaxprs = [p["jaxpr"] for p in params]
