@@ -274,6 +274,7 @@ NETWORKS: dict[str, Callable[[np.random.Generator], Case]] = {
 LONG: Sequence[str] = (
     *("ConvNeXt", "Inception", "BinaryNet, sign", "MobileNet", "EfficientNet-Lite0"),
     *("linen_convolutions", "linen_lstm", "nnx_decoder", "plain_scan", "linen_scan_of_layers"),
+    "nnx_einsum_and_attention",
 )
 #: Open axes that are not just the first.
 OPEN_AXES: dict[str, Any] = {

@@ -189,6 +189,21 @@ def test_codes_stay_codes_through_layout_and_layers(rng: np.random.Generator) ->
     assert all(np.prod(a.dims) <= 6 for a in floats)
 
 
+def test_tied_weights_lie_in_a_file_once(rng: np.random.Generator) -> None:
+    """An embedding whose transpose gives the logits, as codes and as floats."""
+
+    def f(params: Any, tokens: jax.Array) -> jax.Array:
+        return jnp.tanh(params["embedding"][tokens]) @ params["embedding"].T
+
+    params = {"embedding": drawn(rng, 32, 8)}
+    tokens = rng.integers(0, 32, (3, 5)).astype(np.int32)
+    for given, size in ((params, 32 * 8 * 4), (coded(params, 8, axis=0), 32 * 8)):
+        model = function_to_onnx(f, given, tokens)
+        check_close(answers(model, tokens), evaluate(f, dequantized(given), tokens))
+        arrays = [a for a in model.graph.initializer if len(a.raw_data) >= size]
+        assert [len(a.raw_data) for a in arrays] == [size]
+
+
 # Quantized inputs
 
 

@@ -83,9 +83,15 @@ class FunctionFile(OnnxFile):
 
     def array(self, name: str, values: np.ndarray | np.generic) -> str:
         """Add an array, unless there is one of the same numbers; returns its name."""
-        key = _content(np.asarray(values))
+        values = np.asarray(values)
+        key = _content(values)
         if key not in self._by_content:
-            self._by_content[key] = super().array(name, values)
+            turned = _content(values.T)
+            if values.ndim == 2 and turned in self._by_content:
+                with self.at_head(name):
+                    self._by_content[key] = self.turned(self._by_content[turned])
+            else:
+                self._by_content[key] = super().array(name, values)
         return self._by_content[key]
 
     def own_array(self, name: str, values: np.ndarray) -> str:
@@ -126,20 +132,29 @@ class FunctionFile(OnnxFile):
                 self.names[operand] = self.array(operand.path or "constant", array)
         return self.names[operand]
 
-    def weight(self, codes: Codes, *, channels: int | None = None) -> str:
+    def weight(self, codes: Codes, *, channels: int | None = None, in_product: bool = False) -> str:
         """The name of a weight's values.
 
         Args:
           codes: of the weight.
           channels: the axis of the channels of a product in which they meet codes.
+          in_product: whether they are the matrix of a product.
         """
-        arrays = [codes.codes, *codes.scales, codes.zero_point]
-        key = (codes.path, *map(_content, arrays), channels)
+        fused = in_product and self.fused
+        key = (codes.path, *_contents(codes), channels, fused)
         if key not in self._by_content:
-            found = stored(codes)
             with self.at_head(codes.path):
-                self._by_content[key] = found.written(self, channels=channels)
+                turned = (codes.path, *_contents(codes.moved(np.transpose)), None, False)
+                if turned in self._by_content and channels is None and not fused:
+                    self._by_content[key] = self.turned(self._by_content[turned])
+                else:
+                    found = stored(codes)
+                    self._by_content[key] = found.written(self, channels=channels, fused=fused)
         return self._by_content[key]
+
+    def turned(self, matrix: str) -> str:
+        """The name of the transpose of what stands in the file already, as tied weights do."""
+        return self.op("Transpose", matrix)
 
     # Sizes
 
@@ -260,6 +275,11 @@ def _names_in(nodes: Sequence[onnx.NodeProto]) -> Iterator[str]:
 def orderable(dtype: Any) -> np.dtype:
     """What numbers are computed in, bools too: of these there are more kernels than of bools."""
     return np.dtype(np.int32) if np.dtype(dtype).kind == "b" else computed_in(dtype)
+
+
+def _contents(codes: Codes) -> list[Any]:
+    """What tells a weight from others."""
+    return [_content(array) for array in (codes.codes, *codes.scales, codes.zero_point)]
 
 
 def _content(array: np.ndarray | None) -> Any:

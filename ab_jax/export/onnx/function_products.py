@@ -31,16 +31,18 @@ def _arranged(
     kind: np.dtype,
     *,
     channels: int | None = None,
+    in_product: bool = False,
 ) -> str:
     """The name of an operand with its axes in another order, and in another shape then.
 
-    `channels`: where a weight meets codes, the axis of its channels in that shape.
+    `channels`: where a weight meets codes, the axis of its channels in that shape; `in_product`:
+    whether it is the matrix of a product.
     """
     moved = tuple(x.shape[axis] for axis in axes)
     if isinstance(x, Codes):
         closed: Any = shape
         x = x.moved(lambda a: a.transpose(axes).reshape(closed))
-        return file.cast(file.weight(x, channels=channels), x.dtype, kind)
+        return file.cast(file.weight(x, channels=channels, in_product=in_product), x.dtype, kind)
     if isinstance(x, Constant):
         x = Constant(np.ascontiguousarray(x.array.transpose(axes).reshape(shape)), x.path)
         return file.cast(file.name(x), x.dtype, kind)
@@ -99,7 +101,7 @@ def _product(
     shape = (*batched, math.prod(summed), math.prod(columns))
     axes = [*batch[1], *contracted[1], *_others(right, batch[1], contracted[1])]
     channels = len(shape) - 1 if meets[0] and not batched else None
-    b = _arranged(file, right, axes, shape, kind, channels=channels)
+    b = _arranged(file, right, axes, shape, kind, channels=channels, in_product=not batched)
     found = file.op("MatMul", a, b)
     found = file.cast(found, kind, result)
     given = (*((1,) if alone else ()), *batched, *in_rows, math.prod(columns))

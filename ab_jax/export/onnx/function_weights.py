@@ -42,13 +42,14 @@ class Stored:
     scales: tuple[np.ndarray, ...]
     zero_point: np.ndarray | None
 
-    def written(self, file: FunctionFile, *, channels: int | None) -> str:
+    def written(self, file: FunctionFile, *, channels: int | None, fused: bool) -> str:
         """The name of the values.
 
         Args:
           file: where to.
           channels: where they meet codes, the axis of the channels of their product: kernels of
             integers take int8 with a scale for each of these, or one for all.
+          fused: whether they stand behind DequantizeLinear where they meet floats.
         """
         weight = self.weight
         if weight.dtype == np.float32 and len(self.scales) == 1:
@@ -56,7 +57,7 @@ class Stored:
             if channels is not None:
                 if not size and (axis == channels or self.scales[0].size == 1):
                     return self._dequantized(file, channels, 0, as_int8=True)
-            elif file.fused and axis is not None:
+            elif fused and axis is not None:
                 return self._dequantized(file, axis, size, as_int8=False)
         values = self._signed_sum(file) if len(self.scales) > 1 else self._multiplied(file)
         return file.cast(values, self.scales[0].dtype, weight.dtype)

@@ -69,11 +69,12 @@ def function_to_onnx(
         Left out: `input0`, `input1/cache`, `output`, by their paths.
       class_names, mean, std, description: JSON values for the model's metadata, as in `to_onnx`;
         the function itself normalizes what it is given.
-      fused: whether weights that meet floats stand behind `DequantizeLinear`, where their scales
-        allow it. ONNX Runtime then multiplies by the codes as they are (`MatMulNBits`), which needs
-        less memory, and rounds activations to 8 bits, off by some thousandths, unless the session
-        has `session.qdq_matmulnbits_accuracy_level` set to "0". Else it makes numbers of weights
-        once, when it loads the file. Weights that meet quantized inputs always stand so.
+      fused: whether the matrices of products with floats stand behind `DequantizeLinear`, where
+        their scales allow it. ONNX Runtime then multiplies by the codes as they are
+        (`MatMulNBits`), which needs less memory, and rounds activations to 8 bits, off by some
+        thousandths, unless the session has `session.qdq_matmulnbits_accuracy_level` set to "0".
+        Else it makes numbers of weights once, when it loads the file. Matrices that meet quantized
+        inputs always stand so.
 
     Returns:
       A model with the metadata `class_names`, `mean`, `std`, `network`, as far as they are given,
