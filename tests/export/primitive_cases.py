@@ -100,6 +100,10 @@ for kind in ("int32", "int8", "uint8", "int16"):
         by = lambda x, y, name=name: getattr(lax, name)(x, y | 1)
         add(name, by, *[((0, 5), kind)] * 2, of=kind, is_further=kind != "int32")
 add("rem", lax.rem, X, ((0, 5), "positive"), of="float32")
+for name in ("div", "rem"):
+    by = lambda x, y, name=name: getattr(lax, name)(jnp.int32(-(2**31)) * (x > 0), y - 2)
+    add(name, by, X, ((0, 5), "index"), of="by 0 and by -1")
+    add(name, lambda x, name=name: getattr(lax, name)(x, 7), ((0, 5), "int32"), of="by a number")
 add("max", lambda x: lax.max(x, jnp.log(x)), X, of="nan")
 add("atan2", lax.atan2, X, X, relative=4e-6)
 add("atan2", lambda x: lax.atan2(x, jnp.zeros_like(x)), X, of="of no length", relative=4e-6)

@@ -96,6 +96,20 @@ def test_a_primitive_that_is_not_carried_is_named_with_its_line_and_the_weight()
     assert f"nextafter of layer/w, at {__file__}:{line}" in told
 
 
+def test_a_size_that_is_wanted_and_not_known_is_named_with_its_line() -> None:
+    def f(_: Any, x: jax.Array) -> jax.Array:
+        x = x[:, ::2]
+        return jnp.broadcast_to(x[..., None], (*x.shape, 3))
+
+    line = f.__code__.co_firstlineno + 2
+    told = rf"broadcast_in_dim, at {__file__}:{line}: A size is 7 at batch=7 and length=13"
+    with pytest.raises(ValueError, match=told) as raised:
+        function_to_onnx(f, {}, jnp.ones((2, 4)), open_axes=({0: "batch", 1: "length"},))
+    assert "no sum of products" in str(raised.value)
+    with_known = function_to_onnx(f, {}, jnp.ones((2, 4)))
+    check_close(answers(with_known, np.ones((3, 4), np.float32)), np.ones((3, 2, 3), np.float32))
+
+
 def test_random_keys_and_complex_numbers_are_refused_by_what_they_are() -> None:
     x = jnp.ones((2, 4))
     assert "the dtype complex64 of the output" in refused(lambda x: x * 1j, x)

@@ -18,7 +18,7 @@ from ab_jax.export.onnx.function_file import (
     onnx_type,
     orderable,
 )
-from ab_jax.export.traced import Operation
+from ab_jax.export.traced import Constant, Operation
 
 Write = Callable[[FunctionFile, Operation], Any]
 
@@ -29,7 +29,7 @@ _UNARY = {
     "logistic": "Sigmoid",
 }
 _BINARY = {
-    **{n: n.capitalize() for n in ("add", "sub", "mul", "div", "max", "min")},
+    **{n: n.capitalize() for n in ("add", "sub", "mul", "max", "min")},
     "add_any": "Add",
 }
 _COMPARED = {
@@ -104,9 +104,26 @@ def _integer_pow(file: FunctionFile, operation: Operation, kind: Any, x: str) ->
     return result if power > 0 else file.op("Div", kind(1), result)
 
 
-@computed
-def _rem(file: FunctionFile, operation: Operation, kind: Any, x: str, y: str) -> str:
-    return file.op("Mod", x, y, fmod=1)
+def _divided(file: FunctionFile, operation: Operation) -> str:
+    """Quotients and remainders; those of integers in int64, where a division by 0 ends no process.
+
+    By 0 the quotient is -1 and the remainder the dividend, as XLA has it.
+    """
+    x, y = operation.inputs
+    kind = computed_in(x.dtype)
+    if kind.kind in "iu":
+        kind = np.dtype(np.int64)
+    a, b = (file.cast(file.name(v), v.dtype, kind) for v in (x, y))
+    quotient = operation.primitive == "div"
+    is_known = isinstance(y, Constant) and bool(np.all(y.array))
+    if kind.kind == "f" or is_known:
+        found = file.op("Div", a, b) if quotient else file.op("Mod", a, b, fmod=1)
+        return file.cast(found, kind, operation.outputs[0].dtype)
+    zero = file.op("Equal", b, np.int64(0))
+    b = file.op("Where", zero, np.int64(1), b)
+    found = file.op("Div", a, b) if quotient else file.op("Mod", a, b, fmod=1)
+    found = file.op("Where", zero, np.int64(-1) if quotient else a, found)
+    return file.cast(found, kind, operation.outputs[0].dtype)
 
 
 @computed
@@ -279,7 +296,7 @@ ELEMENTWISE: dict[str, Write] = {
     **{name: _bitwise(*operators) for name, operators in _BITWISE.items()},
     "ne": _compared("Equal", negated=True),
     "integer_pow": _integer_pow,
-    "rem": _rem,
+    **dict.fromkeys(("div", "rem"), _divided),
     "square": _square,
     "rsqrt": _rsqrt,
     "cbrt": _cbrt,

@@ -29,7 +29,15 @@ from ab_jax.export.onnx.function_loops import loops
 from ab_jax.export.onnx.function_products import PRODUCTS
 from ab_jax.export.onnx.function_reductions import REDUCTIONS
 from ab_jax.export.onnx.function_windows import WINDOWS
-from ab_jax.export.traced import Codes, Graph, Operation, Size, TracedFunction, trace
+from ab_jax.export.traced import (
+    Codes,
+    Graph,
+    Operation,
+    Size,
+    TracedFunction,
+    UnknownSizeError,
+    trace,
+)
 from ab_jax.products import ActivationRules, Range
 
 OPSET = 21
@@ -134,6 +142,8 @@ def _write(file: FunctionFile, operations: Sequence[Operation]) -> None:
             names = CARRIED[operation.primitive](file, operation)
         except NotCarriedError as error:
             raise _refused([f"{operation.primitive} {error}{_place(operation)}"]) from None
+        except UnknownSizeError as error:
+            raise ValueError(f"{operation.primitive}{_place(operation)}: {error}") from None
         names = [names] if isinstance(names, str) else names
         file.names.update(zip(operation.outputs, names, strict=True))
         file.stem = outer

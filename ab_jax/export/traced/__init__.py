@@ -1,7 +1,7 @@
 """Any JAX function as a flat graph, from which files of other runtimes are written."""
 
 from ab_jax.export.traced.functions import BATCH, TracedFunction, trace
-from ab_jax.export.traced.sizes import Dim, OpenAxes, Shape, Size
+from ab_jax.export.traced.sizes import Dim, OpenAxes, Shape, Size, UnknownSizeError
 from ab_jax.export.traced.traced_graph import Codes, Constant, Graph, Operand, Operation, Value
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Shape",
     "Size",
     "TracedFunction",
+    "UnknownSizeError",
     "Value",
     "trace",
 ]

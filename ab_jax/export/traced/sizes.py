@@ -22,6 +22,10 @@ _HIGHEST_POWER = 2
 Terms = Mapping[tuple[str, ...], int]
 
 
+class UnknownSizeError(ValueError):
+    """A size that is no sum of products of open axes."""
+
+
 @dataclasses.dataclass(frozen=True)
 class OpenAxes:
     """Open axes, and what they are traced at.
@@ -108,11 +112,11 @@ class Size:
         """The number as a sum of products of open axes.
 
         Raises:
-          ValueError: it is no such sum.
+          UnknownSizeError: it is no such sum.
         """
         found = self._product() or self._sum()
         if found is None:
-            raise ValueError(
+            raise UnknownSizeError(
                 f"A size is {self._listed()}: no sum of products of these. Trace at other sizes "
                 f"(sizes=), or leave the axis closed."
             )
@@ -158,7 +162,7 @@ class Size:
     def __str__(self) -> str:
         try:
             terms = self.terms
-        except ValueError:
+        except UnknownSizeError:
             return f"({self._listed()})"
         return " + ".join(
             "*".join([*([str(count)] if count != 1 or not names else []), *names])
