@@ -6,6 +6,7 @@ Runtime computes it once, when it loads the file.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -187,20 +188,13 @@ class FunctionFile(OnnxFile):
         if not isinstance(dim, Size):
             return self.constant(np.array([dim], np.int64))
         if dim not in self._sizes:
-            parts = []
+            products = []
             for names, count in dim.terms.items():
-                part: Input = np.array([count], np.int64)
-                for name in names:
-                    part = (
-                        self._axis(name)
-                        if not isinstance(part, str) and count == 1
-                        else (self.op("Mul", part, self._axis(name)))
-                    )
-                    count = 0 if count == 1 else count
-                parts.append(part)
-            total = parts[0]
-            for part in parts[1:]:
-                total = self.op("Add", total, part)
+                factors: list[Input] = [self._axis(name) for name in names]
+                if count != 1 or not names:
+                    factors.append(np.array([count], np.int64))
+                products.append(functools.reduce(lambda a, b: self.op("Mul", a, b), factors))
+            total = functools.reduce(lambda a, b: self.op("Add", a, b), products)
             self._sizes[dim] = self.given(total)
         return self._sizes[dim]
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from onnx import TensorProto
 
 from ab_jax.export.onnx.function_elementwise import Write
 from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, orderable
@@ -64,8 +65,9 @@ class _Places:
         file, limits = self.file, self.file.shape(self.limits(window))
         low = file.op("GreaterOrEqual", self.name, np.int64(0))
         high = file.op("LessOrEqual", self.name, limits)
-        both = file.op("Cast", file.op("And", low, high), to=6)
-        return file.op("Cast", file.op("ReduceMin", both, np.array([-1]), keepdims=0), to=9)
+        both = file.op("Cast", file.op("And", low, high), to=TensorProto.INT32)
+        both = file.op("ReduceMin", both, np.array([-1]), keepdims=0)
+        return file.op("Cast", both, to=TensorProto.BOOL)
 
     def clipped(self, window: Sequence[Dim]) -> None:
         """Move each place inside."""
@@ -89,10 +91,11 @@ class _Places:
 
 def _gather(file: FunctionFile, operation: Operation) -> str:
     data, indices = operation.inputs
-    params = operation.params
-    numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
-    batching, of_batch = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    numbers, sizes = operation.params["dimension_numbers"], operation.params["slice_sizes"]
+    batching = numbers.operand_batching_dims
     places = _Places(file, operation, numbers.start_index_map)
+    if not places.axes:
+        raise NotCarriedError("of no axes")
     window = [sizes[a] for a in places.axes]
     # Axes of the data that places say nothing of: whole, or cut to their beginning.
     rest = [i for i in range(len(data.shape)) if i not in places.axes and i not in batching]
@@ -106,49 +109,48 @@ def _gather(file: FunctionFile, operation: Operation) -> str:
             inside = places.inside(window)
         places.clipped(window)
     wide = places.widen(window)
-    count = len(indices.shape) - 1
-    if not places.axes:
-        raise NotCarriedError("of no axes")
-    if len(places.axes) == 1 and not batching:
-        one = file.op("Squeeze", places.name, np.array([-1]))
-        (axis,) = places.axes
-        name = file.op("Gather", name, one, axis=axis)
-        # [data in front, batch..., windows..., data behind] -> [batch..., windows..., data]
-        front = [i for i in rest + list(batching) if i < axis]
-        span = len(places.batch)
-        total = span + len(data.shape) - 1
-        order = [*range(len(front), len(front) + span)]
-        order += [i for i in range(total) if i not in order]
-        name = file.transpose(name, order)
-    else:
-        name = file.transpose(name, [*batching, *places.axes, *rest])
-        others = [i for i in range(len(places.batch)) if i not in of_batch]
-        found = file.transpose(places.name, [*of_batch, *others, len(places.batch)])
-        name = file.op("GatherND", name, found, batch_dims=len(batching))
-        order = [*of_batch, *others]
-        order = [order.index(i) for i in range(len(order))]
-        name = file.transpose(name, [*order, *range(len(order), len(order) + len(rest))])
-    # Now [batch..., wide windows..., rest...]; the result has them, and windows of size 1, where
+    name = _picked(file, name, places, numbers, rest)
+    # Now [batch..., wide windows..., rest...]; the result has these, and windows of size 1, where
     # `offset_dims` says.
-    kept = [
-        a for a in range(len(data.shape)) if a not in (*numbers.collapsed_slice_dims, *batching)
-    ]
+    count, shape = len(indices.shape) - 1, operation.outputs[0].shape
     own = {places.axes[k]: count + i for i, k in enumerate(wide)}
     own |= {axis: count + len(wide) + i for i, axis in enumerate(rest)}
-    offsets = [own[a] for a in kept if a in own]
-    present = [place for place, a in zip(numbers.offset_dims, kept, strict=True) if a in own]
-    shape = operation.outputs[0].shape
+    gone = (*numbers.collapsed_slice_dims, *batching)
+    kept = [a for a in range(len(data.shape)) if a not in gone]
     of_places = [i for i in range(len(shape)) if i not in numbers.offset_dims]
-    source = dict(zip(present, offsets, strict=True)) | {p: i for i, p in enumerate(of_places)}
-    order = [source[i] for i in range(len(shape)) if i in source]
-    name = file.transpose(name, order)
-    name = file.reshape(name, tuple(shape[i] for i in range(len(shape)) if i in source), shape)
+    source = {place: i for i, place in enumerate(of_places)}
+    for place, axis in zip(numbers.offset_dims, kept, strict=True):
+        if axis in own:
+            source[place] = own[axis]
+    present = sorted(source)
+    name = file.transpose(name, [source[i] for i in present])
+    name = file.reshape(name, tuple(shape[i] for i in present), shape)
     if not inside:
         return name
     middle = tuple(shape[i] if i in of_places else 1 for i in range(len(shape)))
-    batch = tuple(shape[i] for i in of_places)
-    is_inside = file.reshape(inside, batch, middle)
+    is_inside = file.reshape(inside, tuple(shape[i] for i in of_places), middle)
     return _filled(file, operation, is_inside, name)
+
+
+def _picked(
+    file: FunctionFile, data: str, places: _Places, numbers: Any, rest: Sequence[int]
+) -> str:
+    """The name of entries of the data as [batch of places..., rest...]."""
+    batching, of_batch = numbers.operand_batching_dims, numbers.start_indices_batching_dims
+    count = len(places.batch)
+    if len(places.axes) == 1 and not batching:
+        (axis,) = places.axes
+        one = file.op("Squeeze", places.name, np.array([-1]))
+        found = file.op("Gather", data, one, axis=axis)  # [in front, batch..., behind]
+        front, total = sum(i < axis for i in rest), count + len(rest)
+        order = [*range(front, front + count), *range(front), *range(front + count, total)]
+        return file.transpose(found, order)
+    found = file.transpose(data, [*batching, *places.axes, *rest])
+    order = [*of_batch, *(i for i in range(count) if i not in of_batch)]
+    where = file.transpose(places.name, [*order, count])
+    found = file.op("GatherND", found, where, batch_dims=len(batching))
+    back = [order.index(i) for i in range(count)]
+    return file.transpose(found, [*back, *range(count, count + len(rest))])
 
 
 def _filled(file: FunctionFile, operation: Operation, is_inside: str, x: str) -> str:
@@ -214,14 +216,17 @@ def _scatter(file: FunctionFile, operation: Operation) -> str:
     if inside:
         ends[len(shape)] = 1
         name = file.op("Pad", name, np.array(ends, np.int64), kind.type(0))
-    # Updates as [batch..., wide windows..., rest...].
-    given = file.cast(file.name(updates), updates.dtype, kind)
-    of_places = [i for i in range(len(updates.shape)) if i not in numbers.update_window_dims]
+    # Updates as [batch..., wide windows..., rest...], with their windows of size 1 left out.
     where = dict(zip(windowed, numbers.update_window_dims, strict=True))
-    order_of_updates = [*of_places, *(where[axes[k]] for k in wide), *(where[a] for a in rest)]
-    dropped = [i for i in range(len(updates.shape)) if i not in order_of_updates]
-    given = file.transpose(given, [*order_of_updates, *dropped])
-    before = tuple(updates.shape[i] for i in [*order_of_updates, *dropped])
+    order_of_updates = [
+        *(i for i in range(len(updates.shape)) if i not in numbers.update_window_dims),
+        *(where[axes[k]] for k in wide),
+        *(where[a] for a in rest),
+    ]
+    ones = [i for i in range(len(updates.shape)) if i not in order_of_updates]
+    before = tuple(updates.shape[i] for i in [*order_of_updates, *ones])
+    given = file.cast(file.name(updates), updates.dtype, kind)
+    given = file.transpose(given, [*order_of_updates, *ones])
     given = file.reshape(given, before, before[: len(order_of_updates)])
     reduction = _REDUCTIONS[operation.primitive]
     options = {} if reduction == "none" else {"reduction": reduction}

@@ -20,7 +20,7 @@ from ab_jax.export.traced.traced_graph import (
 from ab_jax.export.traced.tracing import Walk
 from ab_jax.products import ActivationRules, Range
 from ab_jax.products.flags import without_flags
-from ab_jax.quantized import BinaryCoded, Quantized, expand
+from ab_jax.quantized import BinaryCoded, Quantized
 from ab_jax.rules import leaves_by_path
 
 #: What is open where nothing else is said: the first axis of each input.
@@ -63,7 +63,8 @@ def trace(
         to the function as they are.
       open_axes: for each input a mapping from an axis to the name of its size, for all of its
         leaves, or a tree of such mappings; None: none is open. Sizes of one name are equal. Left
-        out: axis 0 of every leaf that has axes is `"batch"`.
+        out: axis 0 of every leaf that has axes is `"batch"`. With bools or strings among the inputs
+        an entry for each of the arrays that are left.
       sizes: by name, two sizes to trace an open axis at, where not any will do, such as multiples
         of 8. Others are primes from 7 on.
       rules, ranges: quantize the inputs of products, as `ab_jax.products.quantize_inputs` does at
@@ -93,18 +94,8 @@ def trace(
     axes = OpenAxes.of(names, sizes or {})
 
     def at(corner: Mapping[str, int]) -> Any:
-        return jax.tree.unflatten(
-            given,
-            [
-                jax.ShapeDtypeStruct(
-                    tuple(
-                        corner[own[i]] if i in own else size for i, size in enumerate(leaf.shape)
-                    ),
-                    leaf.dtype,
-                )
-                for leaf, own in zip(shown, opened, strict=True)
-            ],
-        )
+        sized = [_sized(leaf, own, corner) for leaf, own in zip(shown, opened, strict=True)]
+        return jax.tree.unflatten(given, sized)
 
     if rules is not None:
         f = with_quantized_operands(
@@ -143,6 +134,14 @@ def _shown(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
+def _sized(
+    leaf: jax.ShapeDtypeStruct, own: Mapping[int, str], corner: Mapping[str, int]
+) -> jax.ShapeDtypeStruct:
+    """A leaf of the inputs at these sizes of its open axes."""
+    shape = tuple(corner[own[i]] if i in own else size for i, size in enumerate(leaf.shape))
+    return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+
 def _operand(path: str, leaf: Any) -> Operand:
     """A parameter."""
     if not isinstance(leaf, Quantized):
@@ -151,19 +150,25 @@ def _operand(path: str, leaf: Any) -> Operand:
         return Constant(
             np.asarray(leaf, jax.dtypes.canonicalize_dtype(jnp.result_type(leaf))), path
         )
-    shape = leaf.codes.shape
-    split = isinstance(leaf, BinaryCoded) and leaf.bits > 1
-    scales = jnp.unstack(leaf.scale, axis=-1) if isinstance(leaf, BinaryCoded) else (leaf.scale,)
-    zeros = leaf.zero_point
-    assert split or len(scales) == 1
+    shape, zeros = leaf.codes.shape, leaf.zero_point
+    by_bit = isinstance(leaf, BinaryCoded)
+    scales = np.moveaxis(np.asarray(leaf.scale), -1, 0) if by_bit else [leaf.scale]
     return Codes(
         codes=np.asarray(leaf.codes),
-        scales=tuple(np.asarray(expand(scale, shape)) for scale in map(jnp.asarray, scales)),
-        zero_point=None if zeros is None else np.asarray(expand(zeros, shape)),
+        scales=tuple(_spread(scale, shape) for scale in scales),
+        zero_point=None if zeros is None else _spread(zeros, shape),
         bits=leaf.bits,
         dtype=np.dtype(jnp.dtype(leaf.dtype)),
         path=path,
-    ).moved(lambda x: np.broadcast_to(x, shape))
+    )
+
+
+def _spread(by_block: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """Scales at every entry."""
+    array = np.asarray(by_block)
+    for axis, (count, size) in enumerate(zip(array.shape, shape, strict=True)):
+        array = np.repeat(array, size // count, axis)
+    return array
 
 
 def _opened(

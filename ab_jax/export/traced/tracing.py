@@ -245,37 +245,29 @@ class Walk:
     ) -> Sequence[Operand]:
         """A loop over slices that stays one."""
         first, last = carried(params[0])
-        jaxprs = [p["jaxpr"] for p in params]
+        count, jaxprs = last - first, [p["jaxpr"] for p in params]
         bodies = [opened(jaxpr)[0] for jaxpr in jaxprs]
-        # What the body hands on as it is, as it does with ranges, is no state.
-        kept = [
-            bodies[0].outvars[i] is not bodies[0].invars[first + i] for i in range(last - first)
-        ]
+        # What the body hands on as it is is no state.
+        given_on = zip(bodies[0].invars[first:last], bodies[0].outvars, strict=False)
+        state = [i for i, (before, after) in enumerate(given_on) if before is not after]
         inputs = self.fresh([body.invars[first:] for body in bodies])
-        given = [
-            value if i >= len(kept) or kept[i] else operands[first + i]
-            for i, value in enumerate(inputs)
-        ]
-        taken = [v for i, v in enumerate(inputs) if i >= len(kept) or kept[i]]
-        body, results = self.apart(taken, jaxprs, [*operands[:first], *given])
-        wanted = [o for i, o in enumerate(results) if i >= len(kept) or kept[i]]
-        body = dataclasses.replace(body, outputs=tuple(wanted))
-        carry = [o for o, keep in zip(operands[first:last], kept, strict=True) if keep]
-        gathered = [Value((length, *o.shape), np.dtype(o.dtype)) for o in results[last - first :]]
-        outputs = [*(Value(o.shape, o.dtype) for o in inputs[: len(kept)]), *gathered]
+        taken = [*state, *range(count, len(inputs))]
+        given = [x if i in taken else operands[first + i] for i, x in enumerate(inputs)]
+        body, results = self.apart([inputs[i] for i in taken], jaxprs, [*operands[:first], *given])
+        values = {i: Value(inputs[i].shape, inputs[i].dtype) for i in state}
+        for i, result in enumerate(results[count:], count):
+            values[i] = Value((length, *result.shape), result.dtype)
         found = {
-            "body": body,
-            "count": sum(kept),
+            "body": dataclasses.replace(body, outputs=tuple(results[i] for i in values)),
+            "count": len(state),
             "length": length,
             "reverse": params[0]["reverse"],
         }
-        given_out = tuple(v for i, v in enumerate(outputs) if i >= len(kept) or kept[i])
+        begins = [operands[first + i] for i in state]
         self.operations.append(
-            Operation("scan", found, (*carry, *operands[last:]), given_out, self.line)
+            Operation("scan", found, (*begins, *operands[last:]), tuple(values.values()), self.line)
         )
-        return [
-            v if i >= len(kept) or kept[i] else operands[first + i] for i, v in enumerate(outputs)
-        ]
+        return [values[i] if i in values else operands[first + i] for i in range(len(results))]
 
     def loop(self, params: Sequence[Any], operands: list[Operand]) -> Sequence[Operand]:
         """A `while`."""
