@@ -65,6 +65,13 @@ def add(
     CASES.append(PrimitiveCase(primitive, of, f, inputs or (X,), relative, is_further))
 
 
+def with_ends(x: Any) -> Any:
+    """-inf, infinity, -0, 0 and NaN among some numbers, one after the other."""
+    ends = jnp.array([-jnp.inf, jnp.inf, -0.0, 0.0, jnp.nan])
+    places = jnp.arange(x.size).reshape(x.shape)
+    return jnp.where(x > 0, x, ends[places % 5])
+
+
 def of_kinds(primitive: str, f: Callable[..., Any], count: int, kinds: str) -> None:
     for i, kind in enumerate(kinds.split()):
         add(primitive, f, *[((0, 5), kind)] * count, of=kind, is_further=i > 0)
@@ -141,6 +148,14 @@ for kind in (*FLOATS.split(), "int32", "uint8", "bool"):
         is_further=kind != "float32",
     )
 add("select_n", lambda w, *xs: lax.select_n(w, *xs), ((0, 5), "index"), X, X, X, X, of="of four")
+for name in ("lt_to", "le_to", "eq_to"):
+    ordered = lambda x, y, name=name: getattr(lax, f"{name}_p").bind(
+        with_ends(x), with_ends(y.swapaxes(0, 1))
+    )
+    add(name, ordered, ((5, 5), "float32"), ((5, 5), "float32"))
+    whole = lambda x, y, name=name: getattr(lax, f"{name}_p").bind(x, y)
+    add(name, whole, *[((0, 5), "index")] * 2, of="whole", is_further=True)
+add("le_to", lambda x: jnp.searchsorted(jnp.arange(-3.0, 3.0), x), X, of="searchsorted")
 KINDS = ["float32", "float16", "bfloat16", "int32", "int8", "uint8", "uint32", "bool"]
 for before in KINDS:
     for after in KINDS:

@@ -54,7 +54,7 @@ REFUSED = {
     *("bessel_i0e", "bessel_i1e", "digamma", "erf_inv", "igamma", "igamma_grad_a", "igammac"),
     *("lgamma", "polygamma", "regularized_incomplete_beta", "zeta", "nextafter"),
     *("complex", "conj", "real", "imag", "fft"),
-    *("bitcast_convert_type", "clz", "population_count", "mulhi", "eq_to", "le_to", "lt_to"),
+    *("bitcast_convert_type", "clz", "population_count", "mulhi"),
     *("linear_solve", "rng_bit_generator", "rng_uniform"),
     *("reduce", "reduce_window", "select_and_gather_add", "select_and_scatter"),
     *("select_and_scatter_add", "scatter_sub"),

@@ -78,6 +78,29 @@ def _compared(operator: str, *, negated: bool = False) -> Write:
     return write
 
 
+def _less_in_total_order(file: FunctionFile, a: str, b: str, kind: Any) -> str:
+    """Whether one number lies below another, where -0 lies below 0 and NaN above all others."""
+    nan = file.op("And", file.op("IsNaN", b), file.op("Not", file.op("IsNaN", a)))
+    zeros = file.op("And", file.op("Equal", a, kind(0)), file.op("Equal", b, kind(0)))
+    signs = file.op("Less", *(file.op("Div", kind(1), x) for x in (a, b)))
+    by_sign = file.op("And", zeros, signs)
+    return file.op("Or", file.op("Or", file.op("Less", a, b), nan), by_sign)
+
+
+def _totally_ordered(file: FunctionFile, operation: Operation) -> str:
+    (x, y), name = operation.inputs, operation.primitive
+    kind = computed_in(x.dtype)
+    a, b = (file.cast(file.name(v), v.dtype, kind) for v in (x, y))
+    if kind.kind != "f":
+        return file.op(_COMPARED[name.removesuffix("_to")], a, b)
+    if name == "lt_to":
+        return _less_in_total_order(file, a, b, kind.type)
+    not_above = file.op("Not", _less_in_total_order(file, b, a, kind.type))
+    if name == "le_to":
+        return not_above
+    return file.op("And", not_above, file.op("Not", _less_in_total_order(file, a, b, kind.type)))
+
+
 def _bitwise(of_bools: str, of_integers: str) -> Write:
     def write(file: FunctionFile, operation: Operation) -> str:
         operator = of_bools if operation.inputs[0].dtype == bool else of_integers
@@ -295,6 +318,7 @@ ELEMENTWISE: dict[str, Write] = {
     **{name: _compared(operator) for name, operator in _COMPARED.items()},
     **{name: _bitwise(*operators) for name, operators in _BITWISE.items()},
     "ne": _compared("Equal", negated=True),
+    **dict.fromkeys(("lt_to", "le_to", "eq_to"), _totally_ordered),
     "integer_pow": _integer_pow,
     **dict.fromkeys(("div", "rem"), _divided),
     "square": _square,

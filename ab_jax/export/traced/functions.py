@@ -167,7 +167,7 @@ def _spread(by_block: Any, shape: tuple[int, ...]) -> np.ndarray:
     """Scales at every entry."""
     array = np.asarray(by_block)
     for axis, (count, size) in enumerate(zip(array.shape, shape, strict=True)):
-        array = np.repeat(array, size // count, axis)
+        array = np.repeat(array, size // max(count, 1), axis)
     return array
 
 
