@@ -12,7 +12,7 @@ from ab_jax.export.traced.layouts import JOINS, MOVES, SAME, joined, moved
 from ab_jax.export.traced.traced_graph import Codes, Constant, Operand
 from ab_jax.products.intercepting import evaluated
 
-# Of codes they make numbers of as many bits as codes have none; in a file codes stay codes.
+# They make as many floats of codes: evaluated, a file would hold these and not the codes.
 _LEFT_TO_THE_FILE = {
     *("add", "sub", "mul", "div", "neg", "convert_element_type", "select_n", "max", "min"),
     *("broadcast_in_dim", "tile", "concatenate", "stack", "pad"),
