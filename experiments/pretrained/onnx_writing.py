@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import ab_jax as ab
 from ab_jax.files import write_whole
 from experiments.pretrained.imagenet_classes import COUNT, class_names
 from experiments.pretrained.pretrained_models import PretrainedModel
@@ -57,7 +58,7 @@ def onnx_bytes(model: PretrainedModel, params: Any, *, description: Mapping[str,
         return model.forward(params, pixels.astype(jnp.float32) * factor + shift)
 
     images = jax.ShapeDtypeStruct((1, model.size, model.size, 3), jnp.uint8)
-    classes = jax.eval_shape(logits, params, images).shape[-1]
+    classes = jax.eval_shape(logits, jax.eval_shape(ab.dequantize, params), images).shape[-1]
     file = function_to_onnx(
         logits,
         params,

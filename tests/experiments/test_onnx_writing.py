@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import ab_jax as ab
+from ab_jax.export.packed import read_packed
 from experiments.exported.classifiers import from_onnx
 from experiments.pretrained.calibrate_command import Config, rules_of, run
 from experiments.pretrained.imagenet_classes import class_names
@@ -29,8 +30,6 @@ def test_a_file_has_the_answers_of_the_codes(network, photographs, tmp_path):
     assert again["quantized"] == record["quantized"]
     model = pretrained_model(network, None)
     pixels = Photographs(photographs, model.size).test().pixels()
-    from ab_jax.export.packed import read_packed
-
     params = ab.dequantize(read_packed(packed).variables["params"])
     wanted = np.asarray(model.forward(params, jnp.asarray(model.normalize(pixels))))
     classifier = from_onnx(out)
