@@ -12,12 +12,13 @@ Conventions: signed codes run from -(2**(bits-1) - 1) to 2**(bits-1) - 1, unsign
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.custom_derivatives import SymbolicZero
 from jax.typing import ArrayLike
 
 from ab_jax.estimators import (
@@ -123,19 +124,23 @@ class ActivationQuantizer:
 
     def codes(self, x: Array, limit: ArrayLike) -> Array:
         """Codes of the shape of `x`: int8 if signed, else uint8. `limit` must be positive."""
-        return self._nearest(x, limit).astype(jnp.int8 if self.signed else jnp.uint8)
+        nearest = self._nearest(x, self._density(limit))
+        return nearest.astype(jnp.int8 if self.signed else jnp.uint8)
 
     def scale(self, limit: ArrayLike) -> Array:
         """The value of code 1, a float32 scalar."""
         # A product, since XLA makes one of a division by a constant in compiled programs alone.
         return lax.mul(lax.convert_element_type(limit, jnp.float32), np.float32(1 / self.levels[1]))
 
-    def _nearest(self, x: Array, limit: ArrayLike) -> Array:
+    def _density(self, limit: ArrayLike) -> Array:
+        """How many codes there are to 1."""
+        return lax.div(np.float32(self.levels[1]), lax.convert_element_type(limit, jnp.float32))
+
+    def _nearest(self, x: Array, density: Array) -> Array:
         # Not x / scale, which XLA rewrites in some programs and not in others: a number half-way
         # between two levels would get another code there.
         lowest, highest = map(np.float32, self.levels)
-        x, limit = (lax.convert_element_type(v, jnp.float32) for v in (x, limit))
-        steps = lax.mul(x, lax.div(highest, limit))
+        steps = lax.mul(lax.convert_element_type(x, jnp.float32), density)
         return lax.clamp(lowest, lax.round(steps, lax.RoundingMethod.TO_NEAREST_EVEN), highest)
 
     # Compiled apart, since it is traced once for all inputs of one shape in a network.
@@ -151,18 +156,36 @@ class ActivationQuantizer:
         Returns:
           An array of the shape and dtype of `x`.
         """
-        limit, plain = lax.stop_gradient((lax.convert_element_type(limit, jnp.float32), x))
-        alpha = jnp.asarray(alpha)
+        return self.blended(x, limit, alpha)
+
+    def blended(self, x: Array, limit: ArrayLike, alpha: ArrayLike) -> Array:
+        """The same as a part of a larger function that is compiled: calls take long to trace."""
+        return _blended(self, x, limit, alpha)
+
+    def _value(self, x: Array, limit: ArrayLike, alpha: ArrayLike) -> Array:
+        """What `blended` returns."""
+        _, alpha, density, scale = self._scalars(limit, alpha)
+        values = lax.mul(self._nearest(x, density), scale)
+        return blended_sum_and_value(x, lax.convert_element_type(values, x.dtype), alpha)[1]
+
+    def _passed(self, x: Array, limit: ArrayLike, alpha: ArrayLike) -> Array:
+        """What `blended` has the gradient of."""
+        limit, alpha, *_ = self._scalars(limit, alpha)
+        lost = lax.convert_element_type(alpha, x.dtype)  # of the gradient
+        if self.backward == "clipped":
+            outside = self._outside(lax.stop_gradient(x), limit)
+            lost = lax.mul(lost, lax.convert_element_type(outside, x.dtype))
+        return lax.mul(lax.sub(np.ones((), x.dtype), lost), x)
+
+    # Compiled apart, since it is traced once for all shapes.
+    @functools.partial(jax.jit, static_argnames="self")
+    def _scalars(self, limit: ArrayLike, alpha: ArrayLike) -> tuple[Array, Array, Array, Array]:
+        """The limit and alpha in force, and what codes are multiplied by there and back."""
+        limit, alpha = lax.convert_element_type(limit, jnp.float32), jnp.asarray(alpha)
         measured = lax.gt(limit, np.float32(0))
         limit = lax.select(measured, limit, np.float32(1))
         alpha = lax.select(measured, alpha, np.zeros((), alpha.dtype))
-        values = lax.mul(self._nearest(plain, limit), self.scale(limit))
-        _, value = blended_sum_and_value(plain, lax.convert_element_type(values, x.dtype), alpha)
-        lost = lax.convert_element_type(alpha, x.dtype)  # of the gradient
-        if self.backward == "clipped":
-            outside = lax.convert_element_type(self._outside(plain, limit), x.dtype)
-            lost = lax.mul(lost, outside)
-        return replace_value(lax.mul(lax.sub(np.ones((), x.dtype), lost), x), value)
+        return limit, alpha, self._density(limit), self.scale(limit)
 
     def _outside(self, x: Array, limit: Array) -> Array:
         """Where `x` lies outside the range, or is NaN; as bool."""
@@ -170,6 +193,7 @@ class ActivationQuantizer:
         start = lax.neg(end) if self.signed else np.zeros((), end.dtype)
         return lax.ne(lax.clamp(start, x, end), x)
 
+    @functools.partial(jax.jit, static_argnames=("self", "axis_name"))
     def measure(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
         """The end of the range that a batch asks for, a float32 scalar; not finite if `x` is not.
 
@@ -178,45 +202,88 @@ class ActivationQuantizer:
             not depend on how the batch is spread over devices.
           axis_name: the mapped axes over which the batch is spread, if any.
         """
-        measured = self._measured_here(x)
-        if not axis_name:
-            return measured
-        over_devices = lax.pmax if self.percentile is None else lax.pmean
-        # The maximum of devices need not be NaN where one of them is.
-        return over_devices(jnp.where(jnp.isfinite(measured), measured, jnp.inf), axis_name)
+        return self._of_devices(self._end(_magnitudes(x)), axis_name)
 
-    @functools.partial(jax.jit, static_argnames="self")
-    def _measured_here(self, x: Array) -> Array:
-        """On this device alone."""
-        magnitudes = lax.convert_element_type(lax.abs(lax.stop_gradient(x)), jnp.float32)
-        if self.percentile is None:
-            return lax.reduce_max(magnitudes, axes=range(x.ndim))
-        return jnp.mean(percentile(magnitudes, self.percentile / 100))
+    def measure_with_cut(
+        self, x: Array, axis_name: str | tuple[str, ...] | None = None
+    ) -> tuple[Array, ArrayLike]:
+        """That, and the share of the magnitudes of `x` that lies below zero where no code does.
 
-    def share_cut(self, x: Array, axis_name: str | tuple[str, ...] | None = None) -> Array:
-        """The share of the magnitudes of `x` that lies below zero where no code does, float32.
+        As part of a larger compiled function.
 
         Args:
           x, axis_name: as for `measure`.
+
+        Returns:
+          Both float32 scalars.
         """
+        magnitudes = _magnitudes(x)
+        end = self._end(magnitudes)
+        measured = self._of_devices(end, axis_name)
         if self.signed:
-            return jnp.zeros((), jnp.float32)
-        largest, below, both = _negative_part(x)
-        if axis_name:
-            below, both = lax.psum((below * largest, both * largest), axis_name)
-        return lax.div(below, _divisor(both))
+            return measured, np.float32(0)
+        largest = end if self.percentile is None else _largest(magnitudes)
+        return measured, _share_below(lax.stop_gradient(x), largest, axis_name)
+
+    def _end(self, magnitudes: Array) -> Array:
+        """The end of the range that a device asks for."""
+        if self.percentile is None:
+            return _largest(magnitudes)
+        return jnp.mean(percentile(magnitudes, self.percentile / 100))
+
+    def _of_devices(self, end: Array, axis_name: str | tuple[str, ...] | None) -> Array:
+        """The end of the range that all of them ask for."""
+        if not axis_name:
+            return end
+        over_devices = lax.pmax if self.percentile is None else lax.pmean
+        # The maximum of devices need not be NaN where one of them is.
+        return over_devices(lax.select(lax.is_finite(end), end, np.float32(np.inf)), axis_name)
 
 
-@jax.jit
-def _negative_part(x: Array) -> tuple[Array, Array, Array]:
-    """The largest magnitude, and as parts of it the sums of the negative ones and of all."""
-    x = lax.convert_element_type(lax.stop_gradient(x), jnp.float32)
+# Of one function the value, of another one the gradient, which is traced where it is asked for.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _blended(quantizer: ActivationQuantizer, x: Array, limit: ArrayLike, alpha: ArrayLike) -> Array:
+    return quantizer._value(x, limit, alpha)
+
+
+def _blended_jvp(
+    quantizer: ActivationQuantizer, primals: tuple[Array, ...], tangents: tuple[Any, ...]
+) -> tuple[Array, Array]:
+    x, limit, alpha = primals
+    of_x, _, of_alpha = tangents
+
+    def passed(x: Array, alpha: Array = alpha) -> Array:
+        return quantizer._passed(x, limit, alpha)
+
+    # An alpha that stays has no share, where 0 times an infinite number would be NaN.
+    if isinstance(of_alpha, SymbolicZero):
+        _, tangent = jax.jvp(passed, (x,), (of_x,))
+    else:
+        _, tangent = jax.jvp(passed, (x, alpha), (of_x, of_alpha))
+    return _blended(quantizer, *primals), tangent
+
+
+_blended.defjvp(_blended_jvp, symbolic_zeros=True)
+
+
+def _magnitudes(x: Array) -> Array:
+    return lax.convert_element_type(lax.abs(lax.stop_gradient(x)), jnp.float32)
+
+
+def _largest(magnitudes: Array) -> Array:
+    return lax.reduce_max(magnitudes, axes=range(magnitudes.ndim))
+
+
+def _share_below(x: Array, largest: Array, axis_name: str | tuple[str, ...] | None) -> Array:
+    """The share of the magnitudes that is that of negative numbers."""
     axes = range(x.ndim)
-    # Parts, so that no sum overflows.
-    largest = lax.reduce_max(lax.abs(x), axes)
-    part = lax.div(x, _divisor(largest))
+    # Parts of the largest one, so that no sum overflows.
+    part = lax.div(lax.convert_element_type(x, jnp.float32), _divisor(largest))
     below = lax.reduce_sum(lax.max(lax.neg(part), np.float32(0)), axes)
-    return largest, below, lax.reduce_sum(lax.abs(part), axes)
+    both = lax.reduce_sum(lax.abs(part), axes)
+    if axis_name:
+        below, both = lax.psum((below * largest, both * largest), axis_name)
+    return lax.div(below, _divisor(both))
 
 
 def _divisor(x: Array) -> Array:

@@ -220,8 +220,10 @@ def blended_sum_and_value(w: Array, q: Array, alpha: ArrayLike) -> tuple[Array, 
     alpha, w32, q32 = (lax.convert_element_type(v, dtype) for v in (alpha, w, q))
     mixed = lax.add(lax.mul(lax.sub(one, alpha), w32), lax.mul(alpha, q32))
     mixed = lax.convert_element_type(mixed, w.dtype)
-    value = select(lax.eq(alpha, zero), w, select(lax.eq(alpha, one), q, mixed))
-    return mixed, value
+    # As `select`, twice.
+    bits = lax.select(lax.eq(alpha, one), _bits(q), _bits(mixed))
+    bits = lax.select(lax.eq(alpha, zero), _bits(w), bits)
+    return mixed, lax.bitcast_convert_type(bits, w.dtype)
 
 
 def with_nan_seen(effective: Array, w: Array, alpha: ArrayLike) -> Array:

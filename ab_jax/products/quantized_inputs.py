@@ -33,7 +33,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
@@ -278,7 +278,7 @@ def _measured_and_quantized(
     after = _measured(quantizer, x, found, axes)
     # Devices that went ways of their own share the range from before.
     found = after._replace(limit=found.limit) if apart else after
-    return quantizer(x, _limit(quantizer, found), alpha), found
+    return quantizer.blended(x, _limit(quantizer, found), alpha), found
 
 
 def _measured(
@@ -287,9 +287,9 @@ def _measured(
     """The range after one more measurement; a fixed one stays, but is seen to cut off."""
     if x.size == 0:  # as JAX makes them itself, in an associative scan
         return found
-    measured, cut = quantizer.measure(x, axes), quantizer.share_cut(x, axes)
+    measured, cut = quantizer.measure_with_cut(x, axes)
     if quantizer.limit is not None:  # measured all the same: to see whether it is finite
-        measured = jnp.where(jnp.isfinite(measured), jnp.float32(quantizer.limit), measured)
+        measured = lax.select(lax.is_finite(measured), np.float32(quantizer.limit), measured)
         return found.after(measured, 0.0, cut)
     return found.after(measured, quantizer.momentum, cut)
 
