@@ -202,7 +202,7 @@ class ActivationQuantizer:
             not depend on how the batch is spread over devices.
           axis_name: the mapped axes over which the batch is spread, if any.
         """
-        return self._of_devices(self._end(_magnitudes(x)), axis_name)
+        return self._of_devices(self._end(_magnitudes(lax.stop_gradient(x))), axis_name)
 
     def measure_with_cut(
         self, x: Array, axis_name: str | tuple[str, ...] | None = None
@@ -217,13 +217,14 @@ class ActivationQuantizer:
         Returns:
           Both float32 scalars.
         """
+        x = lax.stop_gradient(x)
         magnitudes = _magnitudes(x)
         end = self._end(magnitudes)
         measured = self._of_devices(end, axis_name)
         if self.signed:
             return measured, np.float32(0)
         largest = end if self.percentile is None else _largest(magnitudes)
-        return measured, _share_below(lax.stop_gradient(x), largest, axis_name)
+        return measured, _share_below(x, largest, axis_name)
 
     def _end(self, magnitudes: Array) -> Array:
         """The end of the range that a device asks for."""
@@ -267,7 +268,7 @@ _blended.defjvp(_blended_jvp, symbolic_zeros=True)
 
 
 def _magnitudes(x: Array) -> Array:
-    return lax.convert_element_type(lax.abs(lax.stop_gradient(x)), jnp.float32)
+    return lax.convert_element_type(lax.abs(x), jnp.float32)
 
 
 def _largest(magnitudes: Array) -> Array:

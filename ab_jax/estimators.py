@@ -274,7 +274,7 @@ def computed_once(w: Array) -> Array:
 
 def _bits(x: Array) -> Array:
     """The bits of floating-point numbers, as unsigned integers of their size."""
-    dtype = jnp.dtype(f"uint{jnp.finfo(x.dtype).bits}")
+    dtype = np.dtype(f"uint{8 * x.dtype.itemsize}")
     return lax.bitcast_convert_type(x, dtype)  # through which no gradient passes
 
 

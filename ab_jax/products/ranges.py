@@ -56,35 +56,16 @@ class InPass(NamedTuple):
     @classmethod
     def of(cls, limit: ArrayLike) -> "InPass":
         """Before the first measurement."""
-        limit = jnp.asarray(limit, jnp.float32)
+        limit = lax.convert_element_type(limit, jnp.float32)
         none: Any = np.zeros(limit.shape, np.float32)  # constants take no tracing
         # A range that is not finite counts as none: files may hold such.
         start = lax.select(lax.is_finite(limit), limit, none)
         return cls(start, none - 1, start, none, none.astype(np.int32))
 
-    # Compiled apart, since it is traced once for all inputs of a network.
-    @functools.partial(jax.jit, static_argnames="momentum")
     def after(self, measured: Array, momentum: float, cut: ArrayLike = 0.0) -> "InPass":
         """After one more."""
-        cut = lax.convert_element_type(cut, jnp.float32)
-        finite = lax.is_finite(measured)
-        largest = lax.select(finite, lax.max(self.largest, measured), self.largest)
-        cut = lax.select(finite, lax.max(self.cut, cut), self.cut)
-        one_more = lax.convert_element_type(lax.bitwise_not(finite), jnp.int32)
-        count = lax.add(self.not_finite, one_more)
-        return InPass(self.start, largest, self._asked(largest, momentum), cut, count)
-
-    def _asked(self, largest: Array, momentum: float) -> Array:
-        """The range that follows from the largest measurement."""
-        # Selected before the sum, not after it, which would let XLA round it otherwise: a run that
-        # is resumed shall be the same bit for bit. Without a measurement 1 and 0 keep the start.
-        zero, one = np.arange(2, dtype=np.float32)
-        none = lax.lt(largest, zero)
-        kept = lax.select(none, one, np.float32(momentum))
-        added = lax.select(none, zero, np.float32(1 - momentum))
-        asked = lax.select(none, self.start, largest)
-        moved = lax.add(lax.mul(kept, self.start), lax.mul(added, asked))
-        return lax.select(lax.gt(self.start, zero), moved, asked)
+        before = self.start, self.largest, self.cut, self.not_finite
+        return InPass(self.start, *_after(*before, measured, momentum, cut))
 
     def parted(self, axes: tuple[str, ...]) -> "InPass":
         """Before devices along these axes go ways of their own; range and start stay in common."""
@@ -109,9 +90,43 @@ class InPass(NamedTuple):
 
     def ranged(self, momentum: float) -> "InPass":
         """With the range that follows from the largest measurement."""
-        return self._replace(limit=self._asked(self.largest, momentum))
+        return self._replace(limit=_asked(self.start, self.largest, momentum))
 
     def ended(self, before: Range) -> Range:
         """After the pass; `before` it."""
         cut = lax.select(lax.lt(self.largest, np.float32(0)), before.cut, self.cut)
         return Range(self.limit, cut, self.not_finite)
+
+
+# Compiled apart, since it is traced once for all inputs of a network; with what it reads alone,
+# since each operand takes time at each call.
+@functools.partial(jax.jit, static_argnames="momentum")
+def _after(
+    start: Array,
+    largest: Array,
+    cut: Array,
+    not_finite: Array,
+    measured: Array,
+    momentum: float,
+    measured_cut: ArrayLike,
+) -> tuple[Array, Array, Array, Array]:
+    """The largest measurement, the range, the cut and the count after one more measurement."""
+    measured_cut = lax.convert_element_type(measured_cut, jnp.float32)
+    finite = lax.is_finite(measured)
+    largest = lax.select(finite, lax.max(largest, measured), largest)
+    cut = lax.select(finite, lax.max(cut, measured_cut), cut)
+    one_more = lax.convert_element_type(lax.bitwise_not(finite), jnp.int32)
+    return largest, _asked(start, largest, momentum), cut, lax.add(not_finite, one_more)
+
+
+def _asked(start: Array, largest: Array, momentum: float) -> Array:
+    """The range that follows from the largest measurement."""
+    # Selected before the sum, not after it, which would let XLA round it otherwise: a run that
+    # is resumed shall be the same bit for bit. Without a measurement 1 and 0 keep the start.
+    zero, one = np.arange(2, dtype=np.float32)
+    none = lax.lt(largest, zero)
+    kept = lax.select(none, one, np.float32(momentum))
+    added = lax.select(none, zero, np.float32(1 - momentum))
+    asked = lax.select(none, start, largest)
+    moved = lax.add(lax.mul(kept, start), lax.mul(added, asked))
+    return lax.select(lax.gt(start, zero), moved, asked)
