@@ -170,10 +170,10 @@ class ActivationQuantizer:
 
     def _passed(self, x: Array, limit: ArrayLike, alpha: ArrayLike) -> Array:
         """What `blended` has the gradient of."""
-        limit, alpha, *_ = self._scalars(limit, alpha)
+        end, alpha, *_ = self._scalars(limit, alpha)
         lost = lax.convert_element_type(alpha, x.dtype)  # of the gradient
         if self.backward == "clipped":
-            outside = self._outside(lax.stop_gradient(x), limit)
+            outside = self._outside(lax.stop_gradient(x), end)
             lost = lax.mul(lost, lax.convert_element_type(outside, x.dtype))
         return lax.mul(lax.sub(np.ones((), x.dtype), lost), x)
 
@@ -252,6 +252,8 @@ def _blended_jvp(
 ) -> tuple[Array, Array]:
     x, limit, alpha = primals
     of_x, _, of_alpha = tangents
+    if isinstance(of_x, SymbolicZero):
+        of_x = jnp.zeros_like(x)
 
     def passed(x: Array, alpha: Array = alpha) -> Array:
         return quantizer._passed(x, limit, alpha)
