@@ -199,7 +199,6 @@ def test_is_traced_as_few_primitives(quantizer):
     steps = [
         (lambda x, limit, alpha: quantizer(x, limit, alpha), (x, scalar, scalar), 40),
         (quantizer.measure, (x,), 5),
-        (quantizer.share_cut, (x,), 15),
         (lambda state, found, cut: state.after(found, 0.9, cut), (state, scalar, scalar), 20),
     ]
     for step, operands, most in steps:

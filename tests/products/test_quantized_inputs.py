@@ -1,10 +1,13 @@
 """Quantized inputs of products: ranges and values against NumPy, and against the Linen layers'."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend import core
 
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.linen import RANGES, quantized_inputs
@@ -13,6 +16,7 @@ from ab_jax.products import (
     CutOffWarning,
     Range,
     check_ranges,
+    find_products,
     initial_ranges,
     measure_ranges,
     quantize_inputs,
@@ -395,3 +399,39 @@ def test_empty_arrays_leave_ranges_alone(rng):
     start = initial_ranges(f, EIGHT, p, x)
     _, ranges = quantize_inputs(f, EIGHT)(p, x, ranges=start, measure=True)
     np.testing.assert_allclose(ranges["w"].limit, np.abs(x).max())
+
+
+def equations(jaxpr):
+    """All of them, those in the bodies of others too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for sub in core.jaxprs_in_params(equation.params):
+            yield from equations(getattr(sub, "jaxpr", sub))
+
+
+@pytest.mark.parametrize(("signed", "most"), [(True, 22), (False, 33)])
+def test_an_input_is_traced_once_a_shape_as_few_equations(signed, most):
+    """Tracing takes time by the equation and by the call: what has no shape is traced once."""
+    f, params, inputs = NETWORKS["plain_scan"]()
+    rules = ActivationRules([(".*", ActivationQuantizer(bits=8, signed=signed))])
+    ranges = initial_ranges(f, rules, params, *inputs)
+    jax.clear_caches()
+    quantized = functools.partial(quantize_inputs(f, rules), measure=True)
+    program = jax.make_jaxpr(lambda p, x, ranges: quantized(p, x, ranges=ranges))
+    steps = [
+        equation.params["jaxpr"]
+        for equation in equations(program(params, *inputs, ranges).jaxpr)
+        if equation.params.get("name") == "_measured_and_quantized"
+    ]
+    products = find_products(f, params, *inputs)
+    assert len(steps) == sum(len(product.inputs) for product in products)
+    by_shape = {step.in_avals[0].shape: step for step in steps}
+    assert {id(step) for step in steps} == {id(step) for step in by_shape.values()}
+    calls = set()
+    for step in by_shape.values():
+        within = list(equations(step.jaxpr))
+        here = [e for e in within if e.primitive.name == "jit"]
+        calls |= {id(e.params["jaxpr"]) for e in here}
+        without_shape = {id(e) for call in here for e in call.params["jaxpr"].eqns}
+        assert sum(id(e) not in without_shape for e in within) <= most
+    assert len(calls) == 2  # the range after a measurement, and the scalars of what it makes
