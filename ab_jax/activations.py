@@ -206,7 +206,7 @@ class ActivationQuantizer:
 
     def measure_with_cut(
         self, x: Array, axis_name: str | tuple[str, ...] | None = None
-    ) -> tuple[Array, ArrayLike]:
+    ) -> tuple[Array, tuple[Array, Array] | None]:
         """That, and the share of the magnitudes of `x` that lies below zero where no code does.
 
         As part of a larger compiled function.
@@ -215,16 +215,18 @@ class ActivationQuantizer:
           x, axis_name: as for `measure`.
 
         Returns:
-          Both float32 scalars.
+          A float32 scalar; and two more, what lies below zero (not positive) and all magnitudes, in
+          one unit, whose quotient is the share, or None if signed. What has no shape is computed
+          elsewhere, where it is traced once.
         """
         x = lax.stop_gradient(x)
         magnitudes = _magnitudes(x)
         end = self._end(magnitudes)
         measured = self._of_devices(end, axis_name)
         if self.signed:
-            return measured, np.float32(0)
+            return measured, None
         largest = end if self.percentile is None else _largest(magnitudes)
-        return measured, _share_below(x, largest, axis_name)
+        return measured, _below_and_all(x, largest, axis_name)
 
     def _end(self, magnitudes: Array) -> Array:
         """The end of the range that a device asks for."""
@@ -277,21 +279,19 @@ def _largest(magnitudes: Array) -> Array:
     return lax.reduce_max(magnitudes, axes=range(magnitudes.ndim))
 
 
-def _share_below(x: Array, largest: Array, axis_name: str | tuple[str, ...] | None) -> Array:
-    """The share of the magnitudes that is that of negative numbers."""
+def _below_and_all(
+    x: Array, largest: Array, axis_name: str | tuple[str, ...] | None
+) -> tuple[Array, Array]:
+    """The sum of negative numbers and that of all magnitudes."""
     axes = range(x.ndim)
-    # Parts of the largest one, so that no sum overflows.
-    part = lax.div(lax.convert_element_type(x, jnp.float32), _divisor(largest))
-    below = lax.reduce_sum(lax.max(lax.neg(part), np.float32(0)), axes)
+    # Parts of the largest one, so that no sum overflows; of all zeros 0.
+    unit = lax.max(largest, np.finfo(np.float32).tiny)
+    part = lax.div(lax.convert_element_type(x, jnp.float32), unit)
+    below = lax.reduce_sum(lax.min(part, np.float32(0)), axes)
     both = lax.reduce_sum(lax.abs(part), axes)
     if axis_name:
         below, both = lax.psum((below * largest, both * largest), axis_name)
-    return lax.div(below, _divisor(both))
-
-
-def _divisor(x: Array) -> Array:
-    """`x`, float32, that is not negative, or 1 where it is 0."""
-    return lax.select(lax.gt(x, np.float32(0)), x, np.float32(1))
+    return below, both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -195,11 +195,11 @@ def test_a_quantizer_is_hashable_by_value():
 def test_is_traced_as_few_primitives(quantizer):
     """Each new shape is traced anew, and functions of `jax.numpy` take a trace of their own."""
     x, scalar = jnp.ones((2, 3), jnp.bfloat16), jnp.float32(0.5)
-    state = InPass.of(scalar)
+    state = InPass.of(scalar, scalar)
     steps = [
         (lambda x, limit, alpha: quantizer(x, limit, alpha), (x, scalar, scalar), 40),
         (quantizer.measure, (x,), 5),
-        (lambda state, found, cut: state.after(found, 0.9, cut), (state, scalar, scalar), 20),
+        (lambda state, x: state.after(x, 0.9, (x, x)), (state, scalar), 24),
     ]
     for step, operands, most in steps:
         for equation in jax.make_jaxpr(step)(*operands).eqns:

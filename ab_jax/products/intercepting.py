@@ -45,7 +45,7 @@ def intercept(
         entry of the state at `product.inputs[side]`, or None, and returns an operand of the same
         shape and dtype and the new entry; None keeps the old one, if there is one.
       chosen: of all products those that the handler shall see; None: all but constants and
-        parameters among themselves.
+        parameters among themselves. Called before the state is read, which it may fill.
       parted, met: `(address, entry, parting) -> entry`, before and after a `cond` or a `while`
         through which devices may go differently along the axes of the `finding.Parting`. In there
         a handler may not gather what devices along these axes saw (`Product.apart` has them), or

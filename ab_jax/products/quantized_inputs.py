@@ -108,6 +108,7 @@ def quantize_inputs(
             )
         check_alpha(alpha, " of the inputs")
         by_input: dict[str, Any] = {}
+        start: dict[str, InPass] = {}  # made as soon as the products are known
 
         def along(axes: frozenset[str]) -> tuple[str, ...]:
             names = {axis_name if name == AROUND else name for name in axes}
@@ -128,6 +129,10 @@ def quantize_inputs(
             listed = _addressed(products, one_range_a_weight)
             by_input.update(_quantizers(listed, rules, partly))
             _check_ranges(ranges, by_input, listed, partly)
+            for address, found in ranges.items():
+                quantizer = by_input.get(address)
+                cuts = measure and _has_range(quantizer) and not quantizer.signed
+                start[address] = InPass.of(found.limit, found.cut if cuts else None)
             return [p for p in listed if any(by_input.get(a) for a in addresses_with_rules(p))]
 
         def handler(product: Product, side: int, x: Array, found: Any) -> tuple[Array, Any]:
@@ -146,9 +151,8 @@ def quantize_inputs(
             axes = tuple(axis for axis in axes if axis not in apart)
             return _measured_and_quantized(quantizer, x, found, alpha, axes, bool(apart))
 
-        state = {address: InPass.of(found.limit) for address, found in ranges.items()}
         evaluated = intercept(f, handler, chosen=chosen, parted=parted, met=met)
-        outputs, state = evaluated(state, params, *inputs)
+        outputs, state = evaluated(start, params, *inputs)
         if not measure:
             return outputs, dict(ranges)
         return outputs, {

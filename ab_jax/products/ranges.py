@@ -43,37 +43,42 @@ class InPass(NamedTuple):
       start: before the pass; 0: never measured.
       largest: of this pass's measurements; -1: there are none.
       limit: the range that follows from both.
-      cut: the largest share that lay below the range.
+      cut: the largest share that lay below the range, that of the pass before until there is a
+        measurement; None: nobody asks for it, as nothing can.
       not_finite: int32, how many measurements were not.
     """
 
     start: Array
     largest: Array
     limit: Array
-    cut: Array
+    cut: Array | None
     not_finite: Array
 
     @classmethod
-    def of(cls, limit: ArrayLike) -> "InPass":
+    def of(cls, limit: ArrayLike, cut: Array | None = None) -> "InPass":
         """Before the first measurement."""
         limit = lax.convert_element_type(limit, jnp.float32)
         none: Any = np.zeros(limit.shape, np.float32)  # constants take no tracing
         # A range that is not finite counts as none: files may hold such.
         start = lax.select(lax.is_finite(limit), limit, none)
-        return cls(start, none - 1, start, none, none.astype(np.int32))
+        return cls(start, none - 1, start, cut, none.astype(np.int32))
 
-    def after(self, measured: Array, momentum: float, cut: ArrayLike = 0.0) -> "InPass":
-        """After one more."""
-        before = self.start, self.largest, self.cut, self.not_finite
-        return InPass(self.start, *_after(*before, measured, momentum, cut))
+    def after(
+        self, measured: Array, momentum: float, below_and_all: tuple[Array, Array] | None = None
+    ) -> "InPass":
+        """After one more, of `ActivationQuantizer.measure_with_cut`."""
+        before = self.start, self.largest, self.not_finite
+        shares = below_and_all and (self.cut, *below_and_all)
+        return InPass(self.start, *_after(*before, measured, momentum, shares))
 
     def parted(self, axes: tuple[str, ...]) -> "InPass":
         """Before devices along these axes go ways of their own; range and start stay in common."""
         # A sum, so that JAX knows them to vary: whether there are meshes whose values it checks, or
         # they vary already, `jax.lax.pcast` would have to be told.
         here = 0 * lax.axis_index(axes)
-        largest, cut, count = (
-            entry + here.astype(entry.dtype) for entry in (self.largest, self.cut, self.not_finite)
+        largest, cut, count = jax.tree.map(
+            lambda entry: entry + here.astype(entry.dtype),
+            (self.largest, self.cut, self.not_finite),
         )
         return InPass(self.start, largest, self.limit, cut, count)
 
@@ -85,7 +90,10 @@ class InPass(NamedTuple):
             largest = jnp.where(count > 0, total / jnp.maximum(count, 1), -1)
         else:
             largest = lax.pmax(self.largest, axes)
-        cut, count = lax.pmax((self.cut, self.not_finite), axes)
+        cut = self.cut
+        if cut is not None:  # of those that measured, if some did
+            cut = lax.pmax(jnp.where((self.largest < 0) & (largest >= 0), 0, cut), axes)
+        count = lax.pmax(self.not_finite, axes)
         return InPass(self.start, largest, self.limit, cut, count)
 
     def ranged(self, momentum: float) -> "InPass":
@@ -94,7 +102,10 @@ class InPass(NamedTuple):
 
     def ended(self, before: Range) -> Range:
         """After the pass; `before` it."""
-        cut = lax.select(lax.lt(self.largest, np.float32(0)), before.cut, self.cut)
+        cut = self.cut
+        if cut is None:
+            none: Any = np.zeros(self.limit.shape, np.float32)
+            cut = lax.select(lax.lt(self.largest, np.float32(0)), before.cut, none)
         return Range(self.limit, cut, self.not_finite)
 
 
@@ -104,17 +115,21 @@ class InPass(NamedTuple):
 def _after(
     start: Array,
     largest: Array,
-    cut: Array,
     not_finite: Array,
     measured: Array,
     momentum: float,
-    measured_cut: ArrayLike,
-) -> tuple[Array, Array, Array, Array]:
+    shares: tuple[Array, Array, Array] | None,
+) -> tuple[Array, Array, Array | None, Array]:
     """The largest measurement, the range, the cut and the count after one more measurement."""
-    measured_cut = lax.convert_element_type(measured_cut, jnp.float32)
+    zero, one = np.arange(2, dtype=np.float32)
     finite = lax.is_finite(measured)
+    cut = None
+    if shares is not None:
+        cut, below, both = shares
+        share = lax.div(lax.abs(below), lax.select(lax.gt(both, zero), both, one))
+        largest_share = lax.select(lax.lt(largest, zero), share, lax.max(cut, share))
+        cut = lax.select(finite, largest_share, cut)
     largest = lax.select(finite, lax.max(largest, measured), largest)
-    cut = lax.select(finite, lax.max(cut, measured_cut), cut)
     one_more = lax.convert_element_type(lax.bitwise_not(finite), jnp.int32)
     return largest, _asked(start, largest, momentum), cut, lax.add(not_finite, one_more)
 
