@@ -130,7 +130,7 @@ def quantize_inputs(
             by_input.update(_quantizers(listed, rules, partly))
             _check_ranges(ranges, by_input, listed, partly)
             for address, found in ranges.items():
-                quantizer = by_input.get(address)
+                quantizer: Any = by_input.get(address)
                 cuts = measure and _has_range(quantizer) and not quantizer.signed
                 start[address] = InPass.of(found.limit, found.cut if cuts else None)
             return [p for p in listed if any(by_input.get(a) for a in addresses_with_rules(p))]
