@@ -68,9 +68,9 @@ def of_parameter(path: str, axes: int) -> Origin:
 
 def joined(origins: Iterable[Origin]) -> Origin:
     """The origin of what is one of several values of a shape, or is made of all of them."""
-    known = [origin for origin in origins if origin != NOWHERE]
-    if not known:
-        return NOWHERE
+    known = [origin for origin in origins if origin is not NOWHERE and origin != NOWHERE]
+    if len(known) <= 1:
+        return known[0] if known else NOWHERE
     data = any(origin.data for origin in known)
     looked_up = data and all(
         origin.looked_up and origin.leaves.keys() == known[0].leaves.keys() for origin in known
@@ -123,21 +123,26 @@ def derived(
       results: the shapes of its results.
     """
     found = joined(_moved(primitive, params, s, o) for s, o in zip(shapes, origins, strict=True))
-    found = dataclasses.replace(found, varies=_after(primitive, params, found.varies))
-    touched = [origin for origin in origins if origin != NOWHERE]
+    looked_up, leaves = found.looked_up, found.leaves
     if found.data:
         looked_up, leaves = False, {}
         if primitive in ("gather", "dynamic_slice") and not origins[0].data:
             looked_up, leaves = bool(origins[0].leaves), dict(origins[0].leaves)
-        elif primitive in _LAYOUT and len(touched) == 1:
-            looked_up, leaves = touched[0].looked_up, dict(touched[0].leaves)
-        found = dataclasses.replace(found, looked_up=looked_up, leaves=leaves)
+        elif primitive in _LAYOUT:
+            touched = [origin for origin in origins if origin != NOWHERE]
+            if len(touched) == 1:
+                looked_up, leaves = touched[0].looked_up, dict(touched[0].leaves)
+    varies = _after(primitive, params, found.varies)
+    if not leaves and not found.leaves and (looked_up, varies) == (found.looked_up, found.varies):
+        return [found] * len(results)  # as of most equations, without a copy
     return [
         dataclasses.replace(
             found,
+            looked_up=looked_up,
+            varies=varies,
             leaves={
                 path: axes if len(axes) == len(shape) else (_UNKNOWN,) * len(shape)
-                for path, axes in found.leaves.items()
+                for path, axes in leaves.items()
             },
         )
         for shape in results
