@@ -42,6 +42,7 @@ TABLES = [
     ("docs/peers.md", "benchmarks.other_libraries.comparison_tables.times"),
     ("docs/peers.md", "benchmarks.peers_accuracy.table"),
     ("docs/pretrained.md", "experiments.pretrained.calibration_tables.choices"),
+    ("docs/pretrained.md", "experiments.pretrained.calibration_tables.choices"),
     ("docs/pretrained.md", "experiments.pretrained.calibration_tables.finals"),
     ("docs/pretrained.md", "experiments.pretrained.training_tables.trials"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),

@@ -68,7 +68,7 @@ def test_a_gain_is_over_the_start_of_the_same_seed_and_width(rng):
             points = [one["points_below_float"][name] for one in records]
             accuracy[key] = -float(np.mean(points))
         cell = found[2][head.index(f"above the start, {label}")]
-        assert cell.startswith(f"{accuracy['ab'] - accuracy['start']:+.2f} [+")
+        assert cell.startswith(f"{accuracy['ab'] - accuracy['start']:+.2f} [")
         assert found[1][head.index(f"above the start, {label}")] == ""
     mean, half = points_above(ab[:1], [starts[2]], "tiny")
     assert mean > 0
