@@ -77,9 +77,13 @@ def conduct(config: Config) -> None:
         size=model.size,
     )
     reader = Reader(model, sources.to_read(c.read), batch_size=c.batch_size)
+    images: dict[str, Dataset] = {}  # by the name of the data set, which many runs share
     for run, path in missing.items():
+        dataset = of_runs[run].description["config"]["dataset"]
+        if dataset not in images:
+            images[dataset] = _loaded(of_runs[run], c.data_dir)
         record = describe_run("experiments.pretrained.read_runs", {})
-        record |= record_of(of_runs[run], reader, data_dir=c.data_dir, batch_size=c.batch_size)
+        record |= record_of(of_runs[run], images[dataset], reader, batch_size=c.batch_size)
         record["seconds"] = json.loads((run / "record.json").read_text())["summary"]["seconds"]
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, record)
@@ -95,13 +99,23 @@ def _checked(run: Path) -> TrainedNetwork:
     return network
 
 
-def record_of(
-    network: TrainedNetwork, reader: Reader, *, data_dir: str | None, batch_size: int
-) -> dict[str, Any]:
-    """What a record says of a trained network: its flags, readings and bytes."""
-    config = network.description["config"]
-    images = load_dataset(dataclasses.replace(RunConfig(**config), data_dir=data_dir))
+def _loaded(network: TrainedNetwork, data_dir: str | None) -> Dataset:
+    """The images that a network was trained on."""
+    flags = RunConfig(**network.description["config"])
+    images = load_dataset(dataclasses.replace(flags, data_dir=data_dir))
     assert isinstance(images, Dataset)
+    return images
+
+
+def record_of(
+    network: TrainedNetwork, images: Dataset, reader: Reader, *, batch_size: int
+) -> dict[str, Any]:
+    """What a record says of a trained network: its flags, without a place, readings and bytes.
+
+    Args:
+      images: that it was trained on.
+    """
+    config = {**network.description["config"], "data_dir": None}
     logits = logits_of(network, images, batch_size=batch_size)
     return {
         "config": config,

@@ -69,7 +69,7 @@ def test_a_run_is_read_as_it_reads_itself(trained, tmp_path, monkeypatch):
     found = json.loads(path.read_text())
     own = record["summary"]["test"]["quantized_recalibrated"]  # of the photographs
     assert found["quantized"]["photographs"] == pytest.approx(100 * own)
-    assert found["config"] == record["config"]
+    assert found["config"] == {**record["config"], "data_dir": None}  # no place on a machine
     assert found["steps"] == record["summary"]["steps"]
     assert found["images"]["calibrated"] == 0
     for name, count in found["images"]["read"].items():
