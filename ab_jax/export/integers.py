@@ -1,40 +1,36 @@
 """Inference in integers: int8 codes times int8 codes, summed in int32, then one scale a channel.
 
-    graph = fold_batch_norm(describe(model, variables, image_shape))
-    logits = jax.jit(lambda images: evaluate_in_integers(graph, images))(images)
+    net = trace(forward, ab.quantize(params, rules), images, rules=inputs, ranges=ranges)
+    logits = jax.jit(lambda images: evaluate_in_integers(net, images))(images)
 
-A layer runs in integers if its input is quantized, to codes or to signs, and its kernel is, with
-scales that the products of one sum share. The values between layers are float32: what a layer sums
-up is multiplied by the scales of its input and of its kernel, and the next layer's `Quantize` makes
-codes of it again. `layers_in_float` names the layers that are left.
+A layer runs in integers if its input is quantized and its weight is, with scales that the products
+of one sum share. Inputs are quantized by the function's rules, or by a model's own code that makes
+int8 numbers and multiplies them by one scale, as `ab_jax.activations.sign` does. The values between
+layers are float32: what a layer sums up is multiplied by the scales of its input and of its weight.
+`layers_in_float` names the layers that are left.
 
-The codes are those of `evaluate`, but for values on the border of two, which rounding may move.
+The codes are those of `ab_jax.export.traced.evaluate`, but for values on the border of two, which
+rounding may move.
 """
 
 import dataclasses
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from ab_jax.export.graph.operations import (
-    Convolution,
-    Dense,
-    Flatten,
-    Graph,
-    Node,
-    Quantize,
-    Sign,
-    apply,
-    by_channel,
-    check_images,
-    plus,
-)
-from ab_jax.quantizers import Quantized
+from ab_jax.export.traced import Codes, Operation, TracedFunction, WeightedProduct, weighted_product
+from ab_jax.export.traced.evaluating import ByJax, evaluate
 
 _MOST_PRODUCTS = 2**31 // 2**14  # of two int8, in an int32
+# What gives entries of its first operand and nothing else.
+_MOVES = {
+    *("reshape", "transpose", "squeeze", "expand_dims", "slice", "rev", "broadcast_in_dim", "tile"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,161 +39,270 @@ class _Codes:
 
     codes: Array
     offset: int
-    scale: Array
+    scale: Array  # of one entry
+    dtype: Any
+    ordered: bool  # whether the larger value has the larger code
 
     def values(self) -> Array:
-        return (self.codes.astype(jnp.float32) + self.offset) * self.scale
+        offsets = self.codes.astype(jnp.float32) + self.offset
+        return (offsets * self.scale.reshape(())).astype(self.dtype)
 
 
-def evaluate_in_integers(graph: Graph, images: Array, *, for_cpu: bool | None = None) -> Array:
-    """Logits, float32 [batch, classes], of normalized float32 images [batch, *image_shape].
+def evaluate_in_integers(traced: TracedFunction, *inputs: Any, for_cpu: bool | None = None) -> Any:
+    """What the function gives, its layers computed in integers where they can be.
 
     Args:
-      graph: with batch norm folded or not; folded, less is left to compute in floating point.
-      images: normalized.
+      traced: the function; `TracedFunction.simplified` leaves less to compute in floating point.
+      *inputs: as those it was traced with, of any size along open axes.
       for_cpu: convolutions as products of matrices, or else as XLA's own. None: whichever suits the
         default backend. XLA's int8 convolutions have been seen to sum wrongly on some CPUs.
 
     Raises:
-      ValueError: images of another shape or type.
+      ValueError: inputs of other shapes or dtypes.
     """
-    check_images(graph, images)
     if for_cpu is None:
         for_cpu = jax.default_backend() == "cpu"
-    values: list[Array | _Codes] = [images]
-    for node in graph.nodes:
-        given = [values[i] for i in node.inputs]
-        values.append(_run(graph, node, given, for_cpu))
-    logits = values[-1]
-    return logits.values() if isinstance(logits, _Codes) else logits
+    return evaluate(traced, *inputs, done=_InIntegers(for_cpu))
 
 
-def layers_in_float(graph: Graph) -> list[str]:
-    """Names of the convolutions and dense layers that do not run in integers."""
-    return [
-        node.name
-        for node in graph.nodes
-        if isinstance(node.operation, Convolution | Dense) and not _in_integers(graph, node)
+def layers_in_float(traced: TracedFunction) -> list[str]:
+    """Paths of the weights of convolutions and products that are not computed in integers."""
+    shapes = [
+        jax.ShapeDtypeStruct([getattr(size, "values", [size])[0] for size in x.shape], x.dtype)
+        for x in traced.graph.inputs
     ]
+    way = _InIntegers(for_cpu=True)
+    jax.eval_shape(lambda *leaves: evaluate(traced, *leaves, done=way), *shapes)
+    return way.in_float
 
 
-def _in_integers(graph: Graph, node: Node) -> bool:
-    layer = node.operation
-    return (
-        isinstance(layer, Convolution | Dense)
-        and isinstance(layer.kernel, Quantized)
-        # One scale for all the products of a sum.
-        and all(size == 1 for size in layer.kernel.scale.shape[:-1])
-        and math.prod(layer.kernel.codes.shape[:-1]) <= _MOST_PRODUCTS
-        and _gives_codes(graph, node.inputs[0])
-    )
+class _InIntegers:
+    """Does what can be done with codes; notes the weighted products that cannot."""
+
+    def __init__(self, for_cpu: bool) -> None:
+        self.for_cpu = for_cpu
+        self.in_float: list[str] = []
+
+    def __call__(self, operation: Operation, operands: Sequence[Any], by_jax: ByJax) -> Any | None:
+        product = weighted_product(operation)
+        if product is not None:
+            found = self.product(product, operands)
+            if found is None and product.weight.path:
+                self.in_float.append(product.weight.path)
+            return found
+        if operation.primitive == "quantize":
+            return _quantized(operation, *operands)
+        if operation.primitive == "convert_element_type":
+            return _converted(operation, operands[0])
+        codes = [x for x in operands if isinstance(x, _Codes)]
+        if operation.primitive == "mul" and len(codes) == 1:
+            return _scaled(codes[0], *(x for x in operands if x is not codes[0]))
+        if codes and operands[0] is codes[0]:
+            return _moved(operation, by_jax, *operands)
+        return None
+
+    def product(self, product: WeightedProduct, operands: Sequence[Any]) -> Array | None:
+        """The sum of products in float32; None: it is not one of integers."""
+        x, weight = operands[1 - product.side], product.weight
+        if not isinstance(x, _Codes) or not isinstance(weight, Codes):
+            return None
+        scale, zeros = _by_channel(product, weight)
+        summed = weight.codes.size // math.prod(weight.shape[axis] for axis in _channels(product))
+        if scale is None or summed > _MOST_PRODUCTS or product.output.dtype != jnp.float32:
+            return None
+        if product.operation.primitive == "dot_general":
+            multiply = _matrix_product(product)
+        else:
+            multiply = _convolution(product, x, self.for_cpu)
+        if multiply is None:
+            return None
+        sums = multiply(x.codes, weight.codes)
+        # (x + offset) (w - zero) = x w + offset (w - zero) - x zero, each summed.
+        offsets = weight.codes.astype(np.int32)
+        if zeros is not None:
+            ones = np.ones_like(weight.codes)
+            sums -= multiply(x.codes, ones) * _in_output(product, zeros.astype(np.int32))
+            offsets = offsets - weight.zero_point.astype(np.int32)  # type: ignore[union-attr]
+        if x.offset:
+            # In NumPy, since XLA takes seconds to fold such a sum of a large weight.
+            others = tuple(i for i in range(offsets.ndim) if i not in _channels(product))
+            total = offsets.sum(axis=others, dtype=np.int32, keepdims=True)
+            sums += _in_output(product, x.offset * total)
+        unit = x.scale.reshape(()) * _in_output(product, scale)
+        return sums.astype(jnp.float32) * unit
 
 
-def _gives_codes(graph: Graph, value: int) -> bool:
-    if value == 0:
-        return False
-    node = graph.nodes[value - 1]
-    if isinstance(node.operation, Flatten):
-        return _gives_codes(graph, node.inputs[0])
-    return isinstance(node.operation, Quantize | Sign)
+def _channels(product: WeightedProduct) -> list[int]:
+    """The axes of the weight that are channels of the output."""
+    return list(product.channels.values())
 
 
-def _run(graph: Graph, node: Node, given: list[Array | _Codes], for_cpu: bool) -> Array | _Codes:
-    operation, x = node.operation, given[0]
-    if isinstance(x, _Codes):
-        if isinstance(operation, Flatten):
-            return dataclasses.replace(x, codes=x.codes.reshape(x.codes.shape[0], -1))
-        if isinstance(operation, Convolution | Dense) and _in_integers(graph, node):
-            return _layer(operation, x, for_cpu)
-    floats = [one.values() if isinstance(one, _Codes) else one for one in given]
-    match operation:
-        case Quantize(quantizer, limit):
-            codes = quantizer.codes(floats[0], limit)
-            offset = 128 if quantizer.levels[1] > 127 else 0
-            codes = (codes.astype(jnp.int32) - offset).astype(jnp.int8)
-            return _Codes(codes, offset, quantizer.scale(limit))
-        case Sign():
-            return _Codes(jnp.where(floats[0] >= 0, 1, -1).astype(jnp.int8), 0, jnp.float32(1))
-    return apply(operation, floats)
+def _by_channel(
+    product: WeightedProduct, weight: Codes
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Scales and zero points, 1 long along the axes that are summed; None: there are more."""
+    arrays = [weight.scales[0]] if len(weight.scales) == 1 else []
+    arrays += [] if weight.zero_point is None else [weight.zero_point]
+    found = []
+    for array in arrays:
+        first = array
+        for axis in range(array.ndim):
+            if axis not in _channels(product):
+                first = first.take([0], axis)
+        if not np.array_equal(np.broadcast_to(first, array.shape), array):
+            return None, None
+        found.append(first)
+    if len(weight.scales) > 1:
+        return None, None
+    return found[0], found[1] if len(found) > 1 else None
 
 
-def _layer(layer: Convolution | Dense, x: _Codes, for_cpu: bool) -> Array:
-    """The layer's output in float32, of one sum of products of integers."""
-    kernel = layer.kernel
-    assert isinstance(kernel, Quantized)
-    if isinstance(layer, Convolution):
+def _in_output(product: WeightedProduct, of_weight: np.ndarray) -> np.ndarray:
+    """Numbers by channel, in as many axes as the weight, in those of the output."""
+    shape = [1] * len(product.output.shape)
+    for axis, own in product.channels.items():
+        shape[axis] = of_weight.shape[own]
+    return of_weight.reshape(shape)
+
+
+def _matrix_product(product: WeightedProduct) -> Any:
+    numbers = product.operation.params["dimension_numbers"]
+
+    def multiply(x: Array, codes: np.ndarray) -> Array:
+        left, right = (x, codes) if product.side else (codes, x)
+        return lax.dot_general(left, right, numbers, preferred_element_type=jnp.int32)
+
+    return multiply
+
+
+def _convolution(product: WeightedProduct, x: _Codes, for_cpu: bool) -> Any | None:
+    """A function of codes and a kernel that gives sums of products, int32."""
+    params = product.operation.params
+    pads = params["padding"]
+    negative = any(not isinstance(end, int | np.integer) or end < 0 for p in pads for end in p)
+    if negative or any(factor != 1 for factor in params["lhs_dilation"]):
+        return None
+    numbers, groups = params["dimension_numbers"], params["feature_group_count"]
+    front = numbers.lhs_spec[2:]
+
+    def multiply(images: Array, kernel: np.ndarray) -> Array:
+        ends = [(0, 0)] * images.ndim
+        for axis, (start, end) in zip(front, pads, strict=True):
+            ends[axis] = (int(start), int(end))
         # What surrounds the image is the code of zero.
-        padding = ((0, 0), *layer.padding, (0, 0))
-        padded = jnp.pad(x.codes, padding, constant_values=np.int8(-x.offset))
+        images = jnp.pad(images, ends, constant_values=np.int8(-x.offset))
+        steps = {"strides": params["window_strides"], "dilation": params["rhs_dilation"]}
+        last = [numbers.lhs_spec[0], *front, numbers.lhs_spec[1]]
+        inner = kernel.transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
+        sums = _convolved(images.transpose(last), inner, groups, for_cpu, **steps)
+        out = numbers.out_spec
+        order = [out[0], *out[2:], out[1]]
+        return sums.transpose([order.index(i) for i in range(len(order))])
 
-        def product(codes: Array) -> Array:
-            return _convolved(padded, codes, layer.strides, layer.groups, for_cpu)
-    else:
-
-        def product(codes: Array) -> Array:
-            return jnp.matmul(x.codes, codes, preferred_element_type=jnp.int32)
-
-    sums = product(kernel.codes)
-    # (x + offset) (w - zero) = x w + offset (w - zero) - x zero, each summed.
-    if kernel.zero_point is not None:
-        zero_point = by_channel(kernel.zero_point.astype(jnp.int32).ravel(), sums.ndim)
-        sums -= product(jnp.ones_like(kernel.codes)) * zero_point
-    if x.offset:
-        sums += by_channel(jnp.asarray(x.offset * _sums_of_offsets(kernel)), sums.ndim)
-    scale = x.scale * kernel.scale.reshape(-1).astype(jnp.float32)
-    return plus(sums.astype(jnp.float32) * by_channel(scale, sums.ndim), layer.bias)
-
-
-def _sums_of_offsets(kernel: Quantized) -> np.ndarray:
-    """Codes less their zero points, summed by channel out: int32 [channels out].
-
-    In numpy, since they are constants: XLA takes seconds to fold such a sum of a large kernel.
-    """
-    offsets = np.asarray(kernel.codes, np.int32)
-    if kernel.zero_point is not None:
-        offsets = offsets - np.asarray(kernel.zero_point, np.int32)
-    return offsets.sum(axis=tuple(range(offsets.ndim - 1)), dtype=np.int32)
+    return multiply
 
 
 def _convolved(
-    x: Array, kernel: Array, strides: tuple[int, int], groups: int, for_cpu: bool
+    x: Array,
+    kernel: np.ndarray,
+    groups: int,
+    for_cpu: bool,
+    *,
+    strides: Sequence[int],
+    dilation: Sequence[int],
 ) -> Array:
-    """Sums of products, int32 [batch, height, width, channels out], of two int8, unpadded."""
-    height, width, channels, features = kernel.shape
+    """Sums of products, int32 [batch, places, channels out], unpadded, of two int8.
+
+    `x` is [batch, places, channels], the kernel [places, channels / groups, channels out].
+    """
+    *window, channels, features = kernel.shape
     if not for_cpu or (groups > 1 and channels > 1):
+        axes = "DHW"[3 - len(window) :]
         return lax.conv_general_dilated(
             x,
-            kernel,
+            jnp.asarray(kernel),
             strides,
             "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            rhs_dilation=dilation,
+            dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
             feature_group_count=groups,
             preferred_element_type=jnp.int32,
         )
-    rows, columns = ((x.shape[i + 1] - kernel.shape[i]) // strides[i] + 1 for i in range(2))
+    steps = list(zip(window, strides, dilation, strict=True))
+    counts = [
+        (size - (places - 1) * apart - 1) // stride + 1
+        for size, (places, stride, apart) in zip(x.shape[1:-1], steps, strict=True)
+    ]
     taps = [
         lax.slice(
             x,
-            (0, i, j, 0),
+            (0, *(i * apart for i, (_, _, apart) in zip(at, steps, strict=True)), 0),
             (
                 x.shape[0],
-                i + strides[0] * (rows - 1) + 1,
-                j + strides[1] * (columns - 1) + 1,
-                x.shape[3],
+                *(
+                    i * apart + stride * (count - 1) + 1
+                    for i, count, (_, stride, apart) in zip(at, counts, steps, strict=True)
+                ),
+                x.shape[-1],
             ),
             (1, *strides, 1),
         )
-        for i in range(height)
-        for j in range(width)
+        for at in np.ndindex(*window)
     ]
     if groups == 1:
-        patches = jnp.concatenate(taps, axis=-1).reshape(-1, height * width * channels)
-        sums = jnp.matmul(patches, kernel.reshape(-1, features), preferred_element_type=jnp.int32)
-        return sums.reshape(x.shape[0], rows, columns, features)
+        patches = jnp.concatenate(taps, axis=-1).reshape(-1, math.prod(window) * channels)
+        matrix = jnp.asarray(kernel.reshape(-1, features))
+        sums = jnp.matmul(patches, matrix, preferred_element_type=jnp.int32)
+        return sums.reshape(x.shape[0], *counts, features)
     # Depthwise: each channel has features / groups kernels, which follow one another.
-    kernels = kernel.reshape(height * width, features).astype(jnp.int32)
-    sums = jnp.zeros((x.shape[0], rows, columns, features), jnp.int32)
+    kernels = kernel.reshape(-1, features).astype(np.int32)
+    sums = jnp.zeros((x.shape[0], *counts, features), jnp.int32)
     for tap, one in zip(taps, kernels, strict=True):
         repeated = jnp.repeat(tap.astype(jnp.int32), features // groups, axis=-1)
-        sums += repeated * by_channel(one, 4)
+        sums += repeated * one.reshape((1,) * (sums.ndim - 1) + (-1,))
     return sums
+
+
+def _quantized(operation: Operation, x: Any, limit: Any) -> _Codes | None:
+    quantizer = operation.params["quantizer"]
+    if jnp.size(limit) != 1:
+        return None
+    codes = quantizer.codes(_values(x), limit)
+    offset = 128 if quantizer.levels[1] > 127 else 0
+    codes = (codes.astype(jnp.int32) - offset).astype(jnp.int8)
+    scale = jnp.asarray(quantizer.scale(limit))
+    return _Codes(codes, offset, scale, operation.outputs[0].dtype, ordered=True)
+
+
+def _values(x: Any) -> Array:
+    return jnp.asarray(x.values() if hasattr(x, "values") else x)
+
+
+def _converted(operation: Operation, x: Any) -> _Codes | None:
+    """int8 numbers as floats are codes of scale 1, and stay such."""
+    dtype = operation.outputs[0].dtype
+    if isinstance(x, _Codes):
+        return x if x.dtype == dtype else None
+    if dtype != jnp.float32 or getattr(x, "dtype", None) != jnp.int8:
+        return None
+    return _Codes(x, 0, jnp.float32(1), dtype, ordered=False)
+
+
+def _scaled(x: _Codes, factor: Any) -> _Codes | None:
+    """Times one number. Which of two values is the larger may turn about."""
+    if isinstance(factor, Codes) or jnp.size(factor) != 1 or jnp.ndim(factor) > x.codes.ndim:
+        return None
+    scale = x.scale.reshape(()) * jnp.asarray(factor).reshape(())
+    return dataclasses.replace(x, scale=scale, ordered=False)
+
+
+def _moved(operation: Operation, by_jax: ByJax, x: _Codes, *others: Any) -> _Codes | None:
+    """Codes in another place, or the largest of some."""
+    name = operation.primitive
+    if name == "pad":
+        if isinstance(others[0], _Codes | Codes | jax.core.Tracer) or np.any(others[0]):
+            return None
+        others = (np.int8(-x.offset),)
+    elif name not in _MOVES and not (name == "reduce_window_max" and x.ordered):
+        return None
+    return dataclasses.replace(x, codes=by_jax(operation, [x.codes, *others]))

@@ -29,7 +29,7 @@ _UNARY = {
     "logistic": "Sigmoid",
 }
 _BINARY = {
-    **{n: n.capitalize() for n in ("add", "sub", "mul", "max", "min")},
+    **{n: n.capitalize() for n in ("add", "sub", "mul")},
     "add_any": "Add",
 }
 _COMPARED = {
@@ -65,6 +65,26 @@ def computed(write: Callable[..., str]) -> Write:
 
 def _plain(operator: str) -> Write:
     return computed(lambda file, operation, kind, *names: file.op(operator, *names))
+
+
+def _bounded(operator: str) -> Write:
+    """Max or Min; with a number as the operators that ONNX Runtime makes a part of a layer."""
+    plain = _plain(operator)
+
+    def write(file: FunctionFile, operation: Operation) -> str:
+        x, bound = operation.inputs
+        if isinstance(x, Constant):
+            x, bound = bound, x
+        number = np.asarray(bound.array) if isinstance(bound, Constant) else np.zeros(2)
+        same = x.dtype == np.float32 and x.shape == operation.outputs[0].shape
+        if not same or number.size != 1:
+            return plain(file, operation)
+        number = number.reshape(())
+        if operator == "Min":
+            return file.op("Clip", file.name(x), "", number)
+        return file.op("Clip", file.name(x), number) if number else file.op("Relu", file.name(x))
+
+    return write
 
 
 def _compared(operator: str, *, negated: bool = False) -> Write:
@@ -319,6 +339,7 @@ ELEMENTWISE: dict[str, Write] = {
     **{name: _bitwise(*operators) for name, operators in _BITWISE.items()},
     "ne": _compared("Equal", negated=True),
     **dict.fromkeys(("lt_to", "le_to", "eq_to"), _totally_ordered),
+    **{name: _bounded(name.capitalize()) for name in ("max", "min")},
     "integer_pow": _integer_pow,
     **dict.fromkeys(("div", "rem"), _divided),
     "square": _square,

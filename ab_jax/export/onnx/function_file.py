@@ -17,7 +17,7 @@ from onnx import helper
 
 from ab_jax.export.onnx.function_weights import stored
 from ab_jax.export.onnx.onnx_file import OnnxFile
-from ab_jax.export.traced import Codes, Dim, Operand, Shape, Size, Value
+from ab_jax.export.traced import Codes, Dim, Ending, Operand, Operation, Shape, Size, Value
 
 #: The end of a Slice past the end of any axis.
 FAR = 2**62
@@ -38,21 +38,47 @@ class NotCarriedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class QuantizedName:
-    """Codes of an activation in the file: names of these, of their scale and their zero point."""
+    """Codes of an activation in the file.
+
+    Attributes:
+      codes, scale, zero_point: names of the uint8 codes, and of what their numbers are made by.
+      offset, unit: zero point and scale as numbers.
+    """
 
     codes: str
     scale: str
     zero_point: str
+    offset: int
+    unit: np.ndarray
 
 
 class FunctionFile(OnnxFile):
-    """A file that is written operation by operation; `stem` is what names begin with."""
+    """A file that is written operation by operation.
 
-    def __init__(self, inputs: Mapping[Value, str], *, fused: bool) -> None:
+    Attributes:
+      names: of the values so far.
+      quantized: those of which there are codes.
+      endings: of products that a bias or codes follow.
+      written: operations that were written with others.
+      fused, integer_biases: as `function_to_onnx` has them.
+      stem: what names begin with.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[Value, str],
+        *,
+        endings: Mapping[Operation, Ending],
+        fused: bool,
+        integer_biases: bool,
+    ) -> None:
         super().__init__()
         self.names: dict[Operand, str] = {}
         self.quantized: dict[Operand, QuantizedName] = {}
+        self.endings = endings
+        self.written: set[Operation] = set()
         self.fused = fused
+        self.integer_biases = integer_biases
         self.stem = ""
         self._head: list[onnx.NodeProto] = []
         self._by_content: dict[Any, str] = {}  # arrays and weights
@@ -119,6 +145,11 @@ class FunctionFile(OnnxFile):
         self.nodes = pruned([*self._head, *self.nodes], outputs)
 
     # Operands
+
+    def ending(self, operation: Operation) -> Ending | None:
+        """What follows a product of float32, to be written with it."""
+        is_float32 = operation.outputs[0].dtype == np.float32
+        return self.endings.get(operation) if is_float32 else None
 
     def name(self, operand: Operand) -> str:
         """The name of an operand's values."""

@@ -17,13 +17,10 @@ from ab_jax.export.onnx.function_file import (
     QuantizedName,
     computed_in,
 )
-from ab_jax.export.onnx.function_layouts import padded_with
-from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Size, Value
-
-_MOST_AXES = 3  # of images: ONNX Runtime has kernels up to these
+from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Value
 
 
-def _arranged(
+def arranged(
     file: FunctionFile,
     x: Operand,
     axes: Sequence[int],
@@ -97,11 +94,11 @@ def _product(
     # A product of two axes and the sum after it ONNX Runtime would make a Gemm of, which rounds
     # what is added.
     alone = (any(meets) and len(shape) == 2) or not in_rows
-    a = _arranged(file, left, axes, (1, *shape) if alone else shape, kind)
+    a = arranged(file, left, axes, (1, *shape) if alone else shape, kind)
     shape = (*batched, math.prod(summed), math.prod(columns))
     axes = [*batch[1], *contracted[1], *_others(right, batch[1], contracted[1])]
     channels = len(shape) - 1 if meets[0] and not batched else None
-    b = _arranged(file, right, axes, shape, kind, channels=channels, in_product=not batched)
+    b = arranged(file, right, axes, shape, kind, channels=channels, in_product=not batched)
     found = file.op("MatMul", a, b)
     found = file.cast(found, kind, result)
     given = (*((1,) if alone else ()), *batched, *in_rows, math.prod(columns))
@@ -113,127 +110,42 @@ def _others(x: Operand, *taken: Sequence[int]) -> list[int]:
     return [i for i in range(len(x.shape)) if not any(i in axes for axes in taken)]
 
 
-def _convolution(file: FunctionFile, operation: Operation) -> str:
-    x, kernel = operation.inputs
-    params = operation.params
-    numbers = params["dimension_numbers"]
-    if params["batch_group_count"] != 1:
-        raise NotCarriedError("with groups of the batch")
-    if len(x.shape) > _MOST_AXES + 2 or len(x.shape) < 3:
-        raise NotCarriedError(f"over {len(x.shape) - 2} axes")
-    kind = computed_in(x.dtype)
-    if not np.issubdtype(kind, np.floating):
-        raise NotCarriedError(f"of {x.dtype}")
-    lhs, rhs, out = (tuple(spec) for spec in numbers)
-    shape = tuple(x.shape[i] for i in lhs)
-    window = tuple(kernel.shape[i] for i in rhs)
-    if any(isinstance(size, Size) for size in window):
-        raise NotCarriedError("with a kernel whose size is open")
-    data = _arranged(file, x, lhs, shape, kind)
-    name = _transposed(file, operation, data, kernel, kind)
-    if name is None:
-        name = _direct(file, operation, data, shape, kernel, kind)
-    name = file.transpose(name, [out.index(i) for i in range(len(out))])
-    return file.cast(name, kind, operation.outputs[0].dtype)
-
-
-def _direct(
-    file: FunctionFile,
-    operation: Operation,
-    data: str,
-    shape: Shape,
-    kernel: Operand,
-    kind: np.dtype,
-) -> str:
-    """A convolution, with zeros put between its inputs where it is one by their dilation."""
-    params = operation.params
-    rhs = tuple(params["dimension_numbers"].rhs_spec)
-    window = tuple(kernel.shape[i] for i in rhs)
-    weights = _arranged(file, kernel, rhs, window, kind)
-    pads = [tuple(ends) for ends in params["padding"]]
-    if any(isinstance(end, Size) for ends in pads for end in ends):
-        raise NotCarriedError("with a padding that is open")
-    dilated = any(factor != 1 for factor in params["lhs_dilation"])
-    if dilated or any(end < 0 for ends in pads for end in ends):
-        config = [(0, 0, 0)] * 2 + [
-            (*ends, factor - 1) for ends, factor in zip(pads, params["lhs_dilation"], strict=True)
-        ]
-        data, _ = padded_with(file, data, shape, config, file.constant(kind.type(0)))
-        pads = [(0, 0)] * len(pads)
-    return file.op(
-        "Conv",
-        data,
-        weights,
-        kernel_shape=[kernel.shape[i] for i in rhs[2:]],
-        strides=list(params["window_strides"]),
-        dilations=list(params["rhs_dilation"]),
-        group=params["feature_group_count"],
-        pads=[start for start, _ in pads] + [end for _, end in pads],
-    )
-
-
-def _transposed(
-    file: FunctionFile, operation: Operation, data: str, kernel: Operand, kind: np.dtype
-) -> str | None:
-    """A convolution of dilated inputs as ConvTranspose, where that has its numbers."""
-    params = operation.params
-    steps, pads = params["lhs_dilation"], params["padding"]
-    if all(step == 1 for step in steps) or isinstance(kernel, Value):
-        return None
-    if any(n != 1 for n in (*params["window_strides"], *params["rhs_dilation"])):
-        return None
-    rhs = tuple(params["dimension_numbers"].rhs_spec)
-    out, own, *window = (kernel.shape[i] for i in rhs)
-    before = [size - 1 - start for size, (start, _) in zip(window, pads, strict=True)]
-    behind = [size - 1 - end for size, (_, end) in zip(window, pads, strict=True)]
-    more = [max(-end, 0) for end in behind]
-    if min(before) < 0 or any(m >= step for m, step in zip(more, steps, strict=True)):
-        return None
-    groups = params["feature_group_count"]
-
-    def turned(weights: np.ndarray) -> np.ndarray:
-        """Its inputs in front, and each place at the other end."""
-        weights = np.flip(weights.transpose(rhs), tuple(range(2, len(rhs))))
-        weights = weights.reshape(groups, out // groups, own, *window).swapaxes(1, 2)
-        return weights.reshape(groups * own, out // groups, *window)
-
-    moved: Operand
-    if isinstance(kernel, Codes):
-        moved = kernel.moved(turned)
-    else:
-        moved = Constant(np.ascontiguousarray(turned(np.asarray(kernel.array))), kernel.path)
-    return file.op(
-        "ConvTranspose",
-        data,
-        file.cast(file.name(moved), kernel.dtype, kind),
-        kernel_shape=window,
-        strides=list(steps),
-        group=groups,
-        pads=before + [max(end, 0) for end in behind],
-        output_padding=more,
-    )
-
-
 def _quantize(file: FunctionFile, operation: Operation) -> str:
     """Codes of an activation, and what they stand for."""
-    x, limit = operation.inputs
+    x = operation.inputs[0]
+    name = file.cast(file.name(x), x.dtype, np.float32)
+    return add_codes(file, operation.outputs[0], coded(file, operation, name))
+
+
+def coded(file: FunctionFile, operation: Operation, x: str) -> QuantizedName:
+    """The codes that a `quantize` makes of float32 numbers."""
+    limit = operation.inputs[1]
     quantizer: Any = operation.params["quantizer"]
     if not isinstance(limit, Constant):
         raise NotCarriedError("by a range that depends on inputs")
     zero_point = np.uint8(128 if quantizer.signed else 0)
-    kind = np.dtype(np.float32)
-    names = [
-        file.constant(np.asarray(quantizer.scale(limit.array), kind)),
-        file.constant(zero_point),
-    ]
-    codes = file.op("QuantizeLinear", file.cast(file.name(x), x.dtype, kind), *names)
+    scale = np.asarray(quantizer.scale(limit.array), np.float32)
+    scale_name, zero_name = file.constant(scale), file.constant(zero_point)
+    codes = file.op("QuantizeLinear", x, scale_name, zero_name)
     ends = [int(zero_point) + level for level in quantizer.levels]
     if ends != [0, 255]:  # of uint8, where QuantizeLinear stops by itself
         codes = file.op("Clip", codes, *(np.uint8(end) for end in ends))
-    result = operation.outputs[0]
-    if result.dtype == kind:
-        file.quantized[result] = QuantizedName(codes, *names)
-    return file.cast(file.op("DequantizeLinear", codes, *names), kind, result.dtype)
+    return QuantizedName(codes, scale_name, zero_name, int(zero_point), scale)
+
+
+def add_codes(file: FunctionFile, value: Value, codes: QuantizedName) -> str:
+    """Make codes known as those of a value; returns the name of their numbers.
+
+    Not by DequantizeLinear: where ONNX Runtime sees that before a layer and QuantizeLinear after
+    it, it rounds the layer's float32 weights to 8 bits by itself.
+    """
+    kind = np.dtype(np.float32)
+    if value.dtype == kind:
+        file.quantized[value] = codes
+    numbers = file.cast(codes.codes, np.uint8, kind)
+    if codes.offset:
+        numbers = file.op("Sub", numbers, np.float32(codes.offset))
+    return file.cast(file.op("Mul", numbers, codes.scale), kind, value.dtype)
 
 
 def _quantize_tokens(file: FunctionFile, operation: Operation) -> str:
@@ -254,7 +166,6 @@ def _quantize_tokens(file: FunctionFile, operation: Operation) -> str:
 
 PRODUCTS: dict[str, Write] = {
     "dot_general": _dot,
-    "conv_general_dilated": _convolution,
     "quantize": _quantize,
     "quantize_tokens": _quantize_tokens,
 }

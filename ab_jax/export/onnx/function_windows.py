@@ -26,7 +26,8 @@ def _window(file: FunctionFile, operation: Operation) -> str:
     window, strides = params["window_dimensions"], params["window_strides"]
     if any(isinstance(size, Size) for size in (*window, *strides)):
         raise NotCarriedError("with a window whose size is open")
-    kind = orderable(x.dtype)
+    of_codes = operation.primitive == "reduce_window_max" and x.dtype == np.uint8
+    kind = np.dtype(np.uint8) if of_codes else orderable(x.dtype)
     name, shape = file.cast(file.name(x), x.dtype, kind), x.shape
     pads = [tuple(ends) for ends in params["padding"]]
     if any(isinstance(end, Size) for ends in pads for end in ends):
@@ -40,7 +41,7 @@ def _window(file: FunctionFile, operation: Operation) -> str:
         "reduce_window_max": seeing and all(factor == 1 for factor in factors),
         "reduce_window_sum": not dilated,
     }.get(operation.primitive, False)
-    pooled = pooled and kind == np.float32 and 0 < len(axes) <= _MOST_AXES
+    pooled = pooled and (kind == np.float32 or of_codes) and 0 < len(axes) <= _MOST_AXES
     config = [(*ends, factor - 1) for ends, factor in zip(pads, factors, strict=True)]
     attributes = pooled and seeing and all(factor == 1 for factor in factors)
     if any(map(any, config)) and not attributes:

@@ -21,11 +21,13 @@ import onnx
 from onnx import helper
 
 import ab_jax
+from ab_jax.export.onnx.function_convolutions import CONVOLUTIONS
 from ab_jax.export.onnx.function_elementwise import ELEMENTWISE, Write
 from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, onnx_type
 from ab_jax.export.onnx.function_indexing import INDEXING
 from ab_jax.export.onnx.function_layouts import LAYOUTS
 from ab_jax.export.onnx.function_loops import loops
+from ab_jax.export.onnx.function_moves import moved_codes
 from ab_jax.export.onnx.function_products import PRODUCTS
 from ab_jax.export.onnx.function_reductions import REDUCTIONS
 from ab_jax.export.onnx.function_windows import WINDOWS
@@ -36,6 +38,7 @@ from ab_jax.export.traced import (
     Size,
     TracedFunction,
     UnknownSizeError,
+    endings,
     trace,
 )
 from ab_jax.products import ActivationRules, Range
@@ -61,6 +64,7 @@ def function_to_onnx(
     std: Sequence[float] | None = None,
     description: Mapping[str, Any] | None = None,
     fused: bool = False,
+    integer_biases: bool = False,
 ) -> onnx.ModelProto:
     """`f(params, *inputs)` as an ONNX model of the inputs.
 
@@ -83,6 +87,9 @@ def function_to_onnx(
         thousandths, unless the session has `session.qdq_matmulnbits_accuracy_level` set to "0".
         Else it makes numbers of weights once, when it loads the file. Matrices that meet quantized
         inputs always stand so.
+      integer_biases: whether the bias of a convolution between codes may be rounded to a whole
+        number of units of its products. ONNX Runtime then computes all of it in integers
+        (`QLinearConv`), which is faster, and some codes change.
 
     Returns:
       A model with the metadata `class_names`, `mean`, `std`, `network`, as far as they are given,
@@ -102,13 +109,18 @@ def function_to_onnx(
         rules=rules,
         ranges=ranges,
         one_range_a_weight=one_range_a_weight,
-    )
+    ).simplified()
+    graph = traced.graph
     _check(traced)
     into = _named(input_names, "input", traced.inputs)
     out = _named(output_names, "output", traced.outputs)
-    file = FunctionFile(dict(zip(traced.graph.inputs, into, strict=True)), fused=fused)
-    _write(file, traced.graph.operations)
-    graph = traced.graph
+    file = FunctionFile(
+        dict(zip(graph.inputs, into, strict=True)),
+        endings=endings(graph),
+        fused=fused,
+        integer_biases=integer_biases,
+    )
+    _write(file, graph.operations)
     reserved = [file.unique(name) for name in out]
     if reserved != list(out):
         raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
@@ -135,11 +147,14 @@ def function_to_onnx(
 
 
 def _write(file: FunctionFile, operations: Sequence[Operation]) -> None:
-    """Append operations."""
+    """Append operations; those that move codes do so to the codes."""
     for operation in operations:
+        if operation in file.written:
+            continue
         outer, file.stem = file.stem, operation.path or operation.primitive
         try:
-            names = CARRIED[operation.primitive](file, operation)
+            write = CARRIED[operation.primitive]
+            names = moved_codes(file, operation, write) or write(file, operation)
         except NotCarriedError as error:
             raise _refused([f"{operation.primitive} {error}{_place(operation)}"]) from None
         except UnknownSizeError as error:
@@ -155,6 +170,7 @@ CARRIED: dict[str, Write] = {
     **LAYOUTS,
     **REDUCTIONS,
     **PRODUCTS,
+    **CONVOLUTIONS,
     **WINDOWS,
     **INDEXING,
     **loops(_write),

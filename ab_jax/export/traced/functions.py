@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ab_jax.export.traced.early_quantization import quantize_early
+from ab_jax.export.traced.folding import fold_affine
 from ab_jax.export.traced.quantized_operands import with_quantized_operands
 from ab_jax.export.traced.sizes import OpenAxes
 from ab_jax.export.traced.traced_graph import (
@@ -36,11 +38,17 @@ class TracedFunction:
     Attributes:
       graph: its inputs are the leaves of the function's, and its outputs likewise.
       inputs, outputs: paths of these leaves, such as `0/tokens`.
+      structure: of what the function returns.
     """
 
     graph: Graph
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    structure: Any
+
+    def simplified(self) -> "TracedFunction":
+        """The same to rounding: scales and shifts in weights, inputs quantized early."""
+        return dataclasses.replace(self, graph=quantize_early(fold_affine(self.graph)))
 
 
 def trace(
@@ -115,7 +123,8 @@ def trace(
     results = walk.body(jaxprs, [*(_operand(*leaf) for leaf in leaves), *values])
     graph = Graph(tuple(values), tuple(needed(walk.operations, results)), tuple(results), axes)
     paths = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in named]
-    return TracedFunction(graph, tuple(paths), tuple(outputs))
+    structure_out = jax.tree.structure(traced[0][1])
+    return TracedFunction(graph, tuple(paths), tuple(outputs), structure_out)
 
 
 def _is_quantized(leaf: Any) -> bool:

@@ -51,25 +51,26 @@ def with_quantized_operands(
 
     Args:
       f: of parameters and inputs.
-      rules, ranges, one_range_a_weight: as for `ab_jax.products.quantize_inputs`.
+      rules, ranges, one_range_a_weight: as for `ab_jax.products.quantize_inputs`; ranges that the
+        rules fix may be left out.
       params, inputs: of `f`, or their shapes.
 
     Raises:
       ValueError: rules or ranges that do not fit the products, or a range that was never measured.
     """
     wanted = initial_ranges(f, rules, params, *inputs, one_range_a_weight=one_range_a_weight)
-    for address in sorted(wanted.keys() ^ ranges.keys()):
+    fixed = {a for a in wanted if rules.of(a).limit is not None}
+    for address in sorted((wanted.keys() ^ ranges.keys()) - fixed):
         what = (
             f"There is no range for the input of {address}"
             if address in wanted
             else f"There is a range for the input of {address}, to which no rule gives one"
         )
         raise ValueError(f"{what}. Measure them by ab_jax.products.measure_ranges.")
-    limits = {a: np.asarray(ranges[a].limit, np.float32) for a in wanted}
+    limits = {a: np.asarray(ranges.get(a, wanted[a]).limit, np.float32) for a in wanted}
     for address, limit in limits.items():
-        fixed = rules.of(address).limit
-        if fixed is not None:
-            limits[address] = limit = np.full_like(limit, fixed)
+        if address in fixed:
+            limits[address] = limit = np.full_like(limit, rules.of(address).limit)
         if limit.shape != wanted[address].limit.shape:
             raise ValueError(
                 f"The range of the input of {address} has the shape {limit.shape}, not "

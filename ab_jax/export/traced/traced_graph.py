@@ -124,6 +124,7 @@ class Operation:
       params: of the primitive.
       inputs, outputs: what it takes and gives.
       line: file and line of the model; empty where that is unknown.
+      of_jax: the primitive itself; None: there is no such in JAX, or it was made here.
     """
 
     primitive: str
@@ -131,6 +132,7 @@ class Operation:
     inputs: tuple[Operand, ...]
     outputs: tuple[Value, ...]
     line: str
+    of_jax: Any = None
 
     @property
     def path(self) -> str | None:
@@ -172,6 +174,37 @@ class Graph:
             for body in operation.bodies:
                 yield from body.all_operations()
 
+    def rewritten(self, written: Mapping[Operation, Sequence[Operation]]) -> "Graph":
+        """The graph with other operations in the place of some, without what nothing needs then."""
+        operations = [
+            new for operation in self.operations for new in written.get(operation, [operation])
+        ]
+        return dataclasses.replace(self, operations=tuple(needed(operations, self.outputs)))
+
+    def with_operands(self, others: Mapping[Operand, Operand]) -> "Graph":
+        """The graph with other operands in the place of some."""
+        if not others:
+            return self
+
+        def changed(operand: Operand) -> Operand:
+            return others.get(operand, operand)
+
+        operations = []
+        for operation in self.operations:
+            params = {
+                name: [body.with_operands(others) for body in found]
+                if name == "branches"
+                else found.with_operands(others)
+                if isinstance(found, Graph)
+                else found
+                for name, found in operation.params.items()
+            }
+            inputs = tuple(map(changed, operation.inputs))
+            operations.append(dataclasses.replace(operation, params=params, inputs=inputs))
+        outputs = tuple(map(changed, self.outputs))
+        kept = needed(operations, outputs)
+        return dataclasses.replace(self, operations=tuple(kept), outputs=outputs)
+
     def taken(self) -> set[Operand]:
         """The operands of all operations, and the outputs."""
         found = {v for operation in self.all_operations() for v in operation.inputs}
@@ -179,6 +212,32 @@ class Graph:
             for body in operation.bodies:
                 found.update(body.outputs)
         return found.union(self.outputs)
+
+
+class Users:
+    """Which operations of a graph take and make a value."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._users: dict[Operand, list[Operation | None]] = {}
+        self._makers: dict[Operand, Operation] = {}
+        for operation in graph.operations:
+            inside = {x for body in operation.bodies for x in body.taken()}
+            for operand in (*operation.inputs, *inside):
+                self._users.setdefault(operand, []).append(operation)
+            for operand in inside:  # seen from a body: no user that may be rewritten
+                self._users[operand].append(None)
+            self._makers |= dict.fromkeys(operation.outputs, operation)
+        for output in graph.outputs:
+            self._users.setdefault(output, []).append(None)
+
+    def only(self, value: Operand) -> Operation | None:
+        """The one operation that takes a value, once; None: there are others, or none."""
+        users = self._users.get(value, [])
+        return users[0] if len(users) == 1 else None
+
+    def maker(self, value: Operand) -> Operation | None:
+        """The operation that gives a value; None: it is an input, or known."""
+        return self._makers.get(value)
 
 
 def needed(operations: Sequence[Operation], outputs: Sequence[Operand]) -> list[Operation]:

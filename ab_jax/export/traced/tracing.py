@@ -142,7 +142,9 @@ class Walk:
         outputs = tuple(
             Value(shape, v.aval.dtype) for shape, v in zip(shapes, first.outvars, strict=True)
         )
-        self.operations.append(Operation(name, params, tuple(operands), outputs, line))
+        self.operations.append(
+            Operation(name, params, tuple(operands), outputs, line, first.primitive)
+        )
         return outputs
 
     def simplified(
