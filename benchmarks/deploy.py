@@ -25,12 +25,11 @@ import onnxruntime
 
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.export.graph.fold import fold_batch_norm
-from ab_jax.export.graph.known_networks import describe
-from ab_jax.export.graph.operations import Graph
+from ab_jax.export.inference import inference
 from ab_jax.export.integers import evaluate_in_integers
-from ab_jax.export.onnx import IMAGES, to_onnx
-from ab_jax.linen import WithQuantizedInputs
+from ab_jax.export.onnx import function_to_onnx
+from ab_jax.export.traced import TracedFunction, trace
+from ab_jax.linen import Model, WithQuantizedInputs
 from ab_jax.models.mobilenet import MobileNet
 from ab_jax.models.resnet import resnet50
 from ab_jax.products import ActivationRules
@@ -62,6 +61,7 @@ _INPUTS = ActivationRules(
         (r".*", ActivationQuantizer(bits=8, limit=6.0, signed=False)),
     ]
 )
+IMAGES = "images"  # what files call their input
 _REST = 0.01  # seconds before a measurement, for the threads of the last one to fall asleep
 
 
@@ -87,12 +87,12 @@ class Subject:
       model: in float32.
       variables: of the model.
       graph: of the quantized network, with batch norm folded.
-      files: ONNX files by what they compute in: float32, or int8 in the two ways of `to_onnx`.
+      files: ONNX files by what they compute in: float32, or int8 in the two ways there are.
     """
 
     model: nn.Module
     variables: Any
-    graph: Graph
+    graph: TracedFunction
     files: dict[str, bytes]
 
 
@@ -160,24 +160,47 @@ def run(config: Config) -> Record:
 
 
 def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subject:
-    """A network with random kernels of unit gain, with norms that change nothing."""
+    """A network with random kernels of unit gain, and norms that subtract a little."""
     shape = (image_size, image_size, 3)
     plain = make_model()
     quantized = WithQuantizedInputs(plain, _INPUTS)
     init = functools.partial(plain.init, train=False)
     variables = generated_variables(init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
+    variables = {**variables, "batch_stats": _with_means(variables["batch_stats"])}
     whole = {**variables, "params": ab.quantize(variables["params"], _RULES)}
-    graphs = {
-        "float32": describe(plain, variables, shape),
-        "int8": describe(quantized, whole, shape),
-    }
+    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+
+    def written(model: Model, variables: Any, integer_biases: bool = False) -> bytes:
+        net = inference(model, variables)
+        return function_to_onnx(
+            net.function,
+            net.params,
+            images,
+            rules=net.rules,
+            ranges=net.ranges,
+            input_names=[IMAGES],
+            integer_biases=integer_biases,
+        ).SerializeToString()
+
     files = {
-        "float32": to_onnx(graphs["float32"]),
-        "int8": to_onnx(graphs["int8"]),
-        "int8, integer biases": to_onnx(graphs["int8"], integer_biases=True),
+        "float32": written(plain, variables),
+        "int8": written(quantized, whole),
+        "int8, integer biases": written(quantized, whole, integer_biases=True),
     }
-    written = {form: file.SerializeToString() for form, file in files.items()}
-    return Subject(plain, variables, fold_batch_norm(graphs["int8"]), written)
+    net = inference(quantized, whole)
+    traced = trace(net.function, net.params, images, rules=net.rules, ranges=net.ranges)
+    return Subject(plain, variables, traced.simplified(), files)
+
+
+def _with_means(statistics: Any) -> Any:
+    """Norms of trained networks subtract something; a runtime would leave a sum of zeros out."""
+    rng = np.random.default_rng(1)
+
+    def draw(path: Any, leaf: jax.Array) -> jax.Array:
+        is_mean = path[-1].key == "mean"
+        return jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype) if is_mean else leaf
+
+    return jax.tree.map_with_path(draw, statistics)
 
 
 def _time(

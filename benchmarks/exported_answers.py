@@ -27,18 +27,10 @@ import tyro
 import ab_jax as ab
 from ab_jax.data import Dataset, load
 from ab_jax.data.augment import normalize
-from ab_jax.export.graph.fold import fold_batch_norm
-from ab_jax.export.graph.known_networks import describe
-from ab_jax.export.graph.operations import (
-    Affine,
-    Convolution,
-    Dense,
-    Graph,
-    Quantize,
-    evaluate,
-    values_of,
-)
+from ab_jax.export.inference import inference
 from ab_jax.export.integers import evaluate_in_integers
+from ab_jax.export.traced import Codes, Operation, TracedFunction, trace, weighted_product
+from ab_jax.export.traced.computing import ByJax, evaluate
 from benchmarks.measuring.benchmark_command import Record, main, recorded
 from benchmarks.measuring.ratios import markdown
 from experiments import export
@@ -62,33 +54,25 @@ class Config:
 
 def folded(network: TrainedNetwork, directory: Path) -> Logits:
     """The graph in float32, batch norm folded."""
-    graph = fold_batch_norm(graph_of(network))
+    graph = graph_of(network).simplified()
     return jax.jit(lambda images: evaluate(graph, images))
 
 
 def integers(network: TrainedNetwork, directory: Path) -> Logits:
     """The same in integers."""
-    graph = fold_batch_norm(graph_of(network))
+    graph = graph_of(network).simplified()
     return jax.jit(lambda images: evaluate_in_integers(graph, images))
 
 
 def float64(network: TrainedNetwork, directory: Path) -> Logits:
     """The graph as it is, in float64; codes of inputs are still those nearest in float32."""
     graph = graph_of(network)
-    with jax.enable_x64(True):
-        graph = dataclasses.replace(
-            graph,
-            nodes=tuple(
-                dataclasses.replace(node, operation=_widened(node.operation))
-                for node in graph.nodes
-            ),
-        )
-        compiled = jax.jit(lambda images: evaluate(graph, images))
 
     def logits(images: np.ndarray) -> Any:
         with jax.enable_x64(True):
-            return compiled(images.astype(np.float64))
+            return compiled(images)
 
+    compiled = jax.jit(lambda images: evaluate(graph, images, done=_widened))
     return logits
 
 
@@ -111,16 +95,15 @@ def onnx(network: TrainedNetwork, directory: Path, *, integer_biases: bool = Fal
     """An ONNX file in ONNX Runtime, from normalized images."""
     import onnxruntime
 
-    from ab_jax.export.onnx import IMAGES, to_onnx
-
-    model = to_onnx(graph_of(network), integer_biases=integer_biases)
+    path = directory / "net.onnx"
+    export.onnx(network, path, integer_biases=integer_biases, normalized=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")
     session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        path.read_bytes(), options, providers=["CPUExecutionProvider"]
     )
-    return lambda images: session.run(None, {IMAGES: images})[0]
+    return lambda images: session.run(None, {"images": images})[0]
 
 
 def litert(network: TrainedNetwork, directory: Path) -> Logits:
@@ -157,9 +140,11 @@ TITLES = {
 }
 
 
-def graph_of(network: TrainedNetwork) -> Graph:
+def graph_of(network: TrainedNetwork) -> TracedFunction:
     """The network as a graph."""
-    return describe(network.model, network.variables, network.image_shape)
+    net = inference(network.model, network.variables)
+    images = jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32)
+    return trace(net.function, net.params, images, rules=net.rules, ranges=net.ranges)
 
 
 @recorded("benchmarks.exported_answers")
@@ -206,7 +191,7 @@ def compare(
     variables = ab.dequantize(network.variables)
     model = jax.jit(lambda images: network.model.apply(variables, images, train=False))
     expected = _in_batches(model, images)
-    step = last_step(fold_batch_norm(graph_of(network)))
+    step = last_step(graph_of(network).simplified())
     found: dict[str, Any] = {
         "images": len(images),
         "step": step,
@@ -227,19 +212,25 @@ def compare(
     return found
 
 
-def last_step(graph: Graph) -> float | None:
+def last_step(traced: TracedFunction) -> float | None:
     """The most that a logit changes with one step of the last layer's input; None: it is float.
 
-    The graph has batch norm folded, which may follow that layer.
+    The graph is simplified: batch norm may follow that layer.
     """
-    steps = [
-        (float(source.quantizer.scale(source.limit)), np.abs(values_of(layer.kernel)).max())
-        for node in graph.nodes
-        if isinstance(layer := node.operation, Dense)
-        and node.inputs[0] > 0
-        and isinstance(source := graph.nodes[node.inputs[0] - 1].operation, Quantize)
-    ]
-    return float(steps[-1][0] * steps[-1][1]) if steps else None
+    makers: dict[Any, Operation] = {o.outputs[0]: o for o in traced.graph.operations}
+    steps = []
+    for operation in traced.graph.operations:
+        product = weighted_product(operation)
+        if product is None or operation.primitive != "dot_general":
+            continue
+        source = makers.get(operation.inputs[1 - product.side])
+        if source is not None and source.primitive == "quantize":
+            limit: Any = source.inputs[1]
+            unit = source.params["quantizer"].scale(limit.array)
+            weight = product.weight
+            values = weight.values() if isinstance(weight, Codes) else weight.array
+            steps.append(float(unit) * float(np.abs(values).max()))
+    return steps[-1] if steps else None
 
 
 def table(records: Sequence[Record]) -> str:
@@ -270,20 +261,29 @@ def _in_batches(logits: Logits, images: np.ndarray) -> np.ndarray:
     return found[: len(images)]
 
 
-def _widened(operation: Any) -> Any:
-    """An operation with float64 for its arrays, of which codes times scales are exact."""
-    match operation:
-        case Convolution(kernel=kernel, bias=bias) | Dense(kernel=kernel, bias=bias):
-            if isinstance(kernel, ab.Quantized):
-                kernel = dataclasses.replace(
-                    kernel, scale=kernel.scale.astype(jnp.float64), dtype="float64"
-                )
-            kernel = jnp.asarray(values_of(kernel), jnp.float64)
-            bias = None if bias is None else bias.astype(jnp.float64)
-            return dataclasses.replace(operation, kernel=kernel, bias=bias)
-        case Affine(scale, shift):
-            return Affine(scale.astype(jnp.float64), shift.astype(jnp.float64))
-    return operation
+def _widened(operation: Operation, operands: Sequence[Any], by_jax: ByJax) -> Any:
+    """An operation in float64, where codes times scales are exact."""
+    name = operation.primitive
+    if name == "quantize":
+        x, limit = operands
+        quantizer, limit = operation.params["quantizer"], jnp.float32(limit)
+        codes = quantizer.codes(jnp.asarray(x, jnp.float32), limit)
+        return codes.astype(jnp.float64) * quantizer.scale(limit).astype(jnp.float64)
+    wide = [_in_float64(x) for x in operands]
+    if name == "convert_element_type" and operation.params["new_dtype"] == jnp.float32:
+        return jnp.asarray(wide[0], jnp.float64)
+    params = dict(operation.params)
+    if params.get("preferred_element_type") == jnp.float32:
+        params["preferred_element_type"] = np.dtype(np.float64)
+    return by_jax(dataclasses.replace(operation, params=params), wide)
+
+
+def _in_float64(x: Any) -> Any:
+    if isinstance(x, Codes):
+        scales = tuple(scale.astype(np.float64) for scale in x.scales)
+        return dataclasses.replace(x, scales=scales, dtype=np.dtype(np.float64)).values()
+    is_float = jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jnp.asarray(x, jnp.float64) if is_float else x
 
 
 if __name__ == "__main__":

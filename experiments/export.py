@@ -16,10 +16,9 @@ qwix: an Orbax checkpoint (a directory) of Qwix's arrays, with the ranges of qua
 
 onnx: a file for ONNX Runtime, with 8-bit codes in the form of its integer kernels
 (`ab_jax.export.onnx`), from uint8 images where the record tells their mean and std, else from
-normalized ones; `experiments.classify` runs it without JAX. onnx_int4: the same with codes of at
-most 4 bits stored in 4 bits, for readers of opset 21. onnx_integer_bias: the same with biases
-rounded to integers, as the fastest kernels have them: sooner done, and some images get another
-class.
+normalized ones; `experiments.classify` runs it without JAX. Codes of at most 4 bits are stored in 4
+bits or less (onnx_int4 is another name for it). onnx_integer_bias: the same with biases rounded to
+integers, as the fastest kernels have them: sooner done, and some images get another class.
 
 litert: a .tflite file for LiteRT, the runtime of phones and small machines, with 8-bit codes in its
 integer operators (`ab_jax.export.litert`), from normalized images to logits.
@@ -36,7 +35,9 @@ import jax.numpy as jnp
 import tyro
 
 import ab_jax as ab
+from ab_jax.data.augment import normalize
 from ab_jax.export.graph.known_networks import describe
+from ab_jax.export.inference import inference
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo
 from ab_jax.files import write_whole
@@ -91,24 +92,41 @@ def qwix(network: TrainedNetwork, path: Path) -> int:
 
 
 def onnx(
-    network: TrainedNetwork, path: Path, *, int4: bool = False, integer_biases: bool = False
+    network: TrainedNetwork,
+    path: Path,
+    *,
+    integer_biases: bool = False,
+    normalized: bool = False,
 ) -> int:
-    """Write the ONNX file; returns its bytes."""
+    """Write the ONNX file, of images that are `normalized` already or not; returns its bytes."""
     try:
-        from ab_jax.export.onnx import to_onnx
+        from ab_jax.export.onnx import function_to_onnx
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--format=onnx needs {error.name}, which is not installed: pip install '.[onnx]'"
         ) from error
     data = network.description.get("data") or {}
-    normalized = "mean" in data and "std" in data
-    model = to_onnx(
-        describe(network.model, network.variables, network.image_shape),
-        mean=data["mean"] if normalized else None,
-        std=data["std"] if normalized else None,
+    from_pixels = not normalized and "mean" in data and "std" in data
+    net = inference(network.model, network.variables)
+
+    def logits(params: Any, images: jax.Array) -> Any:
+        if from_pixels:
+            images = normalize(images, data["mean"], data["std"])
+        return net.function(params, images)
+
+    dtype = jnp.uint8 if from_pixels else jnp.float32
+    model = function_to_onnx(
+        logits,
+        net.params,
+        jax.ShapeDtypeStruct((1, *network.image_shape), dtype),
+        rules=net.rules,
+        ranges=net.ranges,
+        input_names=["images"],
+        output_names=["logits"],
+        mean=data["mean"] if from_pixels else None,
+        std=data["std"] if from_pixels else None,
         class_names=data.get("class_names"),
         description=network.description,
-        int4=int4,
         integer_biases=integer_biases,
     )
     written = model.SerializeToString(deterministic=True)
@@ -136,7 +154,7 @@ FORMATS: dict[str, Callable[[TrainedNetwork, Path], int]] = {
     "stablehlo": stablehlo,
     "qwix": qwix,
     "onnx": onnx,
-    "onnx_int4": functools.partial(onnx, int4=True),
+    "onnx_int4": onnx,
     "onnx_integer_bias": functools.partial(onnx, integer_biases=True),
     "litert": litert,
 }

@@ -9,8 +9,8 @@ int8 numbers and multiplies them by one scale, as `ab_jax.activations.sign` does
 layers are float32: what a layer sums up is multiplied by the scales of its input and of its weight.
 `layers_in_float` names the layers that are left.
 
-The codes are those of `ab_jax.export.traced.evaluate`, but for values on the border of two, which
-rounding may move.
+The codes are those of `ab_jax.export.traced.computing.evaluate`, but for values on the border of
+two, which rounding may move.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ import numpy as np
 from jax import Array, lax
 
 from ab_jax.export.traced import Codes, Operation, TracedFunction, WeightedProduct, weighted_product
-from ab_jax.export.traced.evaluating import ByJax, evaluate
+from ab_jax.export.traced.computing import ByJax, evaluate
 
 _MOST_PRODUCTS = 2**31 // 2**14  # of two int8, in an int32
 # What gives entries of its first operand and nothing else.

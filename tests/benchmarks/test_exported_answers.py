@@ -1,15 +1,16 @@
 """Counting what differs between an exported network and its run."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import ab_jax as ab
-from ab_jax.export.graph.fold import fold_batch_norm
-from ab_jax.export.graph.operations import Dense, values_of
-from benchmarks.exported_answers import compare, graph_of, last_step, table
+from ab_jax.linen import RANGES
+from benchmarks.exported_answers import FORMS, compare, graph_of, last_step, table
 from experiments.exported.finished_networks import TrainedNetwork
 from tests.export.small_networks import make
 
@@ -53,7 +54,7 @@ def test_images_are_counted_whose_class_or_logits_differ(
     def a_little(logits: np.ndarray) -> None:
         logits += 0.5 * step
 
-    step = last_step(fold_batch_norm(graph_of(network)))
+    step = last_step(graph_of(network).simplified())
     assert step is not None
     forms = {"other": made(other_class), "little": made(a_little), "same": made(lambda x: None)}
     labels = np.concatenate([np.asarray(model(images)).argmax(1)[:200], np.full(100, -1)])
@@ -81,10 +82,30 @@ def test_images_are_counted_whose_class_or_logits_differ(
 def test_a_step_of_the_last_layer_is_what_one_code_of_its_input_may_do(
     network: TrainedNetwork,
 ) -> None:
-    graph = fold_batch_norm(graph_of(network))
-    (head,) = [node.operation for node in graph.nodes if node.name == "head"]
-    (source,) = [node.operation for node in graph.nodes if node.name == "head_input"]
-    assert isinstance(head, Dense)
-    unit = np.eye(head.kernel.codes.shape[0]) * float(source.quantizer.scale(source.limit))
-    expected = np.abs(unit @ np.asarray(values_of(head.kernel), np.float64)).max()
-    assert last_step(graph) == pytest.approx(expected, rel=1e-6)
+    variables = network.variables
+    head = variables["params"]["head"]["kernel"]
+    norm = variables["params"]["head_norm"]["scale"]
+    variance = variables["batch_stats"]["head_norm"]["var"]
+    gain = np.asarray(norm, np.float64) / np.sqrt(np.asarray(variance, np.float64) + 1e-5)
+    limit = float(variables[RANGES]["head"]["kernel"])  # unsigned codes of 8 bits
+    unit = np.eye(head.codes.shape[0]) * limit / 255
+    expected = np.abs(unit @ (np.asarray(head.dequantize(), np.float64) * gain)).max()
+    step = last_step(graph_of(network).simplified())
+    assert step == pytest.approx(expected, rel=1e-6)
+
+
+def test_float64_is_the_network_without_rounding(
+    rng: np.random.Generator, network: TrainedNetwork
+) -> None:
+    """Nearer to a network of float64 parameters and codes than float32 comes."""
+    images = rng.normal(size=(30, *network.image_shape)).astype(np.float32)
+    found = FORMS["float64"](network, Path())(images)
+    assert found.dtype == jnp.float64
+    with jax.enable_x64(True):
+        exact = jax.tree.map(
+            lambda x: jnp.asarray(x, jnp.float64), ab.dequantize(network.variables)
+        )
+        module = network.model.clone(dtype=jnp.float64)
+        wanted = module.apply(exact, jnp.asarray(images, jnp.float64), train=False)
+        apart = np.abs(np.asarray(found) - np.asarray(wanted)).max(axis=1) / np.ptp(wanted)
+    assert np.median(apart) < 1e-7

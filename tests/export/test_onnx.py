@@ -1,39 +1,31 @@
-"""Networks as ONNX files: our integers inside, our logits in ONNX Runtime, fused where it can."""
+"""Our networks as ONNX files: our integers inside, our logits, in ONNX Runtime's fast kernels."""
 
 import dataclasses
-import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from jax import lax
 from onnx import numpy_helper
 
+import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer
-from ab_jax.data.augment import normalize
-from ab_jax.export.graph.early_quantization import quantize_early
-from ab_jax.export.graph.fold import fold_batch_norm
-from ab_jax.export.graph.known_networks import describe
-from ab_jax.export.graph.operations import (
-    Add,
-    Clip,
-    Convolution,
-    Dense,
-    Graph,
-    MaxPool,
-    Mean,
-    Node,
-    Quantize,
-    evaluate,
-)
-from ab_jax.export.onnx import to_onnx
+from ab_jax.export.inference import inference
+from ab_jax.export.onnx import function_to_onnx
+from ab_jax.export.traced import Codes, Constant, TracedFunction, trace, weighted_product
+from ab_jax.export.traced.computing import evaluate
+from ab_jax.products import ActivationRules
 from ab_jax.quantizers import Quantized
+from tests.export.exported_networks import coded, drawn
 from tests.export.small_networks import NETWORKS, make
+from tests.export.test_folding import pooled, pooled_params, pooled_rules
+from tests.fast_compilation import compiled
 
 #: The layers of each network, as ONNX Runtime fuses them. In float32 are those whose inputs are no
 #: codes (signs), depthwise ones, and kernels of few channels.
@@ -52,18 +44,6 @@ FUSED_WITH_INTEGER_BIASES = {
     "mobilenet": {"QLinearConv": 26, "MatMulIntegerToFloat": 2},
     "resnet v1": {"QLinearConv": 6, "MatMulIntegerToFloat": 6, "Conv": 1},
 }
-
-
-def layers_of(graph: Graph) -> list[str]:
-    return [node.name for node in graph.nodes if isinstance(node.operation, Convolution | Dense)]
-
-
-def run(graph: Graph, images: Any) -> np.ndarray:
-    """Logits in float32; compiled cheaply, since it runs but once."""
-    flags = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-    images = jnp.asarray(images)
-    compiled = jax.jit(lambda x: evaluate(graph, x)).lower(images).compile(flags)
-    return np.asarray(compiled(images))
 
 
 def session(model: onnx.ModelProto, optimized: Path | None = None) -> Any:
@@ -95,53 +75,75 @@ def arrays_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     return {array.name: numpy_helper.to_array(array) for array in model.graph.initializer}
 
 
-def check_integers(graph: Graph, arrays: dict[str, np.ndarray]) -> int:
-    """Compare each code, scale and zero point of the folded graph with those in a file."""
+def codes_in_file(arrays: dict[str, np.ndarray], weight: Codes) -> np.ndarray:
+    """The codes of a weight in the order of the file, whatever their width there."""
+    path = weight.path
+    if f"{path}/packed" not in arrays:
+        stored = arrays.get(f"{path}/codes", arrays.get(f"{path}/codes_int4"))
+        assert stored is not None
+        return stored.astype(np.int8)
+    packed = arrays[f"{path}/packed"].astype(int)
+    base, lowest, step = {1: (2, -1, 2)}.get(
+        weight.bits, (3, -1, 1) if weight.codes.min() >= -1 else (4, -2, 1)
+    )
+    count = {2: 8, 3: 5, 4: 4}[base]
+    digits = packed[:, None] // base ** np.arange(count) % base
+    return (digits.reshape(-1)[: weight.codes.size] * step + lowest).astype(np.int8)
+
+
+def check_integers(net: TracedFunction, arrays: dict[str, np.ndarray]) -> int:
+    """Compare each code, and how scales relate, of the simplified graph with those in a file."""
     compared = 0
-    for node in graph.nodes:
-        layer = node.operation
-        if node.name == "flatten":
-            flattened = graph.nodes[node.inputs[0] - 1].shape
-        if not isinstance(layer, Convolution | Dense) or not isinstance(layer.kernel, Quantized):
+    for operation in net.graph.operations:
+        product = weighted_product(operation)
+        if product is None or not isinstance(product.weight, Codes):
             continue
-        name, kernel = node.name, layer.kernel
-        found = arrays.get(f"{name}/kernel", arrays.get(f"{name}/kernel_int4")).astype(np.int8)
-        codes = np.asarray(kernel.codes)
-        if found.ndim == 4:
-            found = np.moveaxis(found, (0, 1), (3, 2))
-        elif codes.ndim == 4:
-            found = found.reshape(codes.shape)
-        elif name == "dense0":
-            height, width, channels = flattened
-            rows = found.reshape(channels, height, width, -1)
-            found = np.moveaxis(rows, 0, 2).reshape(found.shape)
-        np.testing.assert_array_equal(found, codes)
-        scale = arrays[f"{name}/kernel_scale"]
-        np.testing.assert_array_equal(
-            scale.reshape(-1), np.broadcast_to(np.asarray(kernel.scale).reshape(-1), scale.size)
-        )
-        if kernel.zero_point is not None:
-            zeros = arrays[f"{name}/kernel_zero_point"].reshape(-1)
-            np.testing.assert_array_equal(zeros, np.asarray(kernel.zero_point).reshape(-1))
+        weight = product.weight
+        found = codes_in_file(arrays, weight).reshape(-1)
+        orders = [(0, 1), (1, 0)] if weight.codes.ndim == 2 else [(0, 1, 2, 3), (3, 2, 0, 1)]
+        same = [
+            np.array_equal(found, weight.codes.transpose(order).reshape(-1)) for order in orders
+        ]
+        assert any(same), weight.path
+        # Of layers in float the scale of the input is a part of these.
+        scale = arrays[f"{weight.path}/scale"].reshape(-1).astype(np.float64)
+        channels = np.moveaxis(weight.scales[0], next(iter(product.channels.values())), 0)
+        ours = channels.reshape(len(channels), -1)[:, 0].astype(np.float64)
+        if scale.size == 1:
+            assert np.ptp(ours) == 0
+        else:
+            ratio = scale / np.where(ours == 0, 1, ours)
+            ratio = ratio[ours != 0]
+            np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
         compared += 1
     return compared
 
 
-def with_whole_biases(graph: Graph, arrays: dict[str, np.ndarray]) -> Graph:
+def with_whole_biases(net: TracedFunction, arrays: dict[str, np.ndarray]) -> TracedFunction:
     """The graph with biases as the file's integers have them, which are the nearest to its own."""
-    nodes = list(graph.nodes)
-    for i, node in enumerate(nodes):
-        whole = arrays.get(f"{node.name}/bias")
+    written = {}
+    for operation in net.graph.operations:
+        bias = operation.inputs[-1] if operation.inputs else None
+        if operation.primitive != "add" or not isinstance(bias, Constant):
+            continue
+        whole = arrays.get(f"{bias.path}/bias")
         if whole is None or whole.dtype != np.int32:
             continue
-        assert isinstance(node.operation, Convolution | Dense)
-        unit = arrays[f"{node.name}/bias_scale"].astype(np.float64)
-        bias = whole * unit
-        apart = np.abs(bias - np.asarray(node.operation.bias))
-        assert (apart <= 0.5001 * unit).all()
-        layer = dataclasses.replace(node.operation, bias=jnp.asarray(bias, jnp.float32))
-        nodes[i] = dataclasses.replace(node, operation=layer)
-    return dataclasses.replace(graph, nodes=tuple(nodes))
+        unit = arrays[f"{bias.path}/bias_scale"].astype(np.float64)
+        own = np.asarray(bias.array, np.float64).reshape(-1)
+        assert (np.abs(whole * unit - own) <= 0.5001 * unit).all()
+        rounded = Constant((whole * unit).astype(np.float32).reshape(bias.shape))
+        inputs = (operation.inputs[0], rounded)
+        written[operation] = [dataclasses.replace(operation, inputs=inputs)]
+    return dataclasses.replace(net, graph=net.graph.rewritten(written))
+
+
+def check_answers(found: np.ndarray, wanted: np.ndarray, step: float) -> None:
+    """But for codes on the border of two, of which one is worth `step` of the answers' range."""
+    # Sums in another order: a float in its last bits, and so, seldom, a code in its next step.
+    apart = np.abs(found - wanted).reshape(len(wanted), -1).max(axis=1) / np.ptp(wanted)
+    assert np.mean(apart < 1e-5) > 0.6
+    assert np.max(apart) < step
 
 
 @pytest.mark.parametrize(
@@ -158,23 +160,33 @@ def test_onnx_runtime_computes_our_network_with_our_integers(
     rng: np.random.Generator, name: str, integer_biases: bool, tmp_path: Path
 ) -> None:
     model, variables, shape = make(name, rng)
-    graph = fold_batch_norm(describe(model, variables, shape))
-    file = to_onnx(graph, integer_biases=integer_biases)
+    net = inference(model, variables)
+    options: dict[str, Any] = {"rules": net.rules, "ranges": net.ranges}
+    images = rng.normal(size=(24, *shape)).astype(np.float32)
+    file = function_to_onnx(
+        net.function,
+        net.params,
+        images,
+        **options,
+        input_names=["images"],
+        integer_biases=integer_biases,
+    )
     onnx.checker.check_model(file, full_check=True)
     arrays = arrays_of(file)
-    assert check_integers(graph, arrays) == len(layers_of(graph))
-    images = rng.normal(size=(24, *shape)).astype(np.float32)
+    graph = trace(net.function, net.params, images, **options).simplified()
+    layers = [p for p in map(weighted_product, graph.graph.operations) if p is not None]
+    assert check_integers(graph, arrays) == len(layers)
     rounded = with_whole_biases(graph, arrays)
-    assert (rounded.nodes != graph.nodes) == integer_biases
-    expected = run(rounded, images)
+    assert (rounded.graph.operations != graph.graph.operations) == integer_biases
+    if integer_biases:
+        wanted = compiled(lambda x: evaluate(rounded, x), images)
+    else:
+        values = ab.dequantize(variables)
+        wanted = compiled(lambda x: model.apply(values, x, train=False), images)
     running = session(file)
     (found,) = running.run(None, {"images": images})
     assert found.dtype == np.float32
-    apart = np.max(np.abs(found - expected), axis=1) / np.ptp(expected)
-    # Sums in another order: a float in its last bits, and so, seldom, a code in its next step. That
-    # moves an image's logits by a share of one step's, of which a range of 4 bits has 15.
-    assert np.mean(apart < 1e-5) > 0.6
-    assert np.max(apart) < 1 / 15
+    check_answers(found, np.asarray(wanted), 1 / 15)
     expected_kernels = FUSED_WITH_INTEGER_BIASES if integer_biases else FUSED
     assert fused(file, tmp_path) == expected_kernels[name]
     for count in (1, 5):
@@ -182,91 +194,43 @@ def test_onnx_runtime_computes_our_network_with_our_integers(
         np.testing.assert_allclose(few, found[:count], rtol=0, atol=1e-5 * np.ptp(found))
 
 
-# Graphs by hand
+# Layers by hand
 
 
-def node(name: str, operation: Any, inputs: tuple[int, ...], *shape: int) -> Node:
-    return Node(name, operation, inputs, shape)
+def by_hand(params: Any, x: Any) -> Any:
+    """`pooled` and a head."""
+    return pooled(params, x).mean((1, 2)) @ params["head"]
 
 
-def quantized(rng: np.random.Generator, *shape: int, bits: int = 4, group: int = 0) -> Quantized:
-    highest = 2 ** (bits - 1) - 1
-    codes = rng.integers(-highest, highest + 1, shape).astype(np.int8)
-    blocks = [1] * len(shape[:-1])
-    if group:
-        blocks[-1] = shape[-2] // group
-    scale = rng.uniform(0.05, 0.1, (*blocks, shape[-1])) / np.sqrt(np.prod(shape[:-1]))
-    return Quantized(jnp.asarray(codes), jnp.asarray(scale, jnp.float32), None, bits, "float32")
+def params_by_hand(rng: np.random.Generator) -> Any:
+    params = pooled_params(rng)
+    bias = params.pop("bias")
+    head = coded({"head": drawn(rng, 12, 4)}, 8)
+    return {**coded(params, 4), **head, "bias": bias}
 
 
-def block(rng: np.random.Generator, limits: tuple[float, float] = (1.0, 1.0)) -> Graph:
-    """A stem with a pool, whose output two layers take, in codes up to these limits."""
-    same, none = ((1, 1), (1, 1)), ((0, 0), (0, 0))
-    images = ActivationQuantizer(bits=4, signed=True)
-    codes = ActivationQuantizer(bits=3, signed=False)
-
-    def bias(n: int) -> jax.Array:
-        return jnp.asarray(rng.normal(scale=0.2, size=n), jnp.float32)
-
-    stem = Convolution(quantized(rng, 3, 3, 3, 8), bias(8), (1, 1), same)
-    depthwise = Convolution(quantized(rng, 3, 3, 1, 8), bias(8), (2, 2), same, groups=8)
-    shortcut = Convolution(quantized(rng, 1, 1, 8, 12), bias(12), (2, 2), none)
-    last = Convolution(quantized(rng, 1, 1, 8, 12), None, (1, 1), none)
-    head = Dense(quantized(rng, 12, 4, bits=8), bias(4))
-    return Graph(
-        (
-            node("images", Quantize(images, 2.0), (0,), 12, 12, 3),
-            node("stem", stem, (1,), 12, 12, 8),
-            node("relu", Clip(float("inf")), (2,), 12, 12, 8),
-            node("pool", MaxPool((3, 3), (2, 2), ((0, 1), (0, 1)), 0.0), (3,), 6, 6, 8),
-            node("a", Quantize(codes, limits[0]), (4,), 6, 6, 8),
-            node("b", Quantize(codes, limits[1]), (4,), 6, 6, 8),
-            node("depthwise", depthwise, (5,), 3, 3, 8),
-            node("relu6", Clip(6.0), (7,), 3, 3, 8),
-            node("c", Quantize(codes, 1.5), (8,), 3, 3, 8),
-            node("last", last, (9,), 3, 3, 12),
-            node("shortcut", shortcut, (6,), 3, 3, 12),
-            node("sum", Add(), (10, 11), 3, 3, 12),
-            node("mean", Mean(), (12,), 12),
-            node("d", Quantize(ActivationQuantizer(bits=8, signed=True), 1.0), (13,), 12),
-            node("head", head, (14,), 4),
-        ),
-        (12, 12, 3),
-    )
+def rules_by_hand() -> ActivationRules:
+    head = ("head", ActivationQuantizer(bits=8, signed=True, limit=1.0))
+    return ActivationRules([head, *pooled_rules((1.0, 1.0)).rules])
 
 
-def test_codes_are_taken_early_where_that_changes_no_bit(rng: np.random.Generator) -> None:
-    images = rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
-    for limits, names in (
-        ((1.0, 1.0), "images stem a pool depthwise c last shortcut sum mean d head"),
-        ((1.0, 1.1), "images stem relu pool a b depthwise c last shortcut sum mean d head"),
-    ):
-        graph = block(rng, limits)
-        early = quantize_early(graph)
-        assert [node.name for node in early.nodes] == names.split()
-        expected = run(graph, images)
-        assert np.ptp(expected, axis=0).min() > 0
-        np.testing.assert_array_equal(run(early, images), expected)
-
-
-@pytest.mark.parametrize(("int4", "integer_biases"), [(False, True), (True, True), (True, False)])
+@pytest.mark.parametrize("integer_biases", [False, True])
 def test_low_bits_are_clipped_as_integers(
-    rng: np.random.Generator, int4: bool, integer_biases: bool, tmp_path: Path
+    rng: np.random.Generator, integer_biases: bool, tmp_path: Path
 ) -> None:
-    graph = block(rng)
-    file = to_onnx(graph, int4=int4, integer_biases=integer_biases)
-    assert file.opset_import[0].version == (21 if int4 else 13)
+    params, images = params_by_hand(rng), 3 * drawn(rng, 8, 12, 12, 3)
+    options: dict[str, Any] = {"rules": rules_by_hand(), "ranges": {}}
+    file = function_to_onnx(
+        by_hand, params, images, **options, integer_biases=integer_biases, input_names=["images"]
+    )
     arrays = arrays_of(file)
+    graph = trace(by_hand, params, images, **options).simplified()
     assert check_integers(graph, arrays) == 5
-    stored = {array.name for array in file.graph.initializer if array.data_type == 22}
-    names = ("stem", "depthwise", "shortcut", "last")
-    assert stored == ({f"{name}/kernel_int4" for name in names} if int4 else set())
-    assert any(array.dtype == np.int32 for array in arrays.values()) == integer_biases
-    images = 3 * rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
-    expected = run(with_whole_biases(graph, arrays), images)
+    stored = {a.name for a in file.graph.initializer if a.data_type == onnx.TensorProto.INT4}
+    assert stored == {f"{name}/codes_int4" for name in ("stem", "depthwise", "shortcut", "last")}
+    wanted = compiled(lambda x: evaluate(with_whole_biases(graph, arrays), x), images)
     (found,) = session(file).run(None, {"images": images})
-    apart = np.max(np.abs(found - expected), axis=1) / np.ptp(expected)
-    assert np.mean(apart < 1e-5) > 0.6
+    check_answers(found, np.asarray(wanted), 1 / 3)
     assert fused(file, tmp_path) == (
         {"QLinearConv": 2, "MatMulIntegerToFloat": 3}
         if integer_biases
@@ -278,52 +242,90 @@ def test_what_has_no_integer_kernel_keeps_its_numbers(
     rng: np.random.Generator, tmp_path: Path
 ) -> None:
     """A channel whose scale is 0, so that no integer is its bias, and scales by group."""
-    graph = block(rng)
-    nodes = list(graph.nodes)
-    stem = nodes[1].operation
-    scale = stem.kernel.scale.at[..., 3].set(0.0)
-    stem = dataclasses.replace(stem, kernel=dataclasses.replace(stem.kernel, scale=scale))
-    nodes[1] = dataclasses.replace(nodes[1], operation=stem)
-    last = dataclasses.replace(nodes[9].operation, kernel=quantized(rng, 1, 1, 8, 12, group=2))
-    nodes[9] = dataclasses.replace(nodes[9], operation=last)
-    graph = dataclasses.replace(graph, nodes=tuple(nodes))
-    file = to_onnx(graph, integer_biases=True)
-    images = rng.normal(size=(8, 12, 12, 3)).astype(np.float32)
-    expected = run(with_whole_biases(graph, arrays_of(file)), images)
+    params = params_by_hand(rng)
+    stem, last = params["stem"], params["last"]
+    scale = np.array(stem.scale)
+    scale[..., 3] = 0
+    groups = rng.uniform(0.05, 0.1, (1, 1, 4, 12)).astype(np.float32)
+    params = {
+        **params,
+        "stem": dataclasses.replace(stem, scale=scale),
+        "last": Quantized(last.codes, groups, None, 4, "float32"),
+    }
+    images = 3 * drawn(rng, 8, 12, 12, 3)
+    options: dict[str, Any] = {"rules": rules_by_hand(), "ranges": {}}
+    file = function_to_onnx(
+        by_hand, params, images, **options, integer_biases=True, input_names=["images"]
+    )
+    graph = trace(by_hand, params, images, **options)
+    wanted = compiled(lambda x: evaluate(graph, x), images)
     (found,) = session(file).run(None, {"images": images})
-    apart = np.max(np.abs(found - expected), axis=1) / np.ptp(expected)
-    assert np.mean(apart < 1e-5) > 0.6
-    assert fused(file, tmp_path) == {
-        "QLinearConv": 1,
-        "MatMulIntegerToFloat": 2,
-        "Conv": 2,
-    }
+    check_answers(found, np.asarray(wanted), 1 / 3)
+    assert fused(file, tmp_path) == {"QLinearConv": 1, "MatMulIntegerToFloat": 2, "Conv": 2}
 
 
-def test_a_file_normalizes_images_and_says_what_it_is(rng: np.random.Generator) -> None:
-    graph, mean, std = block(rng), [0.5, 0.4, 0.3], [0.25, 0.2, 0.3]
-    names = ["ant", "bee", "cat", "dog"]
-    told = {"experiment": "it", "step": 7}
-    file = to_onnx(graph, mean=mean, std=std, class_names=names, description=told)
-    images = rng.integers(0, 256, (8, 12, 12, 3)).astype(np.uint8)
-    normalized = np.asarray(normalize(jnp.asarray(images), mean, std))
-    (expected,) = session(to_onnx(graph)).run(None, {"images": normalized})
-    running = session(file)
-    np.testing.assert_array_equal(running.run(None, {"images": images})[0], expected)
-    known = running.get_modelmeta().custom_metadata_map
-    assert {name: json.loads(text) for name, text in known.items()} == {
-        "class_names": names,
-        "mean": mean,
-        "std": std,
-        "network": told,
-    }
-    again = to_onnx(graph, mean=mean, std=std, class_names=names, description=told)
-    assert len({one.SerializeToString(deterministic=True) for one in (file, again)}) == 1
-    for wrong, message in (
-        ({"mean": mean}, "both mean and std, or neither"),
-        ({"mean": mean, "std": [1.0]}, "Images of 3 channels want as many means"),
-        ({"mean": mean, "std": [1.0, 0.0, 1.0]}, "positive deviations"),
-        ({"class_names": names[:3]}, "3 class names for 4 classes"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            to_onnx(graph, **wrong)
+@pytest.mark.parametrize("layout", ["NHWC", "NCHW"])
+@pytest.mark.parametrize("window", [(1, 1), (3, 3), (2, 3), (5, 5)])
+@pytest.mark.parametrize("ends", ["floats", "codes"])
+def test_one_convolution_of_codes(
+    window: tuple[int, int], layout: str, ends: str, rng: np.random.Generator
+) -> None:
+    """Strided, dilated and padded, in every form that there is, against float64."""
+    kernel = coded({"w": drawn(rng, *window, 8, 6)}, 8)["w"]
+    bias, back = drawn(rng, 6), drawn(rng, 6, 3)
+    place = (slice(None), None, None) if layout == "NCHW" else (None, None)
+
+    def f(params: Any, x: Any) -> Any:
+        y = lax.conv_general_dilated(
+            x,
+            params["w"],
+            (2, 1),
+            ((1, 0), (2, 1)),
+            rhs_dilation=(1, 2),
+            dimension_numbers=(layout, "HWIO", layout),
+        )
+        y = jnp.maximum(y + bias[place][None], 0)
+        y = y if layout == "NHWC" else y.transpose(0, 2, 3, 1)
+        return y if ends == "floats" else y @ params["back"]
+
+    x = drawn(rng, 2, 9, 11, 8)
+    x = x if layout == "NHWC" else x.transpose(0, 3, 1, 2)
+    quantizers = {"w": ActivationQuantizer(bits=8, limit=3.0, signed=True)}
+    params = {"w": kernel, "back": back}
+    if ends == "codes":
+        quantizers["back"] = ActivationQuantizer(bits=8, limit=16.0, signed=False)
+    rules = ActivationRules([*quantizers.items(), (".*", None)])
+    for integer_biases in (False, True):
+        file = function_to_onnx(
+            f, params, x, rules=rules, ranges={}, input_names=["x"], integer_biases=integer_biases
+        )
+        (found,) = session(file).run(None, {"x": x})
+        unit = np.float32(3.0) * np.float32(1 / 127)
+        codes = np.clip(np.rint(x / unit), -127, 127).astype(np.int64)
+        codes = codes if layout == "NHWC" else codes.transpose(0, 2, 3, 1)
+        padded = np.pad(codes, ((0, 0), (1, 0), (2, 1), (0, 0)))
+        rows = (padded.shape[1] - window[0]) // 2 + 1
+        columns = padded.shape[2] - 2 * (window[1] - 1)
+        sums = np.zeros((2, rows, columns, 6), np.int64)
+        for i, j in np.ndindex(*window):
+            part = padded[:, i : i + 2 * rows - 1 : 2, 2 * j : 2 * j + columns]
+            sums += part @ np.asarray(kernel.codes, np.int64)[i, j]
+        scale = np.asarray(kernel.scale, np.float64).reshape(-1) * np.float64(unit)
+        wanted = np.maximum(sums * scale + bias, 0)
+        if ends == "codes":
+            step = 16 / 255
+            wanted = np.clip(np.rint(wanted / step), 0, 255) * step @ back
+            # A code on the border of two may be either.
+            close = np.abs(found - wanted) <= 1.01 * step * np.abs(back).max(axis=0)
+            assert close.all()
+            assert np.mean(np.abs(found - wanted) < 1e-4) > 0.9
+        else:
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * wanted.max())
+
+
+def test_a_name_for_each_class(rng: np.random.Generator) -> None:
+    f = lambda p, x: x @ p["w"]
+    params, x = {"w": drawn(rng, 4, 3)}, drawn(rng, 2, 4)
+    with pytest.raises(ValueError, match=r"2 class names for 3 classes"):
+        function_to_onnx(f, params, x, class_names=["a", "b"])
+    assert re.search("class_names", str(function_to_onnx(f, params, x, class_names=list("abc"))))

@@ -98,7 +98,8 @@ def function_to_onnx(
       `SerializeToString(deterministic=True)`.
 
     Raises:
-      ValueError: operations without a counterpart; what `trace` raises; names of another number.
+      ValueError: operations without a counterpart; what `trace` raises; names of another number,
+        of classes too.
     """
     traced = trace(
         f,
@@ -112,6 +113,12 @@ def function_to_onnx(
     ).simplified()
     graph = traced.graph
     _check(traced)
+    classes = graph.outputs[0].shape[-1:]
+    if class_names is not None and tuple(classes) != (len(class_names),):
+        raise ValueError(
+            f"There are {len(class_names)} class names for {classes[0] if classes else 'no'} "
+            f"classes, the last axis of the first output."
+        )
     into = _named(input_names, "input", traced.inputs)
     out = _named(output_names, "output", traced.outputs)
     file = FunctionFile(

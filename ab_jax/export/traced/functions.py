@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ab_jax.export.traced.early_quantization import quantize_early
+from ab_jax.export.traced.early_codes import quantize_early
 from ab_jax.export.traced.folding import fold_affine
 from ab_jax.export.traced.quantized_operands import with_quantized_operands
 from ab_jax.export.traced.sizes import OpenAxes
