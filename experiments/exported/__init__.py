@@ -1,1 +1,1 @@
-"""What `experiments.classify` is made of; nothing here needs JAX where the network is ONNX."""
+"""What `experiments.classify` is made of; nothing here needs JAX for networks of ONNX or TFLite."""

@@ -16,8 +16,16 @@ import jax.numpy as jnp
 
 import ab_jax as ab
 from ab_jax.export.packed import read_packed, readable
-from ab_jax.linen import RANGES, Model, WithQuantizedInputs, ranges_by_address
+from ab_jax.linen import (
+    RANGES,
+    Model,
+    WithQuantizedInputs,
+    layer_paths,
+    module_of,
+    ranges_by_address,
+)
 from ab_jax.products import ActivationRules
+from ab_jax.quantized import Quantized
 from ab_jax.training.checkpoint import Checkpoints
 from experiments.settings.build import make_model
 from experiments.settings.config import Config, FlagError
@@ -42,8 +50,9 @@ class TrainedNetwork:
       description: JSON values, of which `rebuilt` makes the model and the rules again: experiment,
         config, classes and image_shape; and what else is known: the data (with the names of the
         classes and the mean and std by which images are normalized, where the run's code noted
-        them), the revision, the step, the rules of activations as text, and
-        `scales: learned` where the codes are at scales that the run trained, `calibrated` where
+        them), the revision, the step, the rules of activations as text; `quantization`, the bits
+        of weights and of layers' inputs by path, and `source`, the versions of what exported it,
+        as in files of `ab_jax.export.onnx.function_to_onnx`; and `scales: learned` where the codes are at scales that the run trained, `calibrated` where
         these began as those of a calibration, at which most methods leave them.
     """
 
@@ -121,6 +130,8 @@ def read_run(
     _check_fits(model, image_shape, variables)
     if of_activations is not None:
         description["activation_rules"] = readable(of_activations)
+    description["quantization"] = _bits(model, image_shape, variables["params"], of_activations)
+    description["source"] = {"ab_jax": ab.__version__, "jax": jax.__version__}
     variables = jax.tree.map(jnp.asarray, variables)
     return TrainedNetwork(model, variables, rules, of_activations, description)
 
@@ -225,6 +236,25 @@ def _with_todays_ranges(
     shapes = jax.eval_shape(ab.dequantize, variables)
     like = model.initial_ranges(shapes, spec, train=False)
     return {**variables, RANGES: ranges_by_address(variables[RANGES], like)}
+
+
+def _bits(
+    model: Model, image_shape: list[int], params: Any, inputs: ActivationRules | None
+) -> dict[str, dict[str, int]]:
+    """Of each weight that is codes, and of the input of each layer that is quantized, by path."""
+    leaves = jax.tree.leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, Quantized))
+    weights = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.bits
+        for path, leaf in leaves
+        if isinstance(leaf, Quantized)
+    }
+    of_inputs = {}
+    if inputs is not None:
+        images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+        for path in layer_paths(module_of(model), images, train=False):
+            if (quantizer := inputs.of(path)) is not None:
+                of_inputs[path] = quantizer.bits
+    return {"weights": weights, "inputs": of_inputs}
 
 
 def _check_fits(model: Model, image_shape: list[int], variables: Mapping[str, Any]) -> None:

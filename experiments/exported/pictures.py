@@ -7,7 +7,29 @@ import numpy as np
 
 from experiments.exported.decoding import decode
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 _CENTER = 224 / 256  # side of the center crop, as a share of the shorter side
+_MOST_BYTES = 2**28  # of a file, as `ab_jax.data.limits` has it
+
+
+def images_in(path: Path) -> list[Path]:
+    """The images that lie directly in a folder, by name; of a file itself.
+
+    What does not end in one of `SUFFIXES`, or begins with a dot, is no image of a folder.
+
+    Raises:
+      ValueError: the folder has none. OSError: it cannot be read.
+    """
+    if not path.is_dir():
+        return [path]
+    found = sorted(
+        inner
+        for inner in path.iterdir()
+        if inner.suffix.lower() in SUFFIXES and inner.name[0] != "." and inner.is_file()
+    )
+    if not found:
+        raise ValueError(f"{path} has no images ({', '.join(SUFFIXES)}) directly in it.")
+    return found
 
 
 def read_picture(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
@@ -34,6 +56,10 @@ def read_picture(path: Path, image_shape: tuple[int, int, int]) -> np.ndarray:
             f"The network takes images of {height} x {width} pixels and {channels} channels; files "
             f"are read as squares of gray or RGB."
         )
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no regular file.")
+    if path.stat().st_size > _MOST_BYTES:
+        raise ValueError(f"{path} has more than {_MOST_BYTES} bytes, the most that are read.")
     pixels = decode(path.read_bytes(), str(path), "L" if channels == 1 else "RGB")
     return fitted(pixels, height).reshape(image_shape)
 
