@@ -52,8 +52,9 @@ class TrainedNetwork:
         classes and the mean and std by which images are normalized, where the run's code noted
         them), the revision, the step, the rules of activations as text; `quantization`, the bits
         of weights and of layers' inputs by path, and `source`, the versions of what exported it,
-        as in files of `ab_jax.export.onnx.function_to_onnx`; and `scales: learned` where the codes are at scales that the run trained, `calibrated` where
-        these began as those of a calibration, at which most methods leave them.
+        as in files of `ab_jax.export.onnx.function_to_onnx`; and `scales: learned` where the codes
+        are at scales that the run trained, `calibrated` where these began as those of a
+        calibration, at which most methods leave them.
     """
 
     model: Model

@@ -68,9 +68,8 @@ def from_litert(path: Path, told: Told = Told()) -> Classifier:  # noqa: B008  f
     )
     output = _output(path, outputs, told.output)
     given_as = _quantization(path, output)
-    kind = np.dtype(output["dtype"])
     softmax = told.softmax
-    if softmax is None and given_as == (1 / 256, np.iinfo(kind).min):
+    if softmax is None and given_as == (1 / 256, 0 if output["dtype"] == np.uint8 else -128):
         softmax = False
 
     def logits(pixels: np.ndarray) -> np.ndarray:
