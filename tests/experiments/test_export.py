@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import onnx
 import pytest
 import qwix
+from ai_edge_litert import schema_py_generated as schema
 from ai_edge_litert.interpreter import Interpreter
 
 import ab_jax as ab
@@ -308,6 +311,34 @@ def test_a_litert_file_gives_the_logits_of_the_packed_network(
     assert np.max(np.abs(logits - expected) / np.ptp(expected)) < 0.3
     # What is known of the network is inside.
     assert json.dumps(network.description["data"], sort_keys=True).encode() in data
+
+
+def test_every_file_knows_its_quantization_and_what_wrote_it(
+    mobilenet_run: Run, tmp_path: Path
+) -> None:
+    network = read_run(mobilenet_run.path)
+    for form in ("packed", "qwix", "litert", "onnx"):
+        export.FORMATS[form](network, tmp_path / form)
+    in_onnx = onnx.load(tmp_path / "onnx").metadata_props
+    in_litert = schema.ModelT.InitFromPackedBuf((tmp_path / "litert").read_bytes(), 0)
+    (entry,) = in_litert.metadata
+    about = [
+        read_packed(tmp_path / "packed").network,
+        read_qwix(tmp_path / "qwix").network,
+        json.loads(bytes(in_litert.buffers[entry.buffer].data)),
+        json.loads({prop.key: prop.value for prop in in_onnx}["network"]),
+    ]
+    bits = read_qwix(tmp_path / "qwix").inputs
+    for found in about:
+        weights = found["quantization"]["weights"]
+        kernels = {name for name in weights if re.fullmatch(r"(.*/)?kernel", name)}
+        assert kernels == weights.keys()
+        assert len(kernels) == 28
+        assert (weights["stem/kernel"], weights["block3/pointwise/kernel"]) == (8, 4)
+        assert found["quantization"]["inputs"] == {path: x.bits for path, x in bits.items()}
+        assert found["source"] == {"ab_jax": ab.__version__, "jax": jax.__version__}
+        assert found["image_shape"] == [8, 8, 3]
+        assert found["config"] == network.description["config"]
 
 
 # Rebuilding
