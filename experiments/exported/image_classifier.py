@@ -43,24 +43,7 @@ class Classifier:
     softmax: bool | None = None
 
     def __post_init__(self) -> None:
-        sizes = [*self.image_shape, 1 if self.batch is None else self.batch]
-        if not all(type(size) is int and size >= 1 for size in sizes):
-            raise ValueError(
-                f"{self.path} takes images of shape {shown(sizes[:3])}, {shown(sizes[3])} at a "
-                f"time. Height, width, channels and a fixed number must be at least 1; give "
-                f"--image_size and --mean for each channel where the file leaves them open."
-            )
-        height, width, channels = self.image_shape
-        if height != width or channels not in (1, 3):
-            raise ValueError(
-                f"{self.path} takes images of {height} x {width} pixels and {channels} channels; "
-                f"files are read as squares of gray or RGB."
-            )
-        if math.prod(sizes) > _MOST:
-            raise ValueError(
-                f"{self.path} takes {sizes[3]} images of {height} x {width} pixels at a time, "
-                f"{math.prod(sizes)} bytes; {_MOST} are the most that are read."
-            )
+        check_images(self.path, self.image_shape, self.batch)
 
     @property
     def images_at_a_time(self) -> int:
@@ -106,6 +89,37 @@ class Classifier:
             return f"class {index}"
         name = self.class_names[index]
         return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in name)
+
+
+def check_images(path: Path, image_shape: tuple[Any, ...], batch: int | None) -> None:
+    """Refuse a network whose images no files can be read as, before anything is made for them.
+
+    Args:
+      path: of its file.
+      image_shape: height, width and channels, of which None is one that nobody told.
+      batch: as of `Classifier`.
+
+    Raises:
+      ValueError: it is one; names the file.
+    """
+    sizes = [*image_shape, 1 if batch is None else batch]
+    if not all(type(size) is int and size >= 1 for size in sizes):
+        raise ValueError(
+            f"{path} takes images of shape {shown(sizes[:3])}, {shown(sizes[3])} at a time. "
+            f"Height, width, channels and a fixed number must be at least 1; give --image_size, "
+            f"and --mean of each channel, where the file leaves them open."
+        )
+    height, width, channels = image_shape
+    if height != width or channels not in (1, 3):
+        raise ValueError(
+            f"{path} takes images of {height} x {width} pixels and {channels} channels; files are "
+            f"read as squares of gray or RGB."
+        )
+    if math.prod(sizes) > _MOST:
+        raise ValueError(
+            f"{path} takes {sizes[3]} images of {height} x {width} pixels at a time, "
+            f"{math.prod(sizes)} bytes; {_MOST} are the most that are read."
+        )
 
 
 def class_names_of(path: Path, names: Any) -> tuple[str, ...] | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.exported.image_classifier import class_names_of, shown
+from experiments.exported.image_classifier import check_images, class_names_of, shown
 
 LAYOUTS = ("NHWC", "NCHW")
 _CHANNELS = (1, 3)  # of images in files
@@ -192,7 +192,8 @@ def image_input(
         size if width is None else width,
         channels,
     )
-    numbers = _normalization(path, told, channels or 1, dtype, mean, std, quantization)
+    check_images(path, image_shape, batch)
+    numbers = _normalization(path, told, image_shape[2], dtype, mean, std, quantization)
     scale, zero_point = quantization or (1.0, 0)
     return ImageInput(
         image_shape=image_shape,

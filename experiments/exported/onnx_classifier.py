@@ -40,33 +40,38 @@ def from_onnx(path: Path, told: Told = Told()) -> Classifier:  # noqa: B008  fro
     options.log_severity_level = 4  # nothing but what is raised, too
     # Without VNNI the fast kernels saturate where two products of 8 bits are added.
     options.add_session_config_entry("session.x64quantprecision", "1")
+    # Arrays may lie in files of their own: in the same folder, and nowhere else.
+    beside = str(path.absolute().parent)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", beside)
     try:
         session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-        inputs, outputs = session.get_inputs(), session.get_outputs()
+        # Names are read of the file only here, and may be no text.
+        inputs = [(x.name, x.type, x.shape) for x in session.get_inputs()]
+        outputs = [output.name for output in session.get_outputs()]
         about = session.get_modelmeta()
         producer, known = about.producer_name, about.custom_metadata_map
     except Exception as error:  # of classes that ONNX Runtime does not publish
         raise ValueError(f"{path} cannot be read as an ONNX model: {line(error)}") from error
-    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+    if len(inputs) != 1 or len(inputs[0][2]) != 4 or not outputs:
         raise ValueError(f"{path} takes no images [batch, height, width, channels].")
-    (images,) = inputs
-    if images.type not in _DTYPES:
-        raise ValueError(f"{path} takes images of {images.type}, not of uint8 or float32.")
+    ((images, kind, shape),) = inputs
+    if kind not in _DTYPES:
+        raise ValueError(f"{path} takes images of {shown(kind)[1:-1]}, not of uint8 or float32.")
     ours = producer == _OURS
     to_input = image_input(
         path,
         told,
-        images.shape,
-        _DTYPES[images.type],
+        shape,
+        _DTYPES[kind],
         mean=_value(path, known, "mean") if ours else None,
         std=_value(path, known, "std") if ours else None,
     )
-    output = _output(path, [output.name for output in outputs], told.output)
+    output = _output(path, outputs, told.output)
 
     def logits(pixels: np.ndarray) -> np.ndarray:
         given = to_input(pixels)
         try:
-            return session.run([output], {images.name: given})[0]
+            return session.run([output], {images: given})[0]
         except Exception as error:
             raise ValueError(f"{path} cannot be run: {line(error)}") from error
 

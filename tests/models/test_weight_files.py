@@ -26,6 +26,7 @@ from safetensors.numpy import save_file
 from ab_jax.models.pretrained import load_pretrained
 from ab_jax.models.weight_files import WeightsError
 from tests.models import torch_writer
+from tests.mutants import damaged
 
 COUNT = 1500  # mutants of each format
 PEAK = 2**19  # bytes that Python and NumPy may hold beyond 40 times the file's own
@@ -348,29 +349,6 @@ def test_what_is_no_file_of_weights_at_all(
 
 
 # Damage at random
-
-
-def damaged(data: bytes, generator: random.Random) -> bytes:
-    """Bytes and words changed, doubled, cut out; most of it where a file speaks of its arrays."""
-    changed = bytearray(data)
-    for _ in range(generator.choice((1, 1, 2, 8))):
-        at = generator.randrange(len(changed))
-        match generator.randrange(8):
-            case 0 | 1 | 2:
-                changed[at] ^= 1 << generator.randrange(8)
-            case 3:
-                changed[at] = generator.choice((0, 1, 127, 128, 255))
-            case 4 | 5:
-                word = generator.choice((0, 2**64 - 1, 1 << generator.randrange(64), at, len(data)))
-                changed[at : at + 8] = word.to_bytes(8, "little")
-            case 6:
-                other_place = generator.randrange(len(changed))
-                changed[at : at + 16] = changed[other_place : other_place + 16]
-            case 7:
-                del changed[at : at + generator.choice((1, 8, len(data)))]
-                changed += bytes(generator.choice((0, 9)))
-                changed = changed or bytearray(1)
-    return bytes(changed)
 
 
 @pytest.mark.parametrize(
