@@ -181,6 +181,34 @@ def test_the_command_names_what_a_file_of_others_sees(
             assert abs(float(shown[name]) - value) < 0.02
 
 
+def test_arrays_of_a_file_lie_beside_it_or_nowhere(
+    tmp_path: Path, rng: np.random.Generator, pixels: np.ndarray, monkeypatch
+) -> None:
+    """A file that names others reads none but those of its own folder."""
+    (tmp_path / "nets").mkdir()
+    net = write_onnx(tmp_path / "nets" / "net.onnx", rng, ("n", 3, SIZE, SIZE))
+    expected = read_classifier(net, NORMALIZED).logits(pixels)
+    model = onnx.load(net)
+    (weight,) = (array for array in model.graph.initializer if array.name == "weight")
+    data = weight.raw_data
+    weight.ClearField("raw_data")
+    weight.data_location = TensorProto.EXTERNAL
+    for place in (tmp_path / "nets" / "net.data", tmp_path / "secret", tmp_path / "cwd" / "here"):
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes(data)
+    monkeypatch.chdir(tmp_path / "cwd")
+    for location in ("net.data", "../secret", str(tmp_path / "secret"), "here"):
+        del weight.external_data[:]
+        weight.external_data.add(key="location", value=location)
+        net.write_bytes(model.SerializeToString())
+        if location == "net.data":
+            found = read_classifier(net, NORMALIZED).logits(pixels)
+            np.testing.assert_array_equal(found, expected)
+            continue
+        with pytest.raises(ValueError, match=r"net\.onnx cannot be read as an ONNX model"):
+            read_classifier(net, NORMALIZED)
+
+
 # TFLite
 
 

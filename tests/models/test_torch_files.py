@@ -5,9 +5,11 @@ way that a pickle can be.
 """
 
 import collections
+import io
 import os
 import pickle
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from ab_jax.models.tensor_pickles import unpickled
 from ab_jax.models.torch_files import torch_places
 from ab_jax.models.weight_files import WeightsError, read_array
+from ab_jax.safetensors_header import MalformedError
 from tests.models.torch_writer import Named, Storage, Tensor, save, state_dict, tensor
 
 
@@ -301,3 +305,47 @@ def test_the_newer_format_is_refused_with_the_way_out(tmp_path: Path) -> None:
     path.write_bytes(b"PK\x03\x04" + bytes(100))
     with pytest.raises(WeightsError, match=r"a zip archive.*safetensors\.torch\.save_file"):
         torch_places(path)
+
+
+STEPS = [  # those that are followed, each with what may stand behind it
+    *((step, [b""]) for step in (b"(", b"N", b"\x88", b"\x89", b")", b"\x85", b"\x86", b"\x87")),
+    *((step, [b""]) for step in (b"t", b"]", b"a", b"e", b"}", b"s", b"u", b"Q", b"R", b"b", b".")),
+    *((step, [b"\0", b"\1", b"\2", b"\x80"]) for step in (b"q", b"h", b"K", b"\x80")),
+    *((step, [b"\0\0\0\0", b"\1\0\0\0", b"\xff\xff\xff\x7f"]) for step in (b"r", b"j", b"J")),
+    (b"M", [b"\0\1"]),
+    (b"\x8a", [b"\0", b"\x02\0\1", b"\xff" * 256]),
+    (b"X", [b"\0\0\0\0", b"\1\0\0\0a", b"\x07\0\0\0storage", b"\xff\xff\xff\xff"]),
+    (b"c", [b"torch\nFloatStorage\n", b"collections\nOrderedDict\n", b"os\nsystem\n", b"\n"]),
+    (b"c", [b"torch._utils\n_rebuild_tensor_v2\n"]),
+]
+
+
+def test_programs_of_any_steps_are_followed_or_refused(rng: np.random.Generator) -> None:
+    """A pickle is a program: here of steps drawn at random, with no more memory than it has."""
+    outcomes: collections.Counter[str] = collections.Counter()
+    for _ in range(20_000):
+        program = b""
+        for step in rng.integers(len(STEPS), size=rng.integers(1, 40)):
+            name, rest = STEPS[step]
+            program += name + rest[rng.integers(len(rest))]
+        try:
+            unpickled(io.BytesIO(program))
+            outcomes["followed"] += 1
+        except MalformedError as error:
+            assert len(str(error)) < 500
+            assert str(error).isascii()
+            outcomes["refused"] += 1
+    assert outcomes["followed"] > 20
+    assert outcomes["refused"] > 1000
+
+
+def test_a_short_pickle_makes_no_large_value() -> None:
+    """Doubled a thousand times by its memo: as shared tuples, which take nothing, or refused."""
+    program = b")q\0" + b"h\0h\0\x86q\0" * 1000
+    tracemalloc.start()
+    try:
+        with pytest.raises(MalformedError, match="damaged, cut off or too long"):
+            unpickled(io.BytesIO(program))  # it never stops
+        assert tracemalloc.get_traced_memory()[1] < 100 * len(program)
+    finally:
+        tracemalloc.stop()
