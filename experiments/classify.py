@@ -19,9 +19,10 @@ a file takes as they are (uint8) need no --mean and --std; where it takes float3
 stand for normalized pixels, these are for pixels in 0 to 1, one number for each channel or one for
 all. StableHLO programs tell nothing but the size of images.
 
-Files of strangers: nothing in them is executed but the network itself. LiteRT trusts its files,
-though: a forged .tflite can end this process, or take its memory, and a StableHLO program may run
-as long as it likes. Run those you do not trust where that does no harm.
+Files of strangers: nothing in them is executed but the network itself, and what is damaged is
+refused in a line. But LiteRT and JAX's reader of StableHLO trust their files: a forged .tflite or
+.stablehlo can end this process by a segmentation fault. And any network may ask for time and memory
+as it likes. Run those you do not trust where that does no harm.
 """
 
 import dataclasses

@@ -78,7 +78,8 @@ def from_stablehlo(path: Path, told: Told) -> Classifier:
     """A StableHLO program from images, float32 or uint8, to logits.
 
     It tells nothing but the shape of its images. It is a program: it may take whatever time and
-    memory, but one that calls code outside of it is refused.
+    memory, but one that calls code outside of it is refused. JAX's reader trusts its files: a
+    forged one can end the process by a segmentation fault.
 
     Raises:
       ValueError: it is no such program; something is missing, or told otherwise. OSError: it cannot

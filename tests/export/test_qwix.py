@@ -221,3 +221,29 @@ def test_ranges_that_cannot_be_exported_are_named(found: Any, message: str) -> N
 def test_codes_that_there_are_not_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         InputCodes(**{"bits": 8, "signed": True, "limit": 1.0, **change})
+
+
+def test_arrays_far_larger_than_their_files_are_not_read(tmp_path: Path) -> None:
+    """Zeros, which take next to nothing on disk."""
+    write_qwix(tmp_path / "net", {"params": {"a": jnp.zeros(2**28, jnp.int8)}})
+    with pytest.raises(ValueError, match=r"net claims arrays of 268435456 bytes, and its files"):
+        read_qwix(tmp_path / "net")
+
+
+def test_a_checkpoint_that_does_not_tell_its_arrays_is_refused(
+    tmp_path: Path, quantized: dict[str, Any]
+) -> None:
+    path = tmp_path / "net"
+    write_qwix(path, {"params": to_qwix(quantized)}, inputs=INPUTS)
+    mark = path / "_CHECKPOINT_METADATA"
+    whole = json.loads(mark.read_text())
+    for part in ("inputs", "network"):
+        about = json.loads(json.dumps(whole))
+        about["custom_metadata"][part] = 5
+        mark.write_text(json.dumps(about))
+        with pytest.raises(ValueError, match="net is a damaged checkpoint"):
+            read_qwix(path)
+    mark.write_text(json.dumps(whole))
+    (path / "_METADATA").write_text("{")
+    with pytest.raises(ValueError, match="net is a damaged checkpoint"):
+        read_qwix(path)

@@ -20,6 +20,7 @@ layers' quantized inputs; and `network`, whatever the writer has to say of the n
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ FORMAT = "ab_jax.qwix"
 VERSION = 1
 
 _INT4_BITS = 4
+_MOST_TIMES, _MOST_BYTES = 100, 2**26  # as `_check_sizes` has it
 _PARTS = ("qvalue", "scale", "zero_point")
 _MARK = "_CHECKPOINT_METADATA"  # by which Orbax knows a directory of its own
 
@@ -209,10 +211,14 @@ def write_qwix(
 
 
 def read_qwix(path: Path | str) -> QwixNetwork:
-    """Read a network that `write_qwix` wrote; unlike a packed file, it is not checked for damage.
+    """Read a network that `write_qwix` wrote.
+
+    Unlike a packed file, it is read by Orbax, which notices damage to some of it alone. Nothing is
+    allocated for arrays that are far larger than the files they would be in.
 
     Raises:
-      FileNotFoundError: there is no checkpoint. ValueError: it is of another format or version.
+      FileNotFoundError: there is no checkpoint. ValueError: it is of another format or version, or
+        does not tell its arrays, or too large ones.
     """
     path = Path(path).absolute()
     if not (path / _MARK).is_file():
@@ -225,11 +231,31 @@ def read_qwix(path: Path | str) -> QwixNetwork:
                 f"{path} is no network that was exported for Qwix in version {VERSION}: its format "
                 f"is {about.get('format')!r} and its version {about.get('version')!r}."
             )
+        parts = [about.get(name) for name in ("inputs", "network")]
+        if stored.item_metadata is None or not all(isinstance(part, dict) for part in parts):
+            raise ValueError(
+                f"{path} is a damaged checkpoint: it does not tell its arrays, or not the inputs "
+                f"and the network that they belong to. Export it anew."
+            )
+        _check_sizes(path, stored.item_metadata.tree)
         # Into NumPy's arrays first, wherever the devices are that it was written from.
         like = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), stored.item_metadata.tree)
         tree = jax.tree.map(jnp.asarray, checkpointer.restore(path, like))
     inputs = {name: InputCodes(**_tuples(codes)) for name, codes in about["inputs"].items()}
     return QwixNetwork(_to_qarrays(tree), inputs, about["network"])
+
+
+def _check_sizes(path: Path, tree: Any) -> None:
+    """Refuse arrays of more bytes than compressed weights are: few hundred bytes can claim any."""
+    claimed = sum(
+        math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
+    )
+    stored = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if claimed > _MOST_BYTES + _MOST_TIMES * stored:
+        raise ValueError(
+            f"{path} claims arrays of {claimed} bytes, and its files have {stored}, more than "
+            f"{_MOST_TIMES} times less: they are not read."
+        )
 
 
 def _tuples(codes: Mapping[str, Any]) -> dict[str, Any]:
