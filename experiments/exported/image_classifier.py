@@ -14,6 +14,7 @@ import numpy as np
 
 _MOST = 2**26  # bytes of the images that a network takes at a time; all of ours take far less
 _IMAGES = 32  # at a time, where they are that small
+_MOST_LOGITS = 2**22  # of the images that are classified together
 _APART = 1e-3  # from 1, of a sum of probabilities in float32
 
 
@@ -61,6 +62,7 @@ class Classifier:
             # The last image again and again, whose further answers are left out.
             images = np.concatenate([images, np.repeat(images[-1:], self.batch - count, axis=0)])
         logits = np.asarray(self.logits(images))
+        check_size(self.path, logits)
         numbers = np.issubdtype(logits.dtype, np.floating) or np.issubdtype(
             logits.dtype, np.integer
         )
@@ -119,6 +121,19 @@ def check_images(path: Path, image_shape: tuple[Any, ...], batch: int | None) ->
         raise ValueError(
             f"{path} takes {sizes[3]} images of {height} x {width} pixels at a time, "
             f"{math.prod(sizes)} bytes; {_MOST} are the most that are read."
+        )
+
+
+def check_size(path: Path, logits: np.ndarray) -> None:
+    """Refuse more logits than any network has, before anything is computed with them.
+
+    Raises:
+      ValueError: there are more than four million; names the file.
+    """
+    if logits.size > _MOST_LOGITS:
+        raise ValueError(
+            f"{path} gives logits of shape {shown(logits.shape)}; {_MOST_LOGITS} are the most that "
+            f"are read."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.exported.image_classifier import Classifier, line, shown
+from experiments.exported.image_classifier import Classifier, check_size, line, shown
 from experiments.exported.image_inputs import Told, image_input
 
 _METADATA = b"ab_jax"  # the entry that files of ours have, as `ab_jax.export.litert` writes it
@@ -86,6 +86,7 @@ def from_litert(path: Path, told: Told = Told()) -> Classifier:  # noqa: B008  f
             raise ValueError(f"{path} cannot be run: {line(error)}") from error
         if given_as is None:
             return found
+        check_size(path, found)
         scale, zero_point = given_as
         return (found.astype(np.float64) - zero_point) * scale
 

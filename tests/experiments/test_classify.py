@@ -314,6 +314,7 @@ def test_names_that_are_none_are_said_in_a_line(
         ({"nodes": (("Div", ["logits", "zero"], ["out"], {}),)}, "logits that are not finite"),
         ({"nodes": (("Gather", ["logits", "spatial"], ["out"], {}),), "rank": 2}, "cannot be run"),
         ({"classes": 0}, "logits|cannot be"),
+        ({"classes": 2**22 + 1}, r"logits of shape \(1, 4194305\); 4194304 are the most"),
     ],
 )
 def test_networks_of_other_shapes_are_said_in_a_line(
