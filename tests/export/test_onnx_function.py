@@ -179,6 +179,26 @@ def test_fused_weights_are_exact_where_the_session_says_so(rng: np.random.Genera
     check_close(exact_session(model).run(None, {"input0": x}), wanted)
 
 
+def test_a_sum_behind_a_fused_product_leaves_it_one_kernel(
+    rng: np.random.Generator, tmp_path: Path
+) -> None:
+    """Of a residual sum ONNX Runtime would make a product of floats."""
+    params = {"w": drawn(rng, 64, 64)}
+    f = lambda p, x: x + jnp.tanh(x) @ p["w"]
+    codes = ab.quantize(params, ab.Rules([("w", ab.Uniform(bits=4, group_size=32))]))
+    x = drawn(rng, 1, 64)
+    model = function_to_onnx(f, codes, x, fused=True)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    onnxruntime.InferenceSession(model.SerializeToString(), options)
+    operators = Counter(n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    assert operators["MatMulNBits"] == 1
+    assert not {"Gemm", "MatMul", "DequantizeLinear"} & operators.keys()
+    wanted = evaluate(f, ab.dequantize(codes), x)
+    check_close(exact_session(model).run(None, {"input0": x}), wanted)
+
+
 def test_codes_stay_codes_through_layout_and_layers(rng: np.random.Generator) -> None:
     """Cut out of one array, transposed, put together, and handed out layer by layer by a scan."""
 

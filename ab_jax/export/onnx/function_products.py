@@ -92,8 +92,9 @@ def _product(
     shape: Shape = (*batched, *in_rows, math.prod(summed))
     axes = [*batch[0], *_others(left, batch[0], contracted[0]), *contracted[0]]
     # A product of two axes and the sum after it ONNX Runtime would make a Gemm of, which rounds
-    # what is added.
-    alone = (any(meets) and len(shape) == 2) or not in_rows
+    # what is added to codes, and takes no codes of weights.
+    of_codes = any(meets) or (file.fused and isinstance(right, Codes))
+    alone = (of_codes and len(shape) == 2) or not in_rows
     a = arranged(file, left, axes, (1, *shape) if alone else shape, kind)
     shape = (*batched, math.prod(summed), math.prod(columns))
     axes = [*batch[1], *contracted[1], *_others(right, batch[1], contracted[1])]
