@@ -114,7 +114,9 @@ def check_integers(net: TracedFunction, arrays: dict[str, np.ndarray]) -> int:
         else:
             ratio = scale / np.where(ours == 0, 1, ours)
             ratio = ratio[ours != 0]
-            np.testing.assert_allclose(ratio, ratio[0], rtol=1e-6)
+            whole = f"{weight.path}/bias" in arrays  # the codes are multiplied by powers of 2 there
+            powers = np.log2(ratio / ratio[0])
+            np.testing.assert_allclose(powers, np.rint(powers) if whole else 0, rtol=0, atol=1e-6)
         compared += 1
     return compared
 
@@ -229,6 +231,9 @@ def test_low_bits_are_clipped_as_integers(
     stored = {a.name for a in file.graph.initializer if a.data_type == onnx.TensorProto.INT4}
     assert stored == {f"{name}/codes_int4" for name in ("stem", "depthwise", "shortcut", "last")}
     wanted = compiled(lambda x: evaluate(with_whole_biases(graph, arrays), x), images)
+    if integer_biases:  # codes of 4 bits, up to 7, have room for a factor of 16
+        unit = np.asarray(params["stem"].scale).reshape(-1) * (2.0 / 7) / 16
+        np.testing.assert_allclose(arrays["stem/bias_scale"], unit, rtol=1e-6)
     (found,) = session(file).run(None, {"images": images})
     check_answers(found, np.asarray(wanted), 1 / 3)
     assert fused(file, tmp_path) == (

@@ -164,24 +164,34 @@ class FunctionFile(OnnxFile):
                 self.names[operand] = self.array(operand.path or "constant", array)
         return self.names[operand]
 
-    def weight(self, codes: Codes, *, channels: int | None = None, in_product: bool = False) -> str:
+    def weight(
+        self,
+        codes: Codes,
+        *,
+        channels: int | None = None,
+        in_product: bool = False,
+        finer: bool = False,
+    ) -> str:
         """The name of a weight's values.
 
         Args:
           codes: of the weight.
           channels: the axis of the channels of a product in which they meet codes.
           in_product: whether they are the matrix of a product.
+          finer: see `Stored.written`.
         """
         fused = in_product and self.fused
-        key = (codes.path, *_contents(codes), channels, fused)
+        key = (codes.path, *_contents(codes), channels, fused, finer)
         if key not in self._by_content:
             with self.at_head(codes.path):
-                turned = (codes.path, *_contents(codes.moved(np.transpose)), None, False)
+                turned = (codes.path, *_contents(codes.moved(np.transpose)), None, False, False)
                 if turned in self._by_content and channels is None and not fused:
                     self._by_content[key] = self.turned(self._by_content[turned])
                 else:
                     found = stored(codes)
-                    self._by_content[key] = found.written(self, channels=channels, fused=fused)
+                    self._by_content[key] = found.written(
+                        self, channels=channels, fused=fused, finer=finer
+                    )
         return self._by_content[key]
 
     def turned(self, matrix: str) -> str:

@@ -4,7 +4,8 @@
   MatMulIntegerToFloat. A row is what the kernel covers at one position: for kernels larger than
   1 x 1 a copy of the codes by place of the kernel, which costs little beside the product.
 - Where biases may be rounded and nothing but codes is wanted, the convolution as a whole:
-  QLinearConv, whose bias is an int32 in units of the products.
+  QLinearConv, whose bias is an int32 in units of the products. Codes of few bits are multiplied by
+  a power of two, and their scales divided by it: smaller units, and biases that are less rounded.
 """
 
 import itertools
@@ -65,11 +66,11 @@ def _between_codes(
     data = file.transpose(x.codes, numbers.lhs_spec)
     inputs = [
         file.op("DequantizeLinear", data, x.scale, x.zero_point),
-        file.weight(weight.weight, channels=0),
+        file.weight(weight.weight, channels=0, finer=True),
     ]
     if bias.size:
         path = weight.weight.path
-        unit = np.broadcast_to(x.unit * weight.scales[0].reshape(-1), bias.shape)
+        unit = x.unit * weight.scales[0].reshape(-1) / weight.room().astype(np.float32)
         arrays = {"bias": bias, "bias_scale": unit, "bias_zero_point": np.zeros_like(bias)}
         names = [file.own_array(f"{path}/{name}", array) for name, array in arrays.items()]
         inputs.append(file.op("DequantizeLinear", *names, axis=0))
@@ -136,9 +137,9 @@ def _whole_bias(weight: Stored, ending: Ending, x: QuantizedName) -> np.ndarray 
         return None
     if ending.bias is None:
         return np.zeros(0, np.int32)
-    codes = np.abs(weight.weight.codes.astype(np.int64))
-    codes = codes.reshape(len(codes), -1)
-    unit = np.broadcast_to((x.unit * weight.scales[0].reshape(-1)).astype(np.float64), len(codes))
+    room = weight.room()
+    codes = np.abs(weight.weight.codes.astype(np.int64)).reshape(len(room), -1) * room[:, None]
+    unit = (x.unit * weight.scales[0].reshape(-1)).astype(np.float64) / room
     if not unit.min() > 0:  # a channel that batch norm multiplies by 0
         return None
     whole = np.rint(ending.bias.reshape(-1).astype(np.float64) / unit)

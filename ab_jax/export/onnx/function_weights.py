@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ab_jax.export.onnx.function_file import FunctionFile
 
 
+_HIGHEST = 127  # of int8
 # How many digits of a base fit into a byte.
 _DIGITS = {2: 8, 3: 5, 4: 4}
 
@@ -42,7 +43,15 @@ class Stored:
     scales: tuple[np.ndarray, ...]
     zero_point: np.ndarray | None
 
-    def written(self, file: FunctionFile, *, channels: int | None, fused: bool) -> str:
+    def room(self) -> np.ndarray:
+        """By how much the codes of each channel, axis 0, may be multiplied: int32 powers of 2."""
+        codes = np.abs(self.weight.codes.astype(np.int32)).reshape(len(self.weight.codes), -1)
+        largest = np.maximum(codes.max(axis=1, initial=0), 1)
+        return (2 ** np.floor(np.log2(_HIGHEST / largest))).astype(np.int32)
+
+    def written(
+        self, file: FunctionFile, *, channels: int | None, fused: bool, finer: bool = False
+    ) -> str:
         """The name of the values.
 
         Args:
@@ -50,13 +59,15 @@ class Stored:
           channels: where they meet codes, the axis of the channels of their product: kernels of
             integers take int8 with a scale for each of these, or one for all.
           fused: whether they stand behind DequantizeLinear where they meet floats.
+          finer: whether the codes of each channel, axis 0, take all the `room` there is: the same
+            values of smaller units, in which a bias is counted.
         """
         weight = self.weight
         if weight.dtype == np.float32 and len(self.scales) == 1:
             axis, size = self._block()
             if channels is not None:
                 if not size and (axis == channels or self.scales[0].size == 1):
-                    return self._dequantized(file, channels, 0, as_int8=True)
+                    return self._dequantized(file, channels, 0, as_int8=True, finer=finer)
             elif fused and axis is not None:
                 return self._dequantized(file, axis, size, as_int8=False)
         values = self._signed_sum(file) if len(self.scales) > 1 else self._multiplied(file)
@@ -77,7 +88,9 @@ class Stored:
             return blocked[0], shape[blocked[0]] // counts[blocked[0]]
         return None, 0
 
-    def _dequantized(self, file: FunctionFile, axis: int, size: int, as_int8: bool) -> str:
+    def _dequantized(
+        self, file: FunctionFile, axis: int, size: int, as_int8: bool, finer: bool = False
+    ) -> str:
         """Behind DequantizeLinear, with arrays of its own.
 
         ONNX Runtime turns int8 into uint8, zero points too, and fails where these are left out of
@@ -91,6 +104,14 @@ class Stored:
         name = self.weight.path
         if as_int8 or not self.is_int4 or self.weight.bits <= 2:
             stored = self._codes(file)
+            if finer and (self.room() > 1).any():
+                scale, zero = (np.broadcast_to(a, self.room().shape) for a in (scale, zero))
+                scale = scale / self.room().astype(scale.dtype)
+                whole = file.cast(stored, np.int8, np.int32)
+                whole = file.op(
+                    "Mul", whole, self.room().reshape(-1, *(1,) * (self.weight.codes.ndim - 1))
+                )
+                stored = file.cast(whole, np.int32, np.int8)
             zeros = file.own_array(f"{name}/zero_point", zero)
         else:
             stored = file.int4_array(f"{name}/codes", self.weight.codes)
