@@ -137,13 +137,22 @@ def onnx(
 def litert(network: TrainedNetwork, path: Path) -> int:
     """Write the .tflite file; returns its bytes."""
     try:
-        from ab_jax.export.litert import to_litert
+        from ab_jax.export.litert import function_to_litert
     except ModuleNotFoundError as error:
         raise ValueError(
             f"--format=litert needs {error.name}, which is not installed: pip install '.[litert]'"
         ) from error
-    graph = describe(network.model, network.variables, network.image_shape)
-    data = to_litert(graph, description=network.description)
+    net = inference(network.model, network.variables)
+    data = function_to_litert(
+        net.function,
+        net.params,
+        jax.ShapeDtypeStruct((1, *network.image_shape), jnp.float32),
+        rules=net.rules,
+        ranges=net.ranges,
+        input_names=["images"],
+        output_names=["logits"],
+        description=network.description,
+    )
     write_whole(path, data)
     return len(data)
 

@@ -1,26 +1,27 @@
 """LiteRT's container: tensors, constants and operators, gathered one by one, then serialized.
 
     file = Flatbuffer()
-    images = file.tensor("images", (8, 8, 3))
-    logits = file.tensor("logits", (10,))
-    ...
-    file.operator("RELU", [images], [logits])
-    data = file.serialize(images, logits)
+    x = file.add("x", (1, 8), signature=(-1, 8))
+    y = file.add("y", (1, 8), signature=(-1, 8))
+    file.operator("RELU", [x], [y])
+    data = file.serialize({"x": x}, {"y": y})
 
 It knows the layout of the file and nothing of networks; `ab_jax.export.litert` does. The classes of
 the schema are those that LiteRT's own package ships, made from the schema itself, which keeps files
-of earlier versions readable. The batch is 1 in the file, and open: an interpreter can be resized.
+of earlier versions readable. Open axes have some size in the file: an interpreter can be resized.
 """
 
+import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flatbuffers
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-BATCH = -1  # what the signature of a shape says of an axis that is open
+OPEN = -1  # what the signature of a shape says of an axis that is open
+NONE = -1  # in the place of an input that is left out
 _IDENTIFIER = b"TFL3"
 _ALIGNMENT = 16  # bytes, of each constant: kernels read whole vectors
 _VERSION = 3  # of the schema
@@ -49,17 +50,36 @@ class Flatbuffer:
         self._operators: list[Any] = []
         self._codes: dict[tuple[str, int], int] = {}  # of each operator with its version
 
-    def tensor(
-        self, name: str, shape: Sequence[int], kind: str = "FLOAT32", scales: Scales | None = None
+    def add(
+        self,
+        name: str,
+        shape: Sequence[int],
+        *,
+        signature: Sequence[int] | None = None,
+        kind: str = "FLOAT32",
+        scales: Scales | None = None,
     ) -> int:
-        """A tensor [batch, *shape] that some operator gives, or the images; returns its number."""
-        tensor = self._add(name, (1, *shape), kind, scales)
-        tensor.shapeSignature = [BATCH, *shape]
-        return len(self._tensors) - 1
+        """A tensor that some operator gives, or an input; returns its number.
 
-    def value(self, name: str, shape: Sequence[int]) -> int:
-        """A float32 tensor of just this shape that some operator makes of constants."""
-        self._add(name, shape, "FLOAT32", None)
+        Args:
+          name: for people to read.
+          shape: of some sizes of open axes.
+          signature: the same with `OPEN` for these; None: there are none.
+          kind: of its numbers, by its name in the schema.
+          scales: of codes.
+        """
+        tensor = schema.TensorT(
+            name=name, shape=list(shape), type=getattr(schema.TensorType, kind), hasRank=True
+        )
+        if signature is not None and list(signature) != list(shape):
+            tensor.shapeSignature = list(signature)
+        if scales is not None:
+            tensor.quantization = schema.QuantizationParametersT(
+                scale=scales.scale.astype(np.float32),
+                zeroPoint=scales.zero_point.astype(np.int64),
+                quantizedDimension=scales.axis,
+            )
+        self._tensors.append(tensor)
         return len(self._tensors) - 1
 
     def constant(
@@ -69,17 +89,17 @@ class Flatbuffer:
 
         Args:
           name: for people to read.
-          array: float32, int32 or int8.
+          array: of a dtype that the schema has.
           scales: of int8 or int32 codes.
           bits: 2 or 4, to store int8 codes that fit at that width; else 8.
         """
         kind, data = array.dtype.name.upper(), np.ascontiguousarray(array)
         if bits < 8:
             kind, data = f"INT{bits}", pack(array, bits)
-        tensor = self._add(name, array.shape, kind, scales)
+        number = self.add(name, array.shape, kind=kind, scales=scales)
         self._buffers.append(_Buffer(data.reshape(-1).view(np.uint8)))
-        tensor.buffer = len(self._buffers) - 1
-        return len(self._tensors) - 1
+        self._tensors[number].buffer = len(self._buffers) - 1
+        return number
 
     def operator(
         self,
@@ -107,30 +127,42 @@ class Flatbuffer:
         self._operators.append(operator)
 
     def serialize(
-        self, images: int, logits: int, metadata: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        inputs: Mapping[str, int],
+        outputs: Mapping[str, int],
+        metadata: Mapping[str, Mapping[str, Any]] | None = None,
     ) -> bytes:
-        """The file's bytes.
+        """The file's bytes, without the operators and tensors that no output needs.
 
         Args:
-          images: number of the network's input.
-          logits: number of its output.
+          inputs: numbers of tensors by the names that the signature `serving_default` gives them.
+          outputs: likewise.
           metadata: JSON objects by name, each an entry of the model's metadata.
         """
+        operators, tensors, buffers = self._needed(inputs.values(), outputs.values())
         entries = []
         for name, value in (metadata or {}).items():
             text = json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
-            self._buffers.append(_Buffer(np.frombuffer(text, np.uint8)))
-            entries.append(schema.MetadataT(name=name, buffer=len(self._buffers) - 1))
+            buffers.append(_Buffer(np.frombuffer(text, np.uint8)))
+            entries.append(schema.MetadataT(name=name, buffer=len(buffers) - 1))
+        number = {old: new for new, old in enumerate(tensors)}
         subgraph = schema.SubGraphT(
-            tensors=self._tensors,
-            inputs=[images],
-            outputs=[logits],
-            operators=self._operators,
+            tensors=list(tensors.values()),
+            inputs=[number[i] for i in inputs.values()],
+            outputs=[number[i] for i in outputs.values()],
+            operators=[
+                _copied(
+                    operator,
+                    inputs=[number.get(i, NONE) for i in operator.inputs],
+                    outputs=[number[i] for i in operator.outputs],
+                )
+                for operator in operators
+            ],
             name="main",
         )
         signature = schema.SignatureDefT(
-            inputs=[schema.TensorMapT(name="images", tensorIndex=images)],
-            outputs=[schema.TensorMapT(name="logits", tensorIndex=logits)],
+            inputs=[schema.TensorMapT(n, number[i]) for n, i in inputs.items()],
+            outputs=[schema.TensorMapT(n, number[i]) for n, i in outputs.items()],
             signatureKey="serving_default",
         )
         model = schema.ModelT(
@@ -138,7 +170,7 @@ class Flatbuffer:
             operatorCodes=[_operator_code(code, version) for code, version in self._codes],
             subgraphs=[subgraph],
             description="ab_jax",
-            buffers=self._buffers,
+            buffers=buffers,
             metadata=entries,
             signatureDefs=[signature],
         )
@@ -146,18 +178,31 @@ class Flatbuffer:
         builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
         return bytes(builder.Output())
 
-    def _add(self, name: str, shape: Sequence[int], kind: str, scales: Scales | None) -> Any:
-        tensor = schema.TensorT(
-            name=name, shape=list(shape), type=getattr(schema.TensorType, kind), hasRank=True
-        )
-        if scales is not None:
-            tensor.quantization = schema.QuantizationParametersT(
-                scale=scales.scale.astype(np.float32),
-                zeroPoint=scales.zero_point.astype(np.int64),
-                quantizedDimension=scales.axis,
-            )
-        self._tensors.append(tensor)
-        return tensor
+    def _needed(
+        self, inputs: Iterable[int], outputs: Iterable[int]
+    ) -> tuple[list[Any], dict[int, Any], list[Any]]:
+        """Operators that outputs need, in order; the tensors of these by number; the buffers."""
+        taken, kept = set(outputs), []
+        for operator in reversed(self._operators):
+            if not taken.isdisjoint(operator.outputs):
+                kept.append(operator)
+                taken.update(i for i in operator.inputs if i != NONE)
+        taken.update(inputs, *(operator.outputs for operator in kept))
+        tensors, buffers = {}, [self._buffers[0]]
+        for number in sorted(taken):
+            tensors[number] = tensor = _copied(self._tensors[number])
+            if tensor.buffer:
+                buffers.append(self._buffers[tensor.buffer])
+                tensor.buffer = len(buffers) - 1
+        return kept[::-1], tensors, buffers
+
+
+def _copied(of_schema: Any, **changed: Any) -> Any:
+    """One of the schema's objects once more, with other fields."""
+    other = copy.copy(of_schema)
+    for name, value in changed.items():
+        setattr(other, name, value)
+    return other
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What LiteRT's operators are given of our layers: codes in their layout, scales, integer biases.
+"""Layers in integers: codes, scales and biases as LiteRT's operators on int8 take them.
 
 An integer layer of LiteRT sums `codes * (input codes - zero point)` and an int32 bias, and rounds
 `sum * (input scale * weight scale / output scale)` to int8, which saturates. A bias is a whole
@@ -6,13 +6,13 @@ number of the sum's units, which codes of few bits make coarse: their channels a
 power of two, and the scales divided by it, which changes no weight and leaves smaller units.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ab_jax.export.graph.operations import Convolution, Dense, Quantize, Weights
 from ab_jax.export.litert.flatbuffer import Scales
-from ab_jax.quantizers import Quantized
+from ab_jax.export.litert.litert_weights import weight_scales
+from ab_jax.export.traced import Codes, Constant, Operation
 
 _HIGHEST = 127  # of int8; weights do not use -128, which fast kernels cannot take
 _SMALLEST = np.finfo(np.float32).tiny
@@ -26,7 +26,7 @@ class Integers(NamedTuple):
     """A layer in integers.
 
     Attributes:
-      codes: int8, the shape of the kernel, zero point 0: ours times a power of two by channel.
+      codes: int8, the shape of the weight, zero point 0: ours times a power of two by channel.
       scale: float32 [channels out], positive.
       bias: int32 [channels out], of scale `input scale * scale`.
       bias_scale: float32 [channels out].
@@ -38,64 +38,49 @@ class Integers(NamedTuple):
     bias_scale: np.ndarray
 
 
-def activation_scales(quantize: Quantize) -> Scales:
+def activation_scales(quantize: Operation) -> Scales | None:
     """Of int8 codes, whose highest, 127, is our highest one: they saturate where ours do.
 
     Unsigned codes of 8 bits have zero point -128, those of 4 bits 112. Below, whatever is
-    negative must have been clipped, unless the lowest code is -128.
+    negative must have been clipped, unless the lowest code is -128. None: the range is not one
+    number that is known.
     """
-    scale = np.asarray(quantize.quantizer.scale(quantize.limit)).reshape(1)
-    return Scales(scale, np.array([_HIGHEST - quantize.quantizer.levels[1]]))
+    limit = quantize.inputs[1]
+    if not isinstance(limit, Constant) or np.size(limit.array) != 1:
+        return None
+    quantizer: Any = quantize.params["quantizer"]
+    scale = np.asarray(quantizer.scale(limit.array), np.float32).reshape(1)
+    return Scales(scale, np.array([_HIGHEST - quantizer.levels[1]]))
 
 
-def weight_scales(name: str, weights: Quantized) -> Scales:
-    """Scales and zero points of a kernel: one each, or one a channel out.
+def integers(weight: Codes, bias: np.ndarray | None, x: Scales, y: Scales) -> Integers | None:
+    """A layer from codes of `x` to codes of `y`, or None where int8 kernels cannot compute it.
 
-    A scale of 0, of a channel that batch norm multiplies by 0, becomes the smallest one, 1.2e-38,
-    since LiteRT's must be positive.
-
-    Raises:
-      ValueError: other blocks of weights have scales of their own; names the layer.
-    """
-    shape = weights.scale.shape
-    if any(size != 1 for size in shape[:-1]) or shape[-1] not in (1, weights.codes.shape[-1]):
-        raise ValueError(
-            f"{name} has scales of shape {list(shape)}, and LiteRT has one a tensor or one an "
-            f"output channel. Quantize with axis=-1 or None, and without group_size."
-        )
-    scale = np.maximum(np.asarray(weights.scale, np.float32).reshape(-1), _SMALLEST)
-    zero_point = np.zeros(scale.shape, np.int64)
-    if weights.zero_point is not None:
-        zero_point += np.asarray(weights.zero_point).reshape(-1)
-    return Scales(scale, zero_point)
-
-
-def integers(name: str, layer: Convolution | Dense, x: Quantize, y: Quantize) -> Integers | None:
-    """The layer from codes of `x` to codes of `y`, or None where int8 kernels cannot compute it.
-
-    They cannot where weights have no codes, or zero points that leave int8 once they are
-    subtracted (affine ones of 8 bits), or where a sum might leave int32. A channel without a scale,
-    or whose bias leaves its weights no room while they could not change a code, has codes 0.
+    They cannot where scales differ within a channel, where weights have zero points that leave
+    int8 once they are subtracted (affine ones of 8 bits), or where a sum might leave int32. A
+    channel without a scale, or whose bias leaves its weights no room while they could not change a
+    code, has codes 0.
 
     Args:
-      name: of the layer.
-      layer: with or without codes.
-      x: what made the codes it takes.
-      y: what makes codes of what it gives.
+      weight: with the channels out last.
+      bias: [channels out], or None.
+      x, y: scales of the codes it takes, and of those it gives.
     """
-    if not isinstance(layer.kernel, Quantized):
+    channels = weight.shape[-1]
+    scales = weight_scales(weight, len(weight.shape) - 1)
+    if scales is None or weight.dtype != np.float32:
         return None
-    scales = weight_scales(name, layer.kernel)
-    codes = np.asarray(layer.kernel.codes).astype(np.int64) - scales.zero_point
+    codes = weight.codes.astype(np.int64) - scales.zero_point
     if np.abs(codes).max() > _HIGHEST:
         return None
-    channels, others = codes.shape[-1], tuple(range(codes.ndim - 1))
+    others = tuple(range(codes.ndim - 1))
     # float64 from here on: products and quotients of float32 that are rounded but once.
     scale = np.broadcast_to(scales.scale.astype(np.float64), channels)
-    bias = np.zeros(channels) if layer.bias is None else np.asarray(layer.bias, np.float64)
-    of_x, of_y = (float(activation_scales(of).scale[0]) for of in (x, y))
+    bias = np.zeros(channels) if bias is None else bias.reshape(-1).astype(np.float64)
+    of_x, of_y = float(x.scale[0]), float(y.scale[0])
+    levels = _HIGHEST - int(x.zero_point[0])
 
-    sums = np.abs(codes).sum(others) * x.quantizer.levels[1]
+    sums = np.abs(codes).sum(others) * levels
     most = sums + np.abs(bias) / (of_x * scale)
     idle = (most >= _ROOM) & (sums * of_x * scale / of_y < _UNNOTICED)
     codes[..., idle] = 0
@@ -119,34 +104,3 @@ def integers(name: str, layer: Convolution | Dense, x: Quantize, y: Quantize) ->
         np.rint(bias / (of_x * scale.astype(np.float64))).astype(np.int32),
         np.maximum(of_x * scale, _SMALLEST).astype(np.float32),
     )
-
-
-def is_depthwise(layer: Convolution | Dense) -> bool:
-    """Whether each channel is convolved by itself, for which LiteRT has an operator of its own."""
-    return isinstance(layer, Convolution) and layer.groups > 1 and _channels(layer.kernel) == 1
-
-
-def in_layout(layer: Convolution | Dense, kernel: np.ndarray) -> np.ndarray:
-    """A kernel in LiteRT's layout.
-
-    [channels out, height, width, channels in], [1, height, width, channels out] of depthwise
-    convolutions, [features out, features in] of dense layers.
-    """
-    if isinstance(layer, Dense):
-        return kernel.T
-    return kernel.transpose((2, 0, 1, 3) if is_depthwise(layer) else (3, 0, 1, 2))
-
-
-def channel_axis(layer: Convolution | Dense) -> int:
-    """Where the channels out are in that layout."""
-    return 3 if is_depthwise(layer) else 0
-
-
-def _channels(kernel: Weights) -> int:
-    return (kernel.codes if isinstance(kernel, Quantized) else kernel).shape[-2]
-
-
-def width(codes: np.ndarray) -> int:
-    """The bits, 2, 4 or 8, in which these codes can be stored."""
-    lowest, highest = int(codes.min()), int(codes.max())
-    return next(b for b in (2, 4, 8) if -(2 ** (b - 1)) <= lowest and highest < 2 ** (b - 1))

@@ -1,133 +1,120 @@
-"""Convolutions and dense layers as LiteRT's operators, on int8 codes where that is possible."""
+"""Layers, products with a weight, as LiteRT's operators: on int8 codes where that is possible.
 
-import math
-from typing import Any, NamedTuple
+Where a layer's input is quantized and its output is again, directly or through a ReLU or ReLU6, it
+is an integer operator from int8 codes to int8 codes. LiteRT has no operator that gives the integer
+sum as it is, so that a layer whose output the function keeps in float is a float operator on the
+numbers that codes stand for.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import numpy as np
-from ai_edge_litert import schema_py_generated as schema
 
-from ab_jax.export.graph.operations import Clip, Convolution, Dense, Node, Quantize, shape_of
 from ab_jax.export.litert.flatbuffer import Scales
-from ab_jax.export.litert.litert_integers import (
-    activation_scales,
-    channel_axis,
-    in_layout,
-    integers,
-    is_depthwise,
-    weight_scales,
-    width,
-)
-from ab_jax.export.litert.litert_values import CLIPS, Values, padding_kind
-from ab_jax.quantizers import Quantized
+from ab_jax.export.litert.litert_endings import LitertEnding
+from ab_jax.export.litert.litert_file import LitertFile, Tensor
+from ab_jax.export.litert.litert_integers import Integers, activation_scales, integers
+from ab_jax.export.litert.litert_weights import weight_values
+from ab_jax.export.traced import Codes, Constant, Operand, Operation
+
+#: Appends the operator: from input, kernel and bias to a result of these scales, None in floats,
+#: clipped by the activation of this number.
+Call = Callable[[Sequence[Tensor], Scales | None, int], Tensor]
 
 
-class _Ends(NamedTuple):
-    """What is before and after a layer that could be one in integers.
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A product with a weight, as an operator takes it.
 
     Attributes:
-      x: makes the codes it takes.
-      y: makes codes of what it gives.
-      fused: the clipping between, as the schema has it.
-      value: the number of the codes of `y`.
+      operation: the product.
+      x: its input.
+      arranged: puts the input's axes where the operator has them.
+      weight: with the channels out last, in one axis.
+      stored: the order of its axes in the file.
+      call: appends the operator.
+      back: puts the axes of the result where the product has them.
+      is_whole: whether there is such an operator on int8.
     """
 
-    x: Quantize
-    y: Quantize
-    fused: int
-    value: int
+    operation: Operation
+    x: Operand
+    arranged: Callable[[Tensor], Tensor]
+    weight: Codes | Constant
+    stored: Sequence[int]
+    call: Call
+    back: Callable[[Tensor], Tensor]
+    is_whole: bool = True
+
+    @property
+    def axis(self) -> int:
+        """Where the channels out lie in the file."""
+        return list(self.stored).index(len(self.stored) - 1)
 
 
-def write_layer(
-    values: Values, i: int, node: Node, layer: Convolution | Dense, narrowest: int
-) -> None:
-    """Write node `i`, and what follows it that its operator does, too.
-
-    Raises:
-      ValueError: scales that LiteRT's tensors do not have; names the layer.
-    """
-    ends = _ends(values, i + 1, node.inputs[0])
-    whole = None if ends is None else integers(node.name, layer, ends.x, ends.y)
-    if ends is None or whole is None:
-        x = values.floats(node.inputs[0])
-        weights = _float_weights(values, node, layer, narrowest)
-        fused, value = values.clip_after(i + 1)
-        y = values.new_floats(node.name, value)
-        _call(values, node, layer, [x, *weights], y, fused, None)
+def write_layer(file: LitertFile, layer: Layer) -> None:
+    """Write a layer with what follows it, as far as its operator does that too."""
+    operation = layer.operation
+    ending = file.endings.get(operation)
+    if ending is None:  # not of float32
+        ending = LitertEnding(None, 0, operation.outputs[0], None, ())
+    file.written.update(ending.operations)
+    if ending.quantize is not None and _in_integers(file, layer, ending):
+        file.written.add(ending.quantize)
         return
+    if layer.x in file.codes:
+        x = file.floats(layer.arranged(file.codes[layer.x]), np.float32)
+    else:
+        x = file.cast(layer.arranged(file.tensor(layer.x)), np.float32)
+    bias = ending.bias
+    if bias is None:  # XNNPACK wants one
+        bias = np.zeros(layer.weight.shape[-1])
+    named = layer.weight.path or file.stem
+    inputs = [x, _values(file, layer), file.array(bias.astype(np.float32), f"{named}/bias")]
+    result = layer.back(layer.call(inputs, None, ending.activation))
+    file.tensors[ending.value] = file.cast(result, ending.value.dtype)
+
+
+def _values(file: LitertFile, layer: Layer) -> Tensor:
+    weight, stored = layer.weight, layer.stored
+    if isinstance(weight, Codes):
+        moved = weight.moved(lambda w: w.transpose(stored))
+        return file.cast(weight_values(file, moved, layer.axis), np.float32)
+    array = np.asarray(weight.array, np.float32).transpose(stored)
+    return file.array(array, weight.path or "")
+
+
+def _in_integers(file: LitertFile, layer: Layer, ending: LitertEnding) -> bool:
+    """Write the layer from codes to codes; False: that cannot be, and nothing is written."""
+    quantize, weight = ending.quantize, layer.weight
+    assert quantize is not None
+    if not layer.is_whole or layer.x not in file.codes or not isinstance(weight, Codes):
+        return False
+    x, y = file.codes[layer.x], activation_scales(quantize)
+    # Where codes may be negative, int8 has one below the lowest.
+    if y is None or x.scales is None or quantize.params["quantizer"].signed:
+        return False
+    whole = integers(weight, ending.bias, x.scales, y)
+    if whole is None:
+        return False
+    inputs = [layer.arranged(x), *_stored(file, layer, whole)]
+    # Unsigned codes saturate at both ends as ReLU does, if int8 does not at the lower one.
+    activation = ending.activation or _RELU
+    file.stem = file.code_names[quantize]
+    file.codes[quantize.outputs[0]] = layer.back(layer.call(inputs, y, activation))
+    return True
+
+
+_RELU = 1  # by the schema's number
+
+
+def _stored(file: LitertFile, layer: Layer, whole: Integers) -> list[Tensor]:
+    """Kernel and bias."""
     zeros = np.zeros(whole.scale.shape, np.int64)
-    scales = Scales(whole.scale, zeros, channel_axis(layer))
-    kernel = values.file.constant(f"{node.name}/kernel", in_layout(layer, whole.codes), scales)
-    scales = Scales(whole.bias_scale, zeros)
-    bias = values.file.constant(f"{node.name}/bias", whole.bias, scales)
-    values.done.update(range(i + 1, ends.value))
-    y = values.new_codes(values.graph.nodes[ends.value - 1].name, ends.value, ends.y)
-    x = values.codes[node.inputs[0]]
-    _call(values, node, layer, [x, kernel, bias], y, ends.fused, activation_scales(ends.x))
-
-
-def _ends(values: Values, value: int, x: int) -> _Ends | None:
-    before, user = values.operation(x), values.only_user(value)
-    if not isinstance(before, Quantize) or user is None:
-        return None
-    high, operation = math.inf, values.graph.nodes[user].operation
-    if isinstance(operation, Clip):
-        high, user = operation.high, values.only_user(user + 1)
-        if user is None:
-            return None
-        operation = values.graph.nodes[user].operation
-    if not isinstance(operation, Quantize) or operation.quantizer.signed:
-        return None
-    # Unsigned codes saturate at the limit and turn what is negative into 0, as ReLU does.
-    high = math.inf if high >= operation.limit else high
-    return _Ends(before, operation, CLIPS[high], user + 1) if high in CLIPS else None
-
-
-def _float_weights(
-    values: Values, node: Node, layer: Convolution | Dense, narrowest: int
-) -> list[int]:
-    """Kernel and bias in float32; a kernel of codes is stored as codes."""
-    file, name = values.file, f"{node.name}/kernel"
-    numbers = np.zeros(node.shape[-1], np.float32)  # where there is none, since XNNPACK wants one
-    if layer.bias is not None:
-        numbers[:] = np.asarray(layer.bias)
-    bias = file.constant(f"{node.name}/bias", numbers)
-    if not isinstance(layer.kernel, Quantized):
-        return [file.constant(name, in_layout(layer, np.asarray(layer.kernel))), bias]
-    codes = in_layout(layer, np.asarray(layer.kernel.codes))
-    scales = weight_scales(node.name, layer.kernel)._replace(axis=channel_axis(layer))
-    bits = max(narrowest, width(codes))
-    stored = file.constant(name, codes, scales, bits=bits)
-    kernel = file.value(f"{name}/values", codes.shape)
-    version = {2: 7, 4: 6, 8: 5 if len(scales.scale) > 1 else 2}[bits]
-    file.operator("DEQUANTIZE", [stored], [kernel], schema.DequantizeOptionsT(), version)
-    return [kernel, bias]
-
-
-def _call(
-    values: Values,
-    node: Node,
-    layer: Convolution | Dense,
-    inputs: list[int],
-    y: int,
-    fused: int,
-    scales: Scales | None,
-) -> None:
-    """The operator itself, on floats or on codes of these scales."""
-    code, version = "FULLY_CONNECTED", 1 if scales is None else 4
-    options: Any = schema.FullyConnectedOptionsT(fusedActivationFunction=fused)
-    if isinstance(layer, Convolution):
-        shape = values.shape(node.inputs[0])
-        padding = padding_kind(shape, shape_of(layer.kernel)[:2], layer.strides, layer.padding)
-        if padding is None:
-            name, padding = f"{node.name}/padded", schema.Padding.VALID
-            inputs[0] = values.padded(name, inputs[0], shape, layer.padding, scales=scales)
-        version = 1 if scales is None else 3
-        if is_depthwise(layer):
-            code, options = "DEPTHWISE_CONV_2D", schema.DepthwiseConv2DOptionsT()
-            options.depthMultiplier = node.shape[-1] // shape[-1]
-        else:
-            code, options = "CONV_2D", schema.Conv2DOptionsT()
-            version = version if layer.groups == 1 else 6
-        options.padding, options.fusedActivationFunction = padding, fused
-        options.strideH, options.strideW = layer.strides
-    values.file.operator(code, inputs, [y], options, version)
+    codes = np.ascontiguousarray(whole.codes.transpose(layer.stored))
+    path = layer.weight.path
+    return [
+        file.array(codes, f"{path}/codes", Scales(whole.scale, zeros, layer.axis)),
+        file.array(whole.bias, f"{path}/bias", Scales(whole.bias_scale, zeros)),
+    ]
