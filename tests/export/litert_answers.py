@@ -1,6 +1,7 @@
 """What LiteRT makes of a function's file: its interpreter in another process, beside JAX in this."""
 
 import functools
+import json
 import subprocess
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from ai_edge_litert import schema_py_generated as schema
 
 # One process for all files of a run, with the interpreter alone. The plain kernels show all tensors;
 # those that run unless one asks for others are XNNPACK's.
@@ -97,10 +99,64 @@ def answers_by_name(
             return {name: found[f"arr_{i}"] for i, name in enumerate(names)}
 
 
-def answers(
-    data: bytes, names: tuple[list[str], list[str]], *inputs: Any, kernels: str = "fast"
-) -> list[np.ndarray]:
-    """The leaves of what a file gives for these inputs, whose names and the outputs' are `names`."""
-    leaves = jax.tree.leaves(inputs)
-    found = answers_by_name(data, dict(zip(names[0], leaves, strict=True)), kernels)
-    return [found[f"{kernels}/{name}"] for name in names[1]]
+class File:
+    """A file read by the schema alone."""
+
+    def __init__(self, data: bytes) -> None:
+        assert data[4:8] == b"TFL3"
+        self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
+        (self.graph,) = self.model.subgraphs
+        self.tensors = {tensor.name.decode(): tensor for tensor in self.graph.tensors}
+
+    def constant(self, name: str) -> np.ndarray:
+        """Of any stored width."""
+        tensor = self.tensors[name]
+        data = np.asarray(self.model.buffers[tensor.buffer].data)
+        kinds = {schema.TensorType.INT8: np.int8, schema.TensorType.INT32: np.int32}
+        kinds[schema.TensorType.FLOAT32] = np.float32
+        bits = {schema.TensorType.INT4: 4, schema.TensorType.INT2: 2}.get(tensor.type)
+        if bits is None:
+            return data.view(kinds[tensor.type]).reshape(tensor.shape)
+        values = np.unpackbits(data, bitorder="little").reshape(-1, bits) @ (1 << np.arange(bits))
+        values = np.where(values >= 2 ** (bits - 1), values - 2**bits, values)
+        return values[: np.prod(tensor.shape)].astype(np.int8).reshape(tensor.shape)
+
+    def scale(self, name: str) -> np.ndarray:
+        return np.asarray(self.tensors[name].quantization.scale)
+
+    def metadata(self) -> dict[str, Any]:
+        """The JSON of the entries, by their names."""
+        return {
+            entry.name.decode(): json.loads(bytes(self.model.buffers[entry.buffer].data))
+            for entry in self.model.metadata
+        }
+
+    def signature(self) -> tuple[list[str], list[str]]:
+        """Names of inputs and of outputs, in the order of the file."""
+        (given,) = self.model.signatureDefs
+        names = ([x.name.decode() for x in part] for part in (given.inputs, given.outputs))
+        inputs, outputs = names
+        return inputs, outputs
+
+    def operators(self) -> list[tuple[str, list[str]]]:
+        """Names, each with the names of the tensors it takes and gives."""
+        names = {v: k for k, v in vars(schema.BuiltinOperator).items() if isinstance(v, int)}
+        codes = [names[code.builtinCode] for code in self.model.operatorCodes]
+        return [
+            (
+                codes[operator.opcodeIndex],
+                [
+                    self.graph.tensors[i].name.decode()
+                    for i in (*operator.inputs, *operator.outputs)
+                ],
+            )
+            for operator in self.graph.operators
+        ]
+
+
+def answers(data: bytes, *inputs: Any, kernels: str = "fast") -> list[np.ndarray]:
+    """The leaves of what a file gives for these inputs."""
+    into, out = File(data).signature()
+    given = dict(zip(into, jax.tree.leaves(inputs), strict=True))
+    found = answers_by_name(data, given, kernels)
+    return [found[f"{kernels}/{name}"] for name in out]

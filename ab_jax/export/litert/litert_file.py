@@ -207,14 +207,23 @@ class LitertFile(Flatbuffer):
         bits: int = 8,
     ) -> Tensor:
         """A constant, once for all that want the same."""
-        array = np.ascontiguousarray(array).reshape(np.shape(array))
         told = [] if scales is None else [scales.scale, scales.zero_point, np.array(scales.axis)]
-        key = (bits, *map(_content, [array, *told]))
+        key = (bits, *map(_content, [np.asarray(array), *told]))
         if key not in self._known:
-            name = self.unique(name or f"{self.stem}/constant")
-            number = self.constant(name, array, scales, bits=bits)
-            self._known[key] = Tensor(number, array.shape, array.dtype, scales)
+            self._known[key] = self.own_array(array, name or f"{self.stem}/constant", scales, bits)
         return self._known[key]
+
+    def own_array(
+        self,
+        array: np.ndarray | np.generic,
+        name: str,
+        scales: Scales | None = None,
+        bits: int = 8,
+    ) -> Tensor:
+        """A constant, whether there is such a one or not."""
+        array = np.ascontiguousarray(array).reshape(np.shape(array))
+        number = self.constant(self.unique(name), array, scales, bits=bits)
+        return Tensor(number, array.shape, array.dtype, scales)
 
     # Operands
 
