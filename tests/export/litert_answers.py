@@ -1,4 +1,4 @@
-"""What LiteRT makes of a function's file: its interpreter in another process, beside JAX in this."""
+"""What LiteRT makes of a function's file: its interpreter runs in another process than JAX."""
 
 import functools
 import json
@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-# One process for all files of a run, with the interpreter alone. The plain kernels show all tensors;
-# those that run unless one asks for others are XNNPACK's.
+# One process for all files of a run, with the interpreter alone. The plain kernels show all
+# tensors; those that run unless one asks for others are XNNPACK's.
 ELSEWHERE = """
 import sys
 import numpy as np

@@ -1,6 +1,5 @@
 """Convolutions, written into a LiteRT file of a function. Channels are last in LiteRT."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +37,9 @@ class _Convolution:
         self.between = (*front, *params["lhs_dilation"])
         self.pads = [*[(0, 0)] * self.spread, *(tuple(ends) for ends in params["padding"])]
         self.images: Shape = self.wider(tuple(x.shape[i] for i in self.order))
-        self.result: Shape = self.wider(tuple(operation.outputs[0].shape[i] for i in self.of_result))
+        self.result: Shape = self.wider(
+            tuple(operation.outputs[0].shape[i] for i in self.of_result)
+        )
         if any(isinstance(size, Size) for size in self.window):
             raise NotCarriedError("with a kernel whose size is open")
         if any(isinstance(end, Size) for ends in self.pads for end in ends):
@@ -103,8 +104,16 @@ class _Convolution:
             options.dilationHFactor, options.dilationWFactor = self.dilation
         options.padding, options.fusedActivationFunction = padding, activation
         dtype = np.float32 if scales is None else np.int8
-        given = {"shape": self.result, "dtype": dtype, "scales": scales}
-        return self.file.op(code, x, *weights, **given, options=options, version=version)
+        return self.file.op(
+            code,
+            x,
+            *weights,
+            shape=self.result,
+            dtype=dtype,
+            scales=scales,
+            options=options,
+            version=version,
+        )
 
 
 def _convolution(file: LitertFile, operation: Operation) -> Tensor | None:
@@ -123,6 +132,7 @@ def _convolution(file: LitertFile, operation: Operation) -> Tensor | None:
         return _of_values(file, layer)
     weight = moved(kernel, layer.kernel)
     transposed = _transposed(file, layer)
+    stored: Sequence[int]
     if transposed is not None:
         weight = moved(weight, lambda w: np.flip(w, (0, 1)))
         call, stored = transposed, (3, 0, 1, 2)
@@ -179,8 +189,13 @@ def _transposed(
         options = schema.TransposeConvOptionsT(padding=schema.Padding.VALID)
         options.strideH, options.strideW = steps
         y = file.op(
-            "TRANSPOSE_CONV", file.shape(shape), kernel, x,
-            shape=shape, dtype=np.float32, options=options,
+            "TRANSPOSE_CONV",
+            file.shape(shape),
+            kernel,
+            x,
+            shape=shape,
+            dtype=np.float32,
+            options=options,
         )
         config = [(0, 0, 0), *((*pair, 0) for pair in ends), (0, 0, 0)]
         y = padded_with(file, y, config)

@@ -1,8 +1,8 @@
 """Operations on each entry, written into a LiteRT file of a function.
 
 Numbers that LiteRT has few operators for are computed in wider ones and cast back: float16 and
-bfloat16 in float32, integers below 32 bits in int32, uint32 in int64. What is repeated along an axis
-of size 1 is repeated by the operators themselves, and stays narrow as long as it can.
+bfloat16 in float32, integers below 32 bits in int32, uint32 in int64. What is repeated along an
+axis of size 1 is repeated by the operators themselves, and stays narrow as long as it can.
 """
 
 import functools
@@ -73,9 +73,7 @@ def entries(write: Callable[..., Tensor]) -> Write:
     @functools.wraps(write)
     def written(file: LitertFile, operation: Operation) -> Tensor | None:
         kind = computed_in(operation.inputs[0].dtype)
-        tensors = [
-            file.cast(file.broadcastable(x), computed_in(x.dtype)) for x in operation.inputs
-        ]
+        tensors = [file.cast(file.broadcastable(x), computed_in(x.dtype)) for x in operation.inputs]
         return narrow(file, operation, write(file, operation, kind.type, *tensors))
 
     return written
@@ -202,9 +200,7 @@ def _quotient(file: LitertFile, operation: Operation) -> Tensor | None:
 
 
 @entries
-def _remainder(
-    file: LitertFile, operation: Operation, kind: Any, x: Tensor, y: Tensor
-) -> Tensor:
+def _remainder(file: LitertFile, operation: Operation, kind: Any, x: Tensor, y: Tensor) -> Tensor:
     """With the sign of the dividend."""
     if np.dtype(kind).kind != "f" and not hasattr(operation.inputs[1], "array"):
         raise NotCarriedError("of integers by what may be 0")
@@ -327,7 +323,7 @@ def _select(file: LitertFile, operation: Operation) -> Tensor | None:
 def _converted(file: LitertFile, operation: Operation) -> Tensor | None:
     (x,) = operation.inputs
     tensor, after = file.broadcastable(x), np.dtype(operation.params["new_dtype"])
-    if after == bool and tensor.dtype != bool:
+    if after.kind == "b" != tensor.dtype.kind:
         tensor = file.cast(tensor, computed_in(tensor.dtype))
         tensor = each(file, "NOT_EQUAL", tensor, tensor.dtype.type(0), dtype=np.bool_)
     elif computed_in(tensor.dtype) != tensor.dtype:

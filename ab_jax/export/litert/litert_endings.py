@@ -97,9 +97,9 @@ def _clipping(users: Users, value: Value) -> tuple[list[Operation], int]:
     if ends[1] == 6:
         if second is not None and _end(second, "max") == 0:
             return [first, second], _RELU6
-        if second is not None and second.primitive == "quantize":
-            if not second.params["quantizer"].signed:
-                return [first], _RELU6
+        of_codes = second is not None and second.primitive == "quantize"
+        if second is not None and of_codes and not second.params["quantizer"].signed:
+            return [first], _RELU6
     return [], _NONE
 
 

@@ -38,6 +38,10 @@ _COMPUTED_IN: dict[str, str] = {
 }
 # The least version of an operator in readers, where that is not 1.
 _VERSIONS = {"BROADCAST_TO": 2, "DEQUANTIZE": 2}
+# Operators that take int8 since version 2.
+_OF_CODES = {
+    *("TRANSPOSE", "SLICE", "STRIDED_SLICE", "PAD", "PADV2", "CONCATENATION", "MAX_POOL_2D"),
+}
 # The schema's options of an operator, where they are not named as it is.
 _OPTIONS = {
     **dict.fromkeys(("MAXIMUM", "MINIMUM"), "MaximumMinimum"),
@@ -190,10 +194,10 @@ class LitertFile(Flatbuffer):
             made = getattr(schema, f"{named}OptionsT", None)
             options = made() if made else None
         if version is None:
-            is_codes = any(x.dtype == np.int8 and x.scales is not None for x in inputs[:1])
-            version = _VERSIONS.get(code, 2 if is_codes else 1)
-        numbers = ([x.number for x in tensors] for tensors in (inputs, outputs))
-        self.operator(code, *numbers, options, version)
+            of_codes = inputs[0].scales is not None and code in _OF_CODES
+            version = 2 if of_codes else _VERSIONS.get(code, 1)
+        given, made = ([x.number for x in tensors] for tensors in (inputs, outputs))
+        self.operator(code, given, made, options, version)
 
     def given(self, x: Input) -> Tensor:
         """The tensor of an array, or a tensor as it is."""
@@ -205,25 +209,18 @@ class LitertFile(Flatbuffer):
         name: str = "",
         scales: Scales | None = None,
         bits: int = 8,
+        *,
+        shared: bool = True,
     ) -> Tensor:
-        """A constant, once for all that want the same."""
-        told = [] if scales is None else [scales.scale, scales.zero_point, np.array(scales.axis)]
-        key = (bits, *map(_content, [np.asarray(array), *told]))
-        if key not in self._known:
-            self._known[key] = self.own_array(array, name or f"{self.stem}/constant", scales, bits)
-        return self._known[key]
-
-    def own_array(
-        self,
-        array: np.ndarray | np.generic,
-        name: str,
-        scales: Scales | None = None,
-        bits: int = 8,
-    ) -> Tensor:
-        """A constant, whether there is such a one or not."""
+        """A constant, once for all that want the same; or for all of one name, if not `shared`."""
         array = np.ascontiguousarray(array).reshape(np.shape(array))
-        number = self.constant(self.unique(name), array, scales, bits=bits)
-        return Tensor(number, array.shape, array.dtype, scales)
+        told = [] if scales is None else [scales.scale, scales.zero_point, np.array(scales.axis)]
+        key = ("" if shared else name, bits, *map(_content, [array, *told]))
+        if key not in self._known:
+            name = self.unique(name or f"{self.stem}/constant")
+            number = self.constant(name, array, scales, bits=bits)
+            self._known[key] = Tensor(number, array.shape, array.dtype, scales)
+        return self._known[key]
 
     # Operands
 
@@ -315,7 +312,7 @@ class LitertFile(Flatbuffer):
             return self._with_ones(x, shape)
         if len(opened) > 1 or (opened and 0 in shape):
             return self.op("RESHAPE", x, self.shape(shape), shape=shape)
-        wanted = [OPEN if i in opened else int(size) for i, size in enumerate(shape)]
+        wanted = [OPEN if isinstance(size, Size) else size for size in shape]
         options = schema.ReshapeOptionsT(newShape=wanted)
         return self.op("RESHAPE", x, np.array(wanted, np.int32), shape=shape, options=options)
 

@@ -151,10 +151,9 @@ def _fill_value(operation: Operation) -> Any:
 
 def _starts(file: LitertFile, indices: Sequence[Operand], limits: Sequence[Dim]) -> Tensor:
     """Where a slice begins, moved inside, int32 [axes]."""
-    if not any(isinstance(limit, Size) for limit in limits):
-        if all(isinstance(index, Constant) for index in indices):
-            known = np.array([int(np.asarray(i.array)) for i in indices if hasattr(i, "array")])
-            return file.array(np.clip(known, 0, np.array(limits)).astype(np.int32))
+    known = [int(np.asarray(index.array)) for index in indices if isinstance(index, Constant)]
+    if len(known) == len(indices) and not any(isinstance(limit, Size) for limit in limits):
+        return file.array(np.clip(known, 0, np.array(limits)).astype(np.int32))
     parts = [file.reshape(file.cast(file.tensor(i), np.int32), (1,)) for i in indices]
     begins = file.joined(parts, 0)
     begins = each(file, "MAXIMUM", begins, np.int32(0))

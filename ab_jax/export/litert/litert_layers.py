@@ -71,7 +71,8 @@ def write_layer(file: LitertFile, layer: Layer) -> None:
     if bias is None:  # XNNPACK wants one
         bias = np.zeros(layer.weight.shape[-1])
     named = layer.weight.path or file.stem
-    inputs = [x, _values(file, layer), file.own_array(bias.astype(np.float32), f"{named}/bias")]
+    bias = bias.astype(np.float32)
+    inputs = [x, _values(file, layer), file.array(bias, f"{named}/bias", shared=False)]
     result = layer.back(layer.call(inputs, None, ending.activation))
     file.tensors[ending.value] = file.cast(result, ending.value.dtype)
 
@@ -116,5 +117,5 @@ def _stored(file: LitertFile, layer: Layer, whole: Integers) -> list[Tensor]:
     path = layer.weight.path
     return [
         file.array(codes, f"{path}/codes", Scales(whole.scale, zeros, layer.axis)),
-        file.own_array(whole.bias, f"{path}/bias", Scales(whole.bias_scale, zeros)),
+        file.array(whole.bias, f"{path}/bias", Scales(whole.bias_scale, zeros), shared=False),
     ]

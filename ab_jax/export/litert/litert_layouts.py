@@ -192,9 +192,7 @@ def _around(
     return file.cast(file.op("PADV2", x, sizes, one, shape=shape), dtype)
 
 
-def _spread(
-    file: LitertFile, x: Tensor, axis: int, between: int, value: Tensor | None
-) -> Tensor:
+def _spread(file: LitertFile, x: Tensor, axis: int, between: int, value: Tensor | None) -> Tensor:
     """Values between entries along an axis: a row of them behind each entry, the last cut off."""
     before = x.shape
     x = file.reshape(x, (*before[: axis + 1], 1, *before[axis + 1 :]))

@@ -46,13 +46,25 @@ def _with_weight(file: LitertFile, operation: Operation, side: int) -> None:
         return file.reshape(file.transpose(tensor, [*rows, *summed]), wide)
 
     def call(inputs: Sequence[Tensor], scales: Scales | None, activation: int) -> Tensor:
+        keeps = len(wide) > 2
         options = schema.FullyConnectedOptionsT(
-            fusedActivationFunction=activation, keepNumDims=True
+            fusedActivationFunction=activation, keepNumDims=keeps
         )
+        version = 5 if keeps else 1
+        if scales is not None:
+            kernel = inputs[1].scales
+            by_channel = kernel is not None and len(kernel.scale) > 1
+            version = max(version, 12 if by_channel else 4)
         dtype = np.float32 if scales is None else np.int8
-        given = {"shape": (*wide[:-1], features), "dtype": dtype, "scales": scales}
-        version = 5 if scales is None else 6
-        return file.op("FULLY_CONNECTED", *inputs, **given, options=options, version=version)
+        return file.op(
+            "FULLY_CONNECTED",
+            *inputs,
+            shape=(*wide[:-1], features),
+            dtype=dtype,
+            scales=scales,
+            options=options,
+            version=version,
+        )
 
     def back(tensor: Tensor) -> Tensor:
         tensor = file.reshape(tensor, (*kept, *free))

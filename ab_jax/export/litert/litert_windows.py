@@ -46,7 +46,12 @@ def _window(file: LitertFile, operation: Operation) -> Tensor:
         raise NotCarriedError("of codes")
     padding = schema.Padding.VALID
     if pooled and name == "reduce_window_max":
-        kind = padding_kind(*([x[i] for i in axes] for x in (tensor.shape, window, strides, pads)))
+        kind = padding_kind(
+            [tensor.shape[i] for i in axes],
+            [window[i] for i in axes],
+            [strides[i] for i in axes],
+            [pads[i] for i in axes],
+        )
         others = any(any(ends) for i, ends in enumerate(pads) if i not in axes)
         if kind is not None and not others:
             padding, pads = kind, [(0, 0)] * len(pads)
@@ -81,7 +86,7 @@ def _pool(
     last = rest[-1:]
     order = [*rest[:-1], *axes, *last]
     moved = tuple(x.shape[i] for i in order)
-    ones = [1] * (2 - len(axes))
+    ones: list[Any] = [1] * (2 - len(axes))
 
     def inner(shape: Shape) -> Shape:
         front = shape[: len(rest) - len(last)]
