@@ -105,8 +105,9 @@ class File:
     def __init__(self, data: bytes) -> None:
         assert data[4:8] == b"TFL3"
         self.model = schema.ModelT.InitFromObj(schema.Model.GetRootAs(data, 0))
-        (self.graph,) = self.model.subgraphs
-        self.tensors = {tensor.name.decode(): tensor for tensor in self.graph.tensors}
+        self.graph = self.model.subgraphs[0]  # the others are bodies of loops
+        self.all_tensors = [t for graph in self.model.subgraphs[::-1] for t in graph.tensors]
+        self.tensors = {tensor.name.decode(): tensor for tensor in self.all_tensors}
 
     def constant(self, name: str) -> np.ndarray:
         """Of any stored width."""

@@ -23,13 +23,10 @@ from tests.export.litert_answers import File, answers
 from tests.export.onnx_answers import check_close, evaluate
 from tests.export.test_onnx_function import KINDS, compiled_for, is_codes, mlp, of_kind
 
-#: What is not carried: a loop that is too long to be written out.
-REFUSED = {"LSTM, a loop"}
-
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in NETWORKS if n not in REFUSED],
+    [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in NETWORKS],
 )
 def test_a_file_answers_as_its_network(name: str, rng: np.random.Generator) -> None:
     """At a batch that was never traced: with float weights, and with codes of 8 bits."""
@@ -63,7 +60,7 @@ def check_codes(data: bytes, params: Any) -> None:
     if codes:
         kept = sum(np.size(leaf) for leaf in leaves if not is_codes(leaf))
         biases = sum(leaf.codes.shape[-1] for leaf in codes)
-        floats = [t for t in file.graph.tensors if t.type == schema.TensorType.FLOAT32 and t.buffer]
+        floats = [t for t in file.all_tensors if t.type == schema.TensorType.FLOAT32 and t.buffer]
         assert sum(np.prod(t.shape) for t in floats) <= kept + biases + 100
 
 
@@ -86,7 +83,7 @@ def test_codes_of_every_kind(name: str, rng: np.random.Generator) -> None:
             size = len(file.model.buffers[file.tensors[f"{path}/codes"].buffer].data)
             # Signs of 1 bit are -1 and 1, and digits of several scales are odd: a bit more.
             assert size <= leaf.codes.size * min(2 * bits, 8) / 8
-    floats = [t for t in file.graph.tensors if t.type == schema.TensorType.FLOAT32 and t.buffer]
+    floats = [t for t in file.all_tensors if t.type == schema.TensorType.FLOAT32 and t.buffer]
     scales = sum(np.size(leaf.scale) for leaf in (up, down))
     assert sum(np.prod(t.shape) for t in floats) <= scales + 24 + 24 + 8 + 8
 

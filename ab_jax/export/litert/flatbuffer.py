@@ -13,7 +13,7 @@ of earlier versions readable. Open axes have some size in the file: an interpret
 
 import copy
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flatbuffers
@@ -42,13 +42,19 @@ class Scales(NamedTuple):
 
 
 class Flatbuffer:
-    """A file in the making. Tensors are numbered in the order in which they come."""
+    """A file in the making. Tensors are numbered in the order in which they come.
 
-    def __init__(self) -> None:
+    Args:
+      around: the file that a body of a loop is a part of; None: it is a file itself.
+    """
+
+    def __init__(self, around: "Flatbuffer | None" = None) -> None:
         self._tensors: list[Any] = []
-        self._buffers: list[Any] = [schema.BufferT()]  # the first one is that of no data
         self._operators: list[Any] = []
-        self._codes: dict[tuple[str, int], int] = {}  # of each operator with its version
+        # The first buffer is that of no data; codes are of each operator with its version.
+        self._buffers: list[Any] = around._buffers if around else [schema.BufferT()]
+        self._codes: dict[tuple[str, int], int] = around._codes if around else {}
+        self._bodies: list[Any] = around._bodies if around else []
 
     def add(
         self,
@@ -139,36 +145,27 @@ class Flatbuffer:
           outputs: likewise.
           metadata: JSON objects by name, each an entry of the model's metadata.
         """
-        operators, tensors, buffers = self._needed(inputs.values(), outputs.values())
+        main = self._subgraph("main", list(inputs.values()), list(outputs.values()))
+        subgraphs = [main, *self._bodies]
+        buffers = [self._buffers[0]]
+        for tensor in (tensor for subgraph in subgraphs for tensor in subgraph.tensors):
+            if tensor.buffer:
+                buffers.append(self._buffers[tensor.buffer])
+                tensor.buffer = len(buffers) - 1
         entries = []
         for name, value in (metadata or {}).items():
             text = json.dumps(value, sort_keys=True, ensure_ascii=False).encode()
             buffers.append(_Buffer(np.frombuffer(text, np.uint8)))
             entries.append(schema.MetadataT(name=name, buffer=len(buffers) - 1))
-        number = {old: new for new, old in enumerate(tensors)}
-        subgraph = schema.SubGraphT(
-            tensors=list(tensors.values()),
-            inputs=[number[i] for i in inputs.values()],
-            outputs=[number[i] for i in outputs.values()],
-            operators=[
-                _copied(
-                    operator,
-                    inputs=[number.get(i, NONE) for i in operator.inputs],
-                    outputs=[number[i] for i in operator.outputs],
-                )
-                for operator in operators
-            ],
-            name="main",
-        )
         signature = schema.SignatureDefT(
-            inputs=[schema.TensorMapT(n, number[i]) for n, i in inputs.items()],
-            outputs=[schema.TensorMapT(n, number[i]) for n, i in outputs.items()],
+            inputs=[schema.TensorMapT(n, i) for n, i in zip(inputs, main.inputs, strict=True)],
+            outputs=[schema.TensorMapT(n, i) for n, i in zip(outputs, main.outputs, strict=True)],
             signatureKey="serving_default",
         )
         model = schema.ModelT(
             version=_VERSION,
             operatorCodes=[_operator_code(code, version) for code, version in self._codes],
-            subgraphs=[subgraph],
+            subgraphs=subgraphs,
             description="ab_jax",
             buffers=buffers,
             metadata=entries,
@@ -178,23 +175,35 @@ class Flatbuffer:
         builder.Finish(model.Pack(builder), file_identifier=_IDENTIFIER)
         return bytes(builder.Output())
 
-    def _needed(
-        self, inputs: Iterable[int], outputs: Iterable[int]
-    ) -> tuple[list[Any], dict[int, Any], list[Any]]:
-        """Operators that outputs need, in order; the tensors of these by number; the buffers."""
+    def body(self, name: str, inputs: Sequence[int], outputs: Sequence[int]) -> int:
+        """Make this a body of a loop in the file around it; returns its number there."""
+        self._bodies.append(self._subgraph(name, inputs, outputs))
+        return len(self._bodies)
+
+    def _subgraph(self, name: str, inputs: Sequence[int], outputs: Sequence[int]) -> Any:
+        """The operators that outputs need, with their tensors."""
         taken, kept = set(outputs), []
         for operator in reversed(self._operators):
             if not taken.isdisjoint(operator.outputs):
                 kept.append(operator)
                 taken.update(i for i in operator.inputs if i != NONE)
         taken.update(inputs, *(operator.outputs for operator in kept))
-        tensors, buffers = {}, [self._buffers[0]]
-        for number in sorted(taken):
-            tensors[number] = tensor = _copied(self._tensors[number])
-            if tensor.buffer:
-                buffers.append(self._buffers[tensor.buffer])
-                tensor.buffer = len(buffers) - 1
-        return kept[::-1], tensors, buffers
+        number = {old: new for new, old in enumerate(sorted(taken))}
+        operators = [
+            _copied(
+                operator,
+                inputs=[number.get(i, NONE) for i in operator.inputs],
+                outputs=[number[i] for i in operator.outputs],
+            )
+            for operator in reversed(kept)
+        ]
+        return schema.SubGraphT(
+            tensors=[_copied(self._tensors[i]) for i in number],
+            inputs=[number[i] for i in inputs],
+            outputs=[number[i] for i in outputs],
+            operators=operators,
+            name=name,
+        )
 
 
 def _copied(of_schema: Any, **changed: Any) -> Any:

@@ -86,6 +86,7 @@ class LitertFile(Flatbuffer):
       clipped: what follows sums.
       code_names: names of the codes that operations make.
       written: operations that were written with others.
+      sizes: that some open axes are traced at.
       narrowest: the least width of stored codes, in bits.
       stem: what names begin with.
     """
@@ -97,8 +98,9 @@ class LitertFile(Flatbuffer):
         *,
         sizes: Mapping[str, tuple[int, int]],
         narrowest: int,
+        around: "LitertFile | None" = None,
     ) -> None:
-        super().__init__()
+        super().__init__(around)
         self.tensors: dict[Operand, Tensor] = {}
         self.codes: dict[Operand, Tensor] = {}
         self.narrow: dict[Operand, Tensor] = {}
@@ -110,11 +112,12 @@ class LitertFile(Flatbuffer):
         self.narrowest = narrowest
         self.stem = ""
         # Any size will do in the file, but for axes that are traced at chosen ones.
+        self.sizes = sizes
         self._in_file = {name: min(sizes.get(name, (1,))) for name in graph.axes.names}
         self._names: dict[str, int] = {}
         self._known: dict[Any, Tensor] = {}  # constants and sizes
         self._axes: dict[str, tuple[Tensor, int]] = {}
-        for value, name in zip(graph.inputs, input_names, strict=True):
+        for value, name in zip(() if around else graph.inputs, input_names, strict=True):
             self.tensors[value] = tensor = self.new(name, value.shape, value.dtype)
             for axis, size in enumerate(value.shape):
                 if isinstance(size, Size) and len(size.terms) == 1:
@@ -272,14 +275,18 @@ class LitertFile(Flatbuffer):
         if dim not in self._known:
             products = []
             for names, count in dim.terms.items():
-                factors = [self._axis(name) for name in names]
+                factors = [self.axis(name) for name in names]
                 if count != 1 or not names:
                     factors.append(self.array(np.array([count], np.int32)))
                 products.append(functools.reduce(lambda a, b: self.op("MUL", a, b), factors))
             self._known[dim] = functools.reduce(lambda a, b: self.op("ADD", a, b), products)
         return self._known[dim]
 
-    def _axis(self, name: str) -> Tensor:
+    def known_axis(self, name: str, size: Tensor) -> None:
+        """Make known what has the size of an open axis, in a body that has no such input."""
+        self._known[name] = size
+
+    def axis(self, name: str) -> Tensor:
         """The size of an open axis, int32 [1]."""
         if name not in self._known:
             of, axis = self._axes[name]

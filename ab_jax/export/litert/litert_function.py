@@ -21,6 +21,7 @@ from ab_jax.export.litert.litert_elementwise import ELEMENTWISE, Write
 from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor
 from ab_jax.export.litert.litert_indexing import INDEXING
 from ab_jax.export.litert.litert_layouts import LAYOUTS, moved_codes
+from ab_jax.export.litert.litert_loops import copied, loops
 from ab_jax.export.litert.litert_products import PRODUCTS
 from ab_jax.export.litert.litert_reductions import REDUCTIONS
 from ab_jax.export.litert.litert_windows import WINDOWS
@@ -37,16 +38,6 @@ from ab_jax.products import ActivationRules, Range
 
 METADATA = "ab_jax"  # the name under which a file has its description
 _MOST_TOLD = 8
-#: What is written for each primitive.
-CARRIED: dict[str, Write] = {
-    **ELEMENTWISE,
-    **LAYOUTS,
-    **REDUCTIONS,
-    **PRODUCTS,
-    **CONVOLUTIONS,
-    **WINDOWS,
-    **INDEXING,
-}
 
 
 def function_to_litert(
@@ -134,15 +125,13 @@ def graph_to_litert(
     if len({*into, *out}) < len(into) + len(out):
         raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
     file = LitertFile(graph, into, sizes=sizes or {}, narrowest=narrowest)
-    for operation in graph.operations:
-        if operation not in file.written:
-            _write(file, operation)
+    _write_all(file, graph.operations)
     given = [file.tensors[value].number for value in graph.inputs]
     results: dict[str, int] = {}
     for name, output in zip(out, graph.outputs, strict=True):
         tensor = file.tensor(output)
         is_own = isinstance(output, Value) and tensor.number not in (*given, *results.values())
-        results[name] = (tensor if is_own else _copied(file, tensor)).number
+        results[name] = (tensor if is_own else copied(file, tensor)).number
     metadata = {
         "quantization": _quantization(graph),
         "source": {"ab_jax": ab_jax.__version__, "jax": jax.__version__},
@@ -152,22 +141,18 @@ def graph_to_litert(
     return file.serialize(dict(zip(into, given, strict=True)), results, metadata)
 
 
-def _copied(file: LitertFile, tensor: Tensor) -> Tensor:
-    """A tensor of its own for an output that is something else already."""
-    begins, sizes = np.zeros(len(tensor.shape), np.int32), np.full(len(tensor.shape), -1, np.int32)
-    if not tensor.shape:
-        return file.op("RESHAPE", tensor, np.zeros(0, np.int32))
-    return file.op("SLICE", tensor, begins, sizes)
+def _write_all(file: LitertFile, operations: Sequence[Operation]) -> None:
+    for operation in operations:
+        if operation not in file.written:
+            _write(file, operation)
 
 
 def _write(file: LitertFile, operation: Operation) -> None:
     """Append an operation; those that move codes do so to the codes."""
-    file.stem = operation.path or operation.primitive
+    outer, file.stem = file.stem, operation.path or operation.primitive
     try:
         write = CARRIED[operation.primitive]
-        if moved_codes(file, operation, write):
-            return
-        found = write(file, operation)
+        found = None if moved_codes(file, operation, write) else write(file, operation)
     except NotCarriedError as error:
         raise _refused([f"{operation.primitive} {error}{_place(operation)}"]) from None
     except UnknownSizeError as error:
@@ -175,6 +160,20 @@ def _write(file: LitertFile, operation: Operation) -> None:
     if found is not None:
         tensors = [found] if isinstance(found, Tensor) else found
         file.tensors.update(zip(operation.outputs, tensors, strict=True))
+    file.stem = outer
+
+
+#: What is written for each primitive.
+CARRIED: dict[str, Write] = {
+    **ELEMENTWISE,
+    **LAYOUTS,
+    **REDUCTIONS,
+    **PRODUCTS,
+    **CONVOLUTIONS,
+    **WINDOWS,
+    **INDEXING,
+    **loops(_write_all),
+}
 
 
 def _check(traced: TracedFunction) -> None:
