@@ -23,10 +23,13 @@ from tests.export.litert_answers import File, answers
 from tests.export.onnx_answers import check_close, evaluate
 from tests.export.test_onnx_function import KINDS, compiled_for, is_codes, mlp, of_kind
 
+#: Frameworks take their time to make parameters; files of theirs have nothing that others have not.
+LONG_HERE = {*LONG, "haiku_convolutions", "nnx_scan_of_layers"}
+
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.long] * (n in LONG)) for n in NETWORKS],
+    [pytest.param(n, marks=[pytest.mark.long] * (n in LONG_HERE)) for n in NETWORKS],
 )
 def test_a_file_answers_as_its_network(name: str, rng: np.random.Generator) -> None:
     """At a batch that was never traced: with float weights, and with codes of 8 bits."""
