@@ -36,7 +36,6 @@ import tyro
 
 import ab_jax as ab
 from ab_jax.data.augment import normalize
-from ab_jax.export.graph.known_networks import describe
 from ab_jax.export.inference import inference
 from ab_jax.export.packed import write_packed
 from ab_jax.export.stablehlo import to_stablehlo

@@ -226,16 +226,22 @@ def write_litert(
     file, count = Flatbuffer(), SIZE * SIZE * 3
     shape = (3, SIZE, SIZE) if first else (SIZE, SIZE, 3)
 
+    def tensor(
+        name: str, shape: tuple[int, ...], kind: str = "FLOAT32", scales: Scales | None = None
+    ) -> int:
+        signature = (-1, *shape)
+        return file.add(name, (1, *shape), signature=signature, kind=kind, scales=scales)
+
     def quantized(pair: tuple[float, int]) -> Scales:
         return Scales(np.array([pair[0]], np.float32), np.array([pair[1]]))
 
     integers = kind != "FLOAT32"
-    images = file.tensor("serving_input:0", shape, kind, quantized(scales) if integers else None)
+    images = tensor("serving_input:0", shape, kind, quantized(scales) if integers else None)
     floats = images
     if integers:
-        floats = file.tensor("floats", shape)
+        floats = tensor("floats", shape)
         file.operator("DEQUANTIZE", [images], [floats], schema.DequantizeOptionsT(), 2)
-    rows, logits = file.tensor("rows", (count,)), file.tensor("Identity:0", (CLASSES,))
+    rows, logits = tensor("rows", (count,)), tensor("Identity:0", (CLASSES,))
     sizes = file.constant("sizes", np.array([-1, count], np.int32))
     file.operator("RESHAPE", [floats, sizes], [rows], schema.ReshapeOptionsT(newShape=[-1, count]))
     weight = rng.normal(size=(CLASSES, count)).astype(np.float32) / 5
@@ -246,13 +252,13 @@ def write_litert(
         schema.FullyConnectedOptionsT(),
     )
     if softmax:
-        logits, raw = file.tensor("shares", (CLASSES,)), logits
+        logits, raw = tensor("shares", (CLASSES,)), logits
         file.operator("SOFTMAX", [raw], [logits], schema.SoftmaxOptionsT(beta=1))
     if out is not None:
-        given, floats = file.tensor("Codes:0", (CLASSES,), kind, quantized(out)), logits
+        given, floats = tensor("Codes:0", (CLASSES,), kind, quantized(out)), logits
         file.operator("QUANTIZE", [floats], [given], schema.QuantizeOptionsT())
         logits = given
-    path.write_bytes(file.serialize(images, logits))
+    path.write_bytes(file.serialize({"images": images}, {"logits": logits}))
     return path
 
 

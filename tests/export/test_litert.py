@@ -22,7 +22,7 @@ from ab_jax.export.traced import (
     trace,
     weighted_product,
 )
-from ab_jax.export.traced.evaluating import evaluate
+from ab_jax.export.traced.computing import evaluate
 from ab_jax.export.traced.quantized_operands import quantize_p
 from ab_jax.quantizers import Quantized
 from tests.export.litert_answers import File, answers_by_name

@@ -88,6 +88,10 @@ class Flatbuffer:
         self._tensors.append(tensor)
         return len(self._tensors) - 1
 
+    def rename(self, number: int, name: str) -> None:
+        """Give a tensor another name."""
+        self._tensors[number].name = name
+
     def constant(
         self, name: str, array: np.ndarray, scales: Scales | None = None, *, bits: int = 8
     ) -> int:

@@ -132,6 +132,7 @@ def graph_to_litert(
         tensor = file.tensor(output)
         is_own = isinstance(output, Value) and tensor.number not in (*given, *results.values())
         results[name] = (tensor if is_own else copied(file, tensor)).number
+        file.rename(results[name], name)
     metadata = {
         "quantization": _quantization(graph),
         "source": {"ab_jax": ab_jax.__version__, "jax": jax.__version__},
