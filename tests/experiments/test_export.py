@@ -321,7 +321,7 @@ def test_every_file_knows_its_quantization_and_what_wrote_it(
         export.FORMATS[form](network, tmp_path / form)
     in_onnx = onnx.load(tmp_path / "onnx").metadata_props
     in_litert = schema.ModelT.InitFromPackedBuf((tmp_path / "litert").read_bytes(), 0)
-    (entry,) = in_litert.metadata
+    (entry,) = [entry for entry in in_litert.metadata if entry.name == b"ab_jax"]
     about = [
         read_packed(tmp_path / "packed").network,
         read_qwix(tmp_path / "qwix").network,
