@@ -16,6 +16,7 @@ from jax import lax
 import ab_jax as ab
 from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.export.litert import function_to_litert
+from ab_jax.export.traced.quantized_operands import quantize_p
 from ab_jax.products import ActivationRules, initial_ranges, quantize_inputs
 from ab_jax.quantized import Quantized
 from tests.export.exported_networks import LONG, NETWORKS, OPEN_AXES, coded, dequantized, drawn
@@ -183,6 +184,35 @@ def test_codes_stay_codes_between_layers(rng: np.random.Generator) -> None:
     assert of_codes["CONV_2D"] == 2
     assert of_codes["MAX_POOL_2D"] == 1
     assert Counter(code for code, _ in file.operators())["QUANTIZE"] == 1
+
+
+MOVES: dict[str, Any] = {
+    "rev": lambda x: x[::-1, ::-1],
+    "tile": lambda x: jnp.tile(x, (1, 2, 1)),
+    "slice": lambda x: x[:, 1:3, ::2],
+    "squeeze": lambda x: x[:, :1].squeeze(1),
+    "broadcast_in_dim": lambda x: jnp.broadcast_to(x[:, :, None], (x.shape[0], 4, 3, 6)),
+    "transpose": lambda x: x.transpose(0, 2, 1),
+    "pad": lambda x: lax.pad(x, 0.0, ((0, 0, 0), (-1, 2, 1), (1, 0, 0))),
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_what_moves_entries_moves_codes(name: str, rng: np.random.Generator) -> None:
+    signed = ActivationQuantizer(bits=8, signed=True)
+
+    def f(_: Any, x: jax.Array) -> jax.Array:
+        return MOVES[name](quantize_p.bind(x, jnp.float32(2.5), quantizer=signed))
+
+    x = drawn(rng, 3, 4, 6)
+    data = function_to_litert(f, {}, x)
+    codes = np.clip(np.rint(x.astype(np.float64) * 127 / 2.5), -127, 127)
+    wanted = MOVES[name](jnp.asarray(codes * (2.5 / 127), jnp.float32))
+    for kernels in ("fast", "plain"):
+        check_close(answers(data, x, kernels=kernels), wanted)
+    operators = [code for code, _ in File(data).operators()]
+    assert operators[:2] == ["MAXIMUM", "QUANTIZE"]
+    assert operators[-1] == "DEQUANTIZE"
 
 
 # The entry

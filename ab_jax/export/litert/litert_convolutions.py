@@ -8,10 +8,11 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.flatbuffer import Scales
 from ab_jax.export.litert.litert_elementwise import Write
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor, computed_in
+from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layers import Layer, write_layer
 from ab_jax.export.litert.litert_layouts import padded_with
 from ab_jax.export.litert.litert_products import moved
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, computed_in
 from ab_jax.export.traced import Dim, Operation, Shape, Size, Value
 
 _MOST_AXES = 3  # of images

@@ -5,76 +5,23 @@ just that: as codes, and as an array that is still to be repeated along axes of 
 operators on each entry do by themselves.
 """
 
-import dataclasses
 import functools
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
-from ab_jax.export.litert.flatbuffer import OPEN, Flatbuffer, Scales
+from ab_jax.export.litert.flatbuffer import OPEN
 from ab_jax.export.litert.litert_endings import clipped_sums, code_names, litert_endings
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, TensorFile
 from ab_jax.export.litert.litert_weights import weight_values
-from ab_jax.export.traced import (
-    Codes,
-    Dim,
-    Graph,
-    Operand,
-    Operation,
-    Shape,
-    Size,
-    UnknownSizeError,
-    Value,
-)
-from ab_jax.export.traced.sizes import evaluated
+from ab_jax.export.traced import Codes, Dim, Graph, Operand, Operation, Shape, Size, Value
 
-# What numbers are computed in that LiteRT has few operators for.
-_COMPUTED_IN: dict[str, str] = {
-    **dict.fromkeys(("float16", "bfloat16"), "float32"),
-    **dict.fromkeys(("int8", "int16", "uint8", "uint16"), "int32"),
-    "uint32": "int64",
-}
-# The least version of an operator in readers, where that is not 1.
-_VERSIONS = {"BROADCAST_TO": 2, "DEQUANTIZE": 2}
-# Operators that take int8 since version 2.
-_OF_CODES = {
-    *("TRANSPOSE", "SLICE", "STRIDED_SLICE", "PAD", "PADV2", "CONCATENATION", "MAX_POOL_2D"),
-}
-# The schema's options of an operator, where they are not named as it is.
-_OPTIONS = {
-    **dict.fromkeys(("MAXIMUM", "MINIMUM"), "MaximumMinimum"),
-    **{"PADV2": "PadV2", "SELECT_V2": "SelectV2", "REVERSE_V2": "ReverseV2"},
-}
 _MOST_AXES = 6  # that operators move about
 
 
-class NotCarriedError(ValueError):
-    """An operation that has no counterpart in the file."""
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tensor:
-    """A tensor of the file.
-
-    Attributes:
-      number: its place among them.
-      shape: with `Size`s for open axes.
-      dtype: of its numbers, or of its codes.
-      scales: of codes.
-    """
-
-    number: int
-    shape: Shape
-    dtype: np.dtype
-    scales: Scales | None = None
-
-
-Input = Tensor | np.ndarray | np.generic
-
-
-class LitertFile(Flatbuffer):
+class LitertFile(TensorFile):
     """A file that is written operation by operation.
 
     Attributes:
@@ -86,9 +33,7 @@ class LitertFile(Flatbuffer):
       clipped: what follows sums.
       code_names: names of the codes that operations make.
       written: operations that were written with others.
-      sizes: that some open axes are traced at.
       narrowest: the least width of stored codes, in bits.
-      stem: what names begin with.
     """
 
     def __init__(
@@ -100,7 +45,7 @@ class LitertFile(Flatbuffer):
         narrowest: int,
         around: "LitertFile | None" = None,
     ) -> None:
-        super().__init__(around)
+        super().__init__(graph.axes, sizes, around)
         self.tensors: dict[Operand, Tensor] = {}
         self.codes: dict[Operand, Tensor] = {}
         self.narrow: dict[Operand, Tensor] = {}
@@ -110,12 +55,6 @@ class LitertFile(Flatbuffer):
         self.code_names = code_names(graph)
         self.written: set[Operation] = set()
         self.narrowest = narrowest
-        self.stem = ""
-        # Any size will do in the file, but for axes that are traced at chosen ones.
-        self.sizes = sizes
-        self._in_file = {name: min(sizes.get(name, (1,))) for name in graph.axes.names}
-        self._names: dict[str, int] = {}
-        self._known: dict[Any, Tensor] = {}  # constants and sizes
         self._axes: dict[str, tuple[Tensor, int]] = {}
         for value, name in zip(() if around else graph.inputs, input_names, strict=True):
             self.tensors[value] = tensor = self.new(name, value.shape, value.dtype)
@@ -123,107 +62,6 @@ class LitertFile(Flatbuffer):
                 if isinstance(size, Size) and len(size.terms) == 1:
                     ((names, _),) = size.terms.items()
                     self._axes.setdefault(names[0], (tensor, axis))
-
-    # Tensors and operators
-
-    def new(
-        self, name: str, shape: Shape, dtype: Any, scales: Scales | None = None, *, kind: str = ""
-    ) -> Tensor:
-        """A tensor that the next operator gives; `kind` where the schema's name is another one."""
-        signature = [OPEN if isinstance(size, Size) else size for size in shape]
-        number = self.add(
-            self.unique(name),
-            [self._closed(size) for size in shape],
-            signature=signature,
-            kind=kind or litert_type(dtype),
-            scales=scales,
-        )
-        return Tensor(number, tuple(shape), np.dtype(dtype), scales)
-
-    def _closed(self, size: Dim) -> int:
-        """A size that is read by nobody who resizes the inputs."""
-        try:
-            found = evaluated(size.terms, self._in_file) if isinstance(size, Size) else size
-        except UnknownSizeError:
-            found = 1
-        return max(found, 1) if isinstance(size, Size) else found
-
-    def unique(self, name: str) -> str:
-        """The name, with a number behind it if it is taken."""
-        count = self._names[name] = self._names.get(name, -1) + 1
-        return f"{name}:{count}" if count else name
-
-    def op(
-        self,
-        code: str,
-        *inputs: Input,
-        shape: Shape | None = None,
-        dtype: Any = None,
-        scales: Scales | None = None,
-        options: Any = None,
-        version: int | None = None,
-        name: str = "",
-    ) -> Tensor:
-        """Append an operator of one result.
-
-        Args:
-          code: its name in the schema.
-          *inputs: arrays go into the file.
-          shape, dtype, scales: of the result; left out: those of the first input.
-          options: of the operator; left out: the schema's own, if there are some.
-          version: of the operator.
-          name: of the result.
-        """
-        given = [self.given(x) for x in inputs]
-        first = given[0]
-        if dtype is None:
-            dtype, scales = first.dtype, scales or first.scales
-        shape = first.shape if shape is None else shape
-        result = self.new(name or f"{self.stem}/{code.lower()}", shape, dtype, scales)
-        self.append(code, given, [result], options, version)
-        return result
-
-    def append(
-        self,
-        code: str,
-        inputs: Sequence[Tensor],
-        outputs: Sequence[Tensor],
-        options: Any = None,
-        version: int | None = None,
-    ) -> None:
-        """Append an operator of any results."""
-        if options is None:
-            named = _OPTIONS.get(code, "".join(map(str.capitalize, code.split("_"))))
-            made = getattr(schema, f"{named}OptionsT", None)
-            options = made() if made else None
-        if version is None:
-            of_codes = inputs[0].scales is not None and code in _OF_CODES
-            version = 2 if of_codes else _VERSIONS.get(code, 1)
-        given, made = ([x.number for x in tensors] for tensors in (inputs, outputs))
-        self.operator(code, given, made, options, version)
-
-    def given(self, x: Input) -> Tensor:
-        """The tensor of an array, or a tensor as it is."""
-        return x if isinstance(x, Tensor) else self.array(x)
-
-    def array(
-        self,
-        array: np.ndarray | np.generic,
-        name: str = "",
-        scales: Scales | None = None,
-        bits: int = 8,
-        *,
-        shared: bool = True,
-    ) -> Tensor:
-        """A constant, once for all that want the same; or for all of one name, if not `shared`."""
-        array = np.ascontiguousarray(array).reshape(np.shape(array))
-        told = [] if scales is None else [scales.scale, scales.zero_point, np.array(scales.axis)]
-        key = ("" if shared else name, bits, *map(_content, [array, *told]))
-        if key not in self._known:
-            name = self.unique(name or f"{self.stem}/constant")
-            number = self.constant(name, array, scales, bits=bits)
-            self._known[key] = Tensor(number, array.shape, array.dtype, scales)
-        return self._known[key]
 
     # Operands
 
@@ -257,10 +95,10 @@ class LitertFile(Flatbuffer):
         if not any(isinstance(dim, Size) for dim in dims):
             return self.array(np.array(dims, np.int32).reshape(-1))
         key = ("shape", *dims)
-        if key not in self._known:
+        if key not in self.known:
             parts = [self._size(dim) for dim in dims]
-            self._known[key] = parts[0] if len(parts) == 1 else self.joined(parts, 0)
-        return self._known[key]
+            self.known[key] = parts[0] if len(parts) == 1 else self.joined(parts, 0)
+        return self.known[key]
 
     def scalar(self, dim: Dim, dtype: Any = np.int32) -> Tensor:
         """A size as a scalar."""
@@ -272,43 +110,32 @@ class LitertFile(Flatbuffer):
         """A size as int32 [1]."""
         if not isinstance(dim, Size):
             return self.array(np.array([dim], np.int32))
-        if dim not in self._known:
+        if dim not in self.known:
             products = []
             for names, count in dim.terms.items():
                 factors = [self.axis(name) for name in names]
                 if count != 1 or not names:
                     factors.append(self.array(np.array([count], np.int32)))
                 products.append(functools.reduce(lambda a, b: self.op("MUL", a, b), factors))
-            self._known[dim] = functools.reduce(lambda a, b: self.op("ADD", a, b), products)
-        return self._known[dim]
+            self.known[dim] = functools.reduce(lambda a, b: self.op("ADD", a, b), products)
+        return self.known[dim]
 
     def known_axis(self, name: str, size: Tensor) -> None:
         """Make known what has the size of an open axis, in a body that has no such input."""
-        self._known[name] = size
+        self.known[name] = size
 
     def axis(self, name: str) -> Tensor:
         """The size of an open axis, int32 [1]."""
-        if name not in self._known:
+        if name not in self.known:
             of, axis = self._axes[name]
             options = schema.ShapeOptionsT(outType=schema.TensorType.INT32)
             shape = self.op(
                 "SHAPE", of, shape=(len(of.shape),), dtype=np.int32, options=options, name="shape"
             )
-            self._known[name] = self.slice(shape, 0, axis, axis + 1)
-        return self._known[name]
+            self.known[name] = self.slice(shape, 0, axis, axis + 1)
+        return self.known[name]
 
     # What many operations need
-
-    def cast(self, x: Tensor, dtype: Any) -> Tensor:
-        """Numbers in another dtype."""
-        dtype = np.dtype(dtype)
-        if x.dtype == dtype:
-            return x
-        options = schema.CastOptionsT(
-            getattr(schema.TensorType, litert_type(x.dtype)),
-            getattr(schema.TensorType, litert_type(dtype)),
-        )
-        return self.op("CAST", x, dtype=dtype, options=options)
 
     def reshape(self, x: Tensor, shape: Shape) -> Tensor:
         """The same numbers in another shape."""
@@ -386,30 +213,6 @@ class LitertFile(Flatbuffer):
         return self.op("BROADCAST_TO", x, self.shape(shape), shape=shape)
 
 
-def litert_type(dtype: Any) -> str:
-    """The schema's name of a dtype."""
-    name = np.dtype(dtype).name.upper()
-    if not hasattr(schema.TensorType, name):
-        raise NotCarriedError(f"of {np.dtype(dtype)}")
-    return name
-
-
-def computed_in(dtype: Any) -> np.dtype:
-    """What numbers of a dtype are computed in."""
-    return np.dtype(_COMPUTED_IN.get(np.dtype(dtype).name, dtype))
-
-
-def orderable(dtype: Any) -> np.dtype:
-    """What numbers are computed in, bools too: of these there are more operators than of bools."""
-    return np.dtype(np.int32) if np.dtype(dtype).kind == "b" else computed_in(dtype)
-
-
 def _longer(shape: Shape) -> Shape:
     """A shape without its axes of size 1."""
     return tuple(size for size in shape if size != 1)
-
-
-def _content(array: np.ndarray) -> Any:
-    """What tells arrays from others."""
-    digest = hashlib.sha256(np.ascontiguousarray(array).tobytes()).digest()
-    return array.dtype.name, array.shape, digest

@@ -18,12 +18,14 @@ import numpy as np
 import ab_jax
 from ab_jax.export.litert.litert_convolutions import CONVOLUTIONS
 from ab_jax.export.litert.litert_elementwise import ELEMENTWISE, Write
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor
+from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_indexing import INDEXING
 from ab_jax.export.litert.litert_layouts import LAYOUTS, moved_codes
 from ab_jax.export.litert.litert_loops import copied, loops
 from ab_jax.export.litert.litert_products import PRODUCTS
 from ab_jax.export.litert.litert_reductions import REDUCTIONS
+from ab_jax.export.litert.litert_special import SPECIAL
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor
 from ab_jax.export.litert.litert_windows import WINDOWS
 from ab_jax.export.traced import (
     Codes,
@@ -167,6 +169,7 @@ def _write(file: LitertFile, operation: Operation) -> None:
 #: What is written for each primitive.
 CARRIED: dict[str, Write] = {
     **ELEMENTWISE,
+    **SPECIAL,
     **LAYOUTS,
     **REDUCTIONS,
     **PRODUCTS,

@@ -12,8 +12,9 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_elementwise import Write, each
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor, orderable
+from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layouts import counted
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, orderable
 from ab_jax.export.traced import Constant, Dim, Operand, Operation, Shape, Size
 
 

@@ -13,8 +13,9 @@ import numpy as np
 
 from ab_jax.export.litert.flatbuffer import Scales
 from ab_jax.export.litert.litert_endings import LitertEnding
-from ab_jax.export.litert.litert_file import LitertFile, Tensor
+from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_integers import Integers, activation_scales, integers
+from ab_jax.export.litert.litert_tensors import Tensor
 from ab_jax.export.litert.litert_weights import weight_values
 from ab_jax.export.traced import Codes, Constant, Operand, Operation
 

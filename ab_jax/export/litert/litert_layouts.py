@@ -8,7 +8,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_elementwise import Write, narrow
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor
+from ab_jax.export.litert.litert_file import LitertFile
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor
 from ab_jax.export.traced import Constant, Dim, Operation, Size, Value
 
 # What gives its first operand's entries, or the largest of some, and nothing else.

@@ -10,7 +10,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_elementwise import Write, each
-from ab_jax.export.litert.litert_file import LitertFile, Tensor
+from ab_jax.export.litert.litert_file import LitertFile
+from ab_jax.export.litert.litert_tensors import Tensor
 from ab_jax.export.traced import Graph, Operation, Value
 
 WriteAll = Callable[[LitertFile, Sequence[Operation]], None]

@@ -9,9 +9,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.flatbuffer import Scales
 from ab_jax.export.litert.litert_elementwise import Write, each
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor, computed_in
+from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_integers import activation_scales
 from ab_jax.export.litert.litert_layers import Layer, write_layer
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, computed_in
 from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Value
 
 _MOST_AXES = 5  # of BATCH_MATMUL

@@ -4,7 +4,8 @@ import numpy as np
 from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_elementwise import Write
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor, orderable
+from ab_jax.export.litert.litert_file import LitertFile
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, orderable
 from ab_jax.export.traced import Operation
 
 _REDUCED = {

@@ -16,7 +16,8 @@ from ab_jax.export.litert.flatbuffer import Scales
 from ab_jax.export.traced import Codes
 
 if TYPE_CHECKING:
-    from ab_jax.export.litert.litert_file import LitertFile, Tensor
+    from ab_jax.export.litert.litert_file import LitertFile
+    from ab_jax.export.litert.litert_tensors import Tensor
 
 _SMALLEST = np.finfo(np.float32).tiny
 

@@ -13,8 +13,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_convolutions import padding_kind
 from ab_jax.export.litert.litert_elementwise import Write, each
-from ab_jax.export.litert.litert_file import LitertFile, NotCarriedError, Tensor, orderable
+from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layouts import padded_with
+from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, orderable
 from ab_jax.export.traced import Operation, Shape, Size
 
 _COMBINED = {
