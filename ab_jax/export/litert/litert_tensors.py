@@ -83,22 +83,20 @@ class TensorFile(Flatbuffer):
         self._in_file = {name: min(sizes.get(name, (1,))) for name in axes.names}
         self._names: dict[str, int] = {}
 
-    def new(
-        self, name: str, shape: Shape, dtype: Any, scales: Scales | None = None, *, kind: str = ""
-    ) -> Tensor:
-        """A tensor that the next operator gives; `kind` where the schema's name is another one."""
+    def new(self, name: str, shape: Shape, dtype: Any, scales: Scales | None = None) -> Tensor:
+        """A tensor that the next operator gives."""
         signature = [OPEN if isinstance(size, Size) else size for size in shape]
         number = self.add(
             self.unique(name),
             [self._closed(size) for size in shape],
             signature=signature,
-            kind=kind or litert_type(dtype),
+            kind=litert_type(dtype),
             scales=scales,
         )
         return Tensor(number, tuple(shape), np.dtype(dtype), scales)
 
     def _closed(self, size: Dim) -> int:
-        """A size that is read by nobody who resizes the inputs."""
+        """A size as the file has it, which an interpreter with resized inputs does not look at."""
         try:
             found = evaluated(size.terms, self._in_file) if isinstance(size, Size) else size
         except UnknownSizeError:
