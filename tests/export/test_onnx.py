@@ -24,7 +24,7 @@ from ab_jax.products import ActivationRules
 from ab_jax.quantizers import Quantized
 from tests.export.exported_networks import coded, drawn
 from tests.export.small_networks import NETWORKS, make
-from tests.export.test_folding import pooled, pooled_params, pooled_rules
+from tests.export.test_folding import convolved, pooled, pooled_params, pooled_rules
 from tests.fast_compilation import compiled
 
 #: The layers of each network, as ONNX Runtime fuses them. In float32 are those whose inputs are no
@@ -326,6 +326,24 @@ def test_one_convolution_of_codes(
             assert np.mean(np.abs(found - wanted) < 1e-4) > 0.9
         else:
             np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-4 * wanted.max())
+
+
+def test_a_bias_of_one_number_serves_every_channel(rng: np.random.Generator) -> None:
+    """Behind a convolution, in floats and in integers."""
+    params = {"w": coded({"w": drawn(rng, 3, 3, 8, 4)}, 8)["w"], "back": drawn(rng, 4, 2)}
+    f = lambda p, x: jnp.maximum(convolved(x, p["w"]) + np.float32(0.7), 0) @ p["back"]
+    x = drawn(rng, 2, 5, 5, 8)
+    codes = ActivationQuantizer(bits=8, limit=3.0, signed=True)
+    for rules in (None, ActivationRules([("w", codes), ("back", codes)])):
+        ranges = None if rules is None else {}
+        graph = trace(f, params, x, rules=rules, ranges=ranges)
+        wanted = np.asarray(compiled(lambda x, of=graph: evaluate(of, x), x))
+        for integer_biases in (False, True):
+            file = function_to_onnx(
+                f, params, x, rules=rules, ranges=ranges, integer_biases=integer_biases
+            )
+            (found,) = session(file).run(None, {"input0": x})
+            np.testing.assert_allclose(found, wanted, rtol=0, atol=0.05 * np.ptp(wanted))
 
 
 def test_a_name_for_each_class(rng: np.random.Generator) -> None:

@@ -33,10 +33,10 @@ import qwix
 
 from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.dictionaries import check_unboxed
-from ab_jax.export.graph.operations import check_one_scale
 from ab_jax.files import writing
 from ab_jax.input_ranges import checked_range
 from ab_jax.linen import RANGES, ActivationRules
+from ab_jax.quantized import BinaryCoded
 from ab_jax.quantizers import Quantized
 
 FORMAT = "ab_jax.qwix"
@@ -119,12 +119,22 @@ def to_qwix(tree: Any, *, int4: bool = False) -> Any:
     def convert(path: Any, leaf: Any) -> Any:
         if not _is_quantized(leaf):
             return leaf
-        check_one_scale(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        _check_one_scale(jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         dtype = jnp.dtype(jnp.int4 if int4 and leaf.bits <= _INT4_BITS else jnp.int8)
         zero_point = None if leaf.zero_point is None else leaf.zero_point.astype(dtype)
         return qwix.QArray(leaf.codes.astype(dtype), leaf.scale, zero_point, qtype=dtype)
 
     return jax.tree.map_with_path(convert, tree, is_leaf=_is_quantized)
+
+
+def _check_one_scale(name: str, weights: Quantized) -> None:
+    """Refuse weights with a scale for each bit."""
+    if isinstance(weights, BinaryCoded):
+        raise ValueError(
+            f"{name} has a scale for each of its {weights.bits} bits, as LeastSquaresBinary gives "
+            f"them, where this format holds one scale and evenly spaced levels. Write a packed "
+            f"file or StableHLO, or quantize it with Binary or Uniform."
+        )
 
 
 def input_codes(

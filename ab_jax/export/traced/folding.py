@@ -95,10 +95,8 @@ def _with(
     inputs[product.side] = weight
     if not shift.any():
         return [dataclasses.replace(operation, inputs=tuple(inputs), outputs=(result,))]
-    sizes = [1] * len(result.shape)
-    for axis, own in product.channels.items():
-        sizes[axis] = weight.shape[own]
-    bias = Constant(np.broadcast_to(shift, sizes).astype(result.dtype), weight.path)
+    array = np.broadcast_to(shift, product.channel_sizes()).astype(result.dtype)
+    bias = Constant(array, weight.path)
     add = Operation("add", {}, (product.output, bias), (result,), operation.line, lax.add_p)
     return [dataclasses.replace(operation, inputs=tuple(inputs)), add]
 

@@ -65,6 +65,13 @@ class WeightedProduct:
         )
         return array if fits else None
 
+    def channel_sizes(self) -> list[int]:
+        """The shape of one number a channel, in as many axes as the output."""
+        sizes = [1] * len(self.output.shape)
+        for axis, own in self.channels.items():
+            sizes[axis] = self.weight.shape[own]
+        return sizes
+
     def for_weight(self, by_channel: np.ndarray) -> np.ndarray:
         """Numbers of each channel of the output in as many axes as the weight."""
         shape = [1] * len(self.weight.shape)
@@ -128,6 +135,7 @@ def endings(graph: Graph) -> dict[Operation, Ending]:
             others = [x for x in following.inputs if x is not product.output]
             bias = product.by_channel(others[0]) if others else None
             if bias is not None:
+                bias = np.broadcast_to(bias, product.channel_sizes())
                 add, following = following, users.only(following.outputs[0])
         if following is None or following.primitive != "quantize":
             following = None
