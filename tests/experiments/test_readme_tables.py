@@ -26,6 +26,7 @@ TABLES = [
     ("docs/cost.md", "benchmarks.other_libraries.comparison_tables.times"),
     ("docs/cost.md", "benchmarks.step.table"),
     ("docs/deploy.md", "benchmarks.deploy.table"),
+    ("docs/deploy.md", "benchmarks.deploy_transformers.table"),
     ("docs/deploy.md", "benchmarks.exported_answers.table"),
     ("docs/experiments.md", "benchmarks.loading.table"),
     ("docs/findings.md", "binarynet_ablations/trials"),

@@ -1,7 +1,7 @@
 """Convolutions, written into an ONNX file of a function.
 
 Channels are first in ONNX. A convolution that is followed by a bias and by codes is written with
-these, so that what is put in another order between layers are codes, a byte each.
+these, so that what is put in another order behind it are codes, a byte each.
 """
 
 import dataclasses
@@ -57,16 +57,18 @@ def _channels_first(
 ) -> tuple[str, Operand]:
     """The name of an input with the channels first, and the kernel for it.
 
-    Of codes it is these that are put in order, and their scale becomes a part of the kernel.
+    The scale of codes becomes a part of the kernel. They are put in order as floats, which ONNX
+    Runtime does together with the order that its own kernels want.
     """
     x, kernel = operation.inputs
     lhs = operation.params["dimension_numbers"].lhs_spec
     if x not in file.quantized or isinstance(kernel, Value) or kind != kernel.dtype:
         return arranged(file, x, lhs, shape, kind), kernel
     codes = file.quantized[x]
-    data = file.cast(file.transpose(codes.codes, lhs), np.uint8, kind)
+    data = file.cast(codes.codes, np.uint8, kind)
     if codes.offset:
         data = file.op("Sub", data, kind.type(codes.offset))
+    data = file.transpose(data, lhs)
     scaled = times(kernel, codes.unit)
     assert scaled is not None, "scales are positive"
     return data, scaled
@@ -102,7 +104,8 @@ def _plus_bias(file: FunctionFile, operation: Operation, name: str) -> str:
     if ending is None or ending.bias is None:
         return name
     places = len(ending.bias.shape) - 2
-    return file.op("Add", name, ending.bias.reshape(-1, *(1,) * places))
+    bias = ending.bias.reshape(-1, *(1,) * places)
+    return file.op("Add", name, file.array(f"{file.stem}/bias", bias))
 
 
 def _direct(
@@ -127,7 +130,9 @@ def _direct(
         data, _ = padded_with(file, data, shape, config, file.constant(kind.type(0)))
         pads = [(0, 0)] * len(pads)
     ending = file.ending(operation)
-    bias = [] if ending is None or ending.bias is None else [ending.bias.reshape(-1)]
+    bias = []
+    if ending is not None and ending.bias is not None:
+        bias.append(file.array(f"{file.stem}/bias", ending.bias.reshape(-1)))
     return file.op(
         "Conv",
         data,

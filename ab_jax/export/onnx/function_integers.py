@@ -111,7 +111,7 @@ def _product(
     codes = file.op("DequantizeLinear", data, x.scale, x.zero_point)
     name = file.op("MatMul", codes, file.weight(matrix, channels=1))
     if ending is not None and ending.bias is not None:
-        name = file.op("Add", name, ending.bias.reshape(-1))
+        name = file.op("Add", name, file.array(f"{file.stem}/bias", ending.bias.reshape(-1)))
     spec = numbers.out_spec
     return Written(name, (spec[0], *spec[2:], spec[1]))
 
