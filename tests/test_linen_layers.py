@@ -221,7 +221,9 @@ def test_missing_ranges_are_an_error_that_says_how_to_measure_them(key):
 class Layer(nn.Module):
     @nn.compact
     def __call__(self, x, _):
-        return nn.relu(nn.Dense(4, name="dense")(x)), None
+        # The bias keeps some of what goes on above 0, so that it has a range.
+        bias = nn.initializers.constant(3.0)
+        return nn.relu(nn.Dense(4, bias_init=bias, name="dense")(x)), None
 
 
 def scanned(**variable_axes: int) -> nn.Module:
