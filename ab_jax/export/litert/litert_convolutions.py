@@ -12,8 +12,9 @@ from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layers import Layer, write_layer
 from ab_jax.export.litert.litert_layouts import padded_with
 from ab_jax.export.litert.litert_products import moved
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, computed_in
+from ab_jax.export.litert.litert_tensors import Tensor, computed_in
 from ab_jax.export.traced import Dim, Operation, Shape, Size, Value
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _MOST_AXES = 3  # of images
 

@@ -16,12 +16,12 @@ from ai_edge_litert import schema_py_generated as schema
 from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_tensors import (
     Input,
-    NotCarriedError,
     Tensor,
     computed_in,
     orderable,
 )
 from ab_jax.export.traced import Operation, Shape
+from ab_jax.export.traced.carrying import NotCarriedError
 
 #: Writes an operation, and gives the tensors of its results.
 Write = Callable[[LitertFile, Operation], Any]

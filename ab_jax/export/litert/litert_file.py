@@ -14,9 +14,10 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.flatbuffer import OPEN
 from ab_jax.export.litert.litert_endings import clipped_sums, code_names, litert_endings
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, TensorFile
+from ab_jax.export.litert.litert_tensors import Tensor, TensorFile
 from ab_jax.export.litert.litert_weights import weight_values
 from ab_jax.export.traced import Codes, Dim, Graph, Operand, Operation, Shape, Size, Value
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _MOST_AXES = 6  # that operators move about
 

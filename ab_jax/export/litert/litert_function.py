@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 import ab_jax
 from ab_jax.export.litert.litert_convolutions import CONVOLUTIONS
@@ -25,21 +24,26 @@ from ab_jax.export.litert.litert_loops import copied, loops
 from ab_jax.export.litert.litert_products import PRODUCTS
 from ab_jax.export.litert.litert_reductions import REDUCTIONS
 from ab_jax.export.litert.litert_special import SPECIAL
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor
+from ab_jax.export.litert.litert_tensors import Tensor
 from ab_jax.export.litert.litert_windows import WINDOWS
 from ab_jax.export.traced import (
-    Codes,
-    Graph,
     Operation,
     TracedFunction,
     UnknownSizeError,
     Value,
     trace,
 )
+from ab_jax.export.traced.carrying import (
+    NotCarriedError,
+    check_carried,
+    names_of,
+    place,
+    quantization_of,
+    refusal,
+)
 from ab_jax.products import ActivationRules, Range
 
 METADATA = "ab_jax"  # the name under which a file has its description
-_MOST_TOLD = 8
 
 
 def function_to_litert(
@@ -121,9 +125,9 @@ def graph_to_litert(
       ValueError: operations without a counterpart, or names of another number.
     """
     graph = traced.graph
-    _check(traced)
-    into = _named(input_names, "input", traced.inputs)
-    out = _named(output_names, "output", traced.outputs)
+    check_carried(traced, CARRIED, "LiteRT")
+    into = names_of(input_names, "input", traced.inputs)
+    out = names_of(output_names, "output", traced.outputs)
     if len({*into, *out}) < len(into) + len(out):
         raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
     file = LitertFile(graph, into, sizes=sizes or {}, narrowest=narrowest)
@@ -136,7 +140,7 @@ def graph_to_litert(
         results[name] = (tensor if is_own else copied(file, tensor)).number
         file.rename(results[name], name)
     metadata = {
-        "quantization": _quantization(graph),
+        "quantization": quantization_of(graph),
         "source": {"ab_jax": ab_jax.__version__, "jax": jax.__version__},
     }
     if description is not None:
@@ -157,9 +161,9 @@ def _write(file: LitertFile, operation: Operation) -> None:
         write = CARRIED[operation.primitive]
         found = None if moved_codes(file, operation, write) else write(file, operation)
     except NotCarriedError as error:
-        raise _refused([f"{operation.primitive} {error}{_place(operation)}"]) from None
+        raise refusal([f"{operation.primitive} {error}{place(operation)}"], "LiteRT") from None
     except UnknownSizeError as error:
-        raise ValueError(f"{operation.primitive}{_place(operation)}: {error}") from None
+        raise ValueError(f"{operation.primitive}{place(operation)}: {error}") from None
     if found is not None:
         tensors = [found] if isinstance(found, Tensor) else found
         file.tensors.update(zip(operation.outputs, tensors, strict=True))
@@ -178,60 +182,3 @@ CARRIED: dict[str, Write] = {
     **INDEXING,
     **loops(_write_all),
 }
-
-
-def _check(traced: TracedFunction) -> None:
-    """Refuse operations that nothing is written for, all at once, and dtypes that there are not."""
-    graph = traced.graph
-    refused = [
-        f"{operation.primitive}{_place(operation)}"
-        for operation in graph.all_operations()
-        if operation.primitive not in CARRIED
-    ]
-    paths, values = (*traced.inputs, *traced.outputs), (*graph.inputs, *graph.outputs)
-    for path, value in zip(paths, values, strict=True):
-        if not isinstance(value.dtype, np.dtype) or value.dtype.kind == "c":
-            refused.append(f"the dtype {value.dtype} of {path or 'the output'}")
-    if refused:
-        raise _refused(list(dict.fromkeys(refused)))
-
-
-def _refused(told: Sequence[str]) -> ValueError:
-    more = f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
-    return ValueError(
-        f"LiteRT has no counterpart of {'; '.join(told[:_MOST_TOLD])}{more}. Write the function "
-        f"without, or leave this part out of it."
-    )
-
-
-def _place(operation: Operation) -> str:
-    weight = f" of {operation.path}" if operation.path else ""
-    return weight + (f", at {operation.line}" if operation.line else "")
-
-
-def _named(given: Sequence[str] | None, word: str, paths: Sequence[str]) -> list[str]:
-    if given is None:
-        return [
-            f"{word}{path if path[:1].isdigit() else f'/{path}' if path else ''}" for path in paths
-        ]
-    if len(given) != len(paths):
-        raise ValueError(
-            f"There are {len(given)} {word} names for {len(paths)} {word}s: {', '.join(paths)}."
-        )
-    return list(given)
-
-
-def _quantization(graph: Graph) -> dict[str, Any]:
-    """Bits of the weights by their paths, and of the inputs of products by theirs."""
-    weights: dict[str, int] = {}
-    inputs: dict[str, int] = {}
-    quantized: dict[Any, int] = {}
-    for operation in graph.all_operations():
-        if operation.primitive in ("quantize", "quantize_tokens"):
-            quantized[operation.outputs[0]] = operation.params["quantizer"].bits
-        for x in operation.inputs:
-            if isinstance(x, Codes):
-                weights[x.path] = x.bits
-            elif x in quantized and operation.path:
-                inputs[operation.path] = quantized[x]
-    return {"weights": dict(sorted(weights.items())), "inputs": dict(sorted(inputs.items()))}

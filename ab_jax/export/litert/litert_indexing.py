@@ -14,8 +14,9 @@ from ai_edge_litert import schema_py_generated as schema
 from ab_jax.export.litert.litert_elementwise import Write, each
 from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layouts import counted
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, orderable
+from ab_jax.export.litert.litert_tensors import Tensor, orderable
 from ab_jax.export.traced import Constant, Dim, Operand, Operation, Shape, Size
+from ab_jax.export.traced.carrying import NotCarriedError
 
 
 class _Places:

@@ -9,8 +9,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_elementwise import Write, narrow
 from ab_jax.export.litert.litert_file import LitertFile
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor
+from ab_jax.export.litert.litert_tensors import Tensor
 from ab_jax.export.traced import Constant, Dim, Operation, Size, Value
+from ab_jax.export.traced.carrying import NotCarriedError, closed
 
 # What gives its first operand's entries, or the largest of some, and nothing else.
 _MOVES = {
@@ -164,7 +165,7 @@ def padded_with(
     for axis, (_, _, between) in enumerate(config):
         if between:
             x = _spread(file, x, axis, between, value)
-    x = _around(file, x, [[max(_closed(end), 0) for end in ends[:2]] for ends in config], value)
+    x = _around(file, x, [[max(closed(end), 0) for end in ends[:2]] for ends in config], value)
     for axis, (before, behind, _) in enumerate(config):
         if before < 0 or behind < 0:
             x = file.slice(x, axis, max(-before, 0), x.shape[axis] + min(behind, 0))
@@ -202,12 +203,6 @@ def _spread(file: LitertFile, x: Tensor, axis: int, between: int, value: Tensor 
     longer = before[axis] * (between + 1)
     x = file.reshape(x, (*before[:axis], longer, *before[axis + 1 :]))
     return file.slice(x, axis, 0, longer - between)
-
-
-def _closed(number: Any) -> int:
-    if isinstance(number, Size):
-        raise NotCarriedError(f"by {number}, which is open")
-    return int(number)
 
 
 def _size(file: LitertFile, operation: Operation) -> Tensor:

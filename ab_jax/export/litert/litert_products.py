@@ -12,8 +12,9 @@ from ab_jax.export.litert.litert_elementwise import Write, each
 from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_integers import activation_scales
 from ab_jax.export.litert.litert_layers import Layer, write_layer
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, computed_in
+from ab_jax.export.litert.litert_tensors import Tensor, computed_in
 from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Value
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _MOST_AXES = 5  # of BATCH_MATMUL
 

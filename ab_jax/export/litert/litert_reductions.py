@@ -5,8 +5,9 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.litert_elementwise import Write
 from ab_jax.export.litert.litert_file import LitertFile
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, orderable
+from ab_jax.export.litert.litert_tensors import Tensor, orderable
 from ab_jax.export.traced import Operation
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _REDUCED = {
     "reduce_sum": "SUM",

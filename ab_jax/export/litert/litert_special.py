@@ -7,8 +7,9 @@ import numpy as np
 
 from ab_jax.export.litert.litert_elementwise import Write, each, entries
 from ab_jax.export.litert.litert_file import LitertFile
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor
+from ab_jax.export.litert.litert_tensors import Tensor
 from ab_jax.export.traced import Operation
+from ab_jax.export.traced.carrying import NotCarriedError
 
 # XLA's erf of float32: x times one polynomial of x**2 by another, the highest powers first.
 _ERF_END = 3.832506856900711

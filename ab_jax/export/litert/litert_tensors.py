@@ -10,6 +10,7 @@ from ai_edge_litert import schema_py_generated as schema
 
 from ab_jax.export.litert.flatbuffer import OPEN, Flatbuffer, Scales
 from ab_jax.export.traced import Dim, OpenAxes, Shape, Size, UnknownSizeError
+from ab_jax.export.traced.carrying import NotCarriedError
 from ab_jax.export.traced.sizes import evaluated
 
 # What numbers are computed in that LiteRT has few operators for.
@@ -29,10 +30,6 @@ _OPTIONS = {
     **dict.fromkeys(("MAXIMUM", "MINIMUM"), "MaximumMinimum"),
     **{"PADV2": "PadV2", "SELECT_V2": "SelectV2", "REVERSE_V2": "ReverseV2"},
 }
-
-
-class NotCarriedError(ValueError):
-    """An operation that has no counterpart in the file."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

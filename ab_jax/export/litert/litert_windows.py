@@ -15,8 +15,9 @@ from ab_jax.export.litert.litert_convolutions import padding_kind
 from ab_jax.export.litert.litert_elementwise import Write, each
 from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layouts import padded_with
-from ab_jax.export.litert.litert_tensors import NotCarriedError, Tensor, orderable
+from ab_jax.export.litert.litert_tensors import Tensor, orderable
 from ab_jax.export.traced import Operation, Shape, Size
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _COMBINED = {
     "reduce_window_max": "MAXIMUM",

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, computed_in
+from ab_jax.export.onnx.function_file import FunctionFile, computed_in
 from ab_jax.export.onnx.function_integers import in_integers
 from ab_jax.export.onnx.function_layouts import padded_with
 from ab_jax.export.onnx.function_products import add_codes, arranged, coded
 from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Size, Value, times
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _MOST_AXES = 3  # of images: ONNX Runtime has kernels up to these
 

@@ -13,12 +13,12 @@ import numpy as np
 
 from ab_jax.export.onnx.function_file import (
     FunctionFile,
-    NotCarriedError,
     computed_in,
     onnx_type,
     orderable,
 )
 from ab_jax.export.traced import Constant, Operation
+from ab_jax.export.traced.carrying import NotCarriedError
 
 Write = Callable[[FunctionFile, Operation], Any]
 

@@ -32,10 +32,6 @@ _MOST_SHARED = 16  # entries of an array that is looked for among others
 Input = str | np.ndarray | np.generic
 
 
-class NotCarriedError(ValueError):
-    """An operation that has no counterpart in the file."""
-
-
 @dataclasses.dataclass(frozen=True)
 class QuantizedName:
     """Codes of an activation in the file.

@@ -13,9 +13,10 @@ import numpy as np
 from onnx import TensorProto
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, orderable
+from ab_jax.export.onnx.function_file import FAR, FunctionFile, orderable
 from ab_jax.export.onnx.function_layouts import expanded
 from ab_jax.export.traced import Constant, Dim, Operand, Operation, Shape, Size
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _REDUCTIONS = {
     "scatter": "none",

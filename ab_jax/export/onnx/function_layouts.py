@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FAR, FunctionFile, NotCarriedError, orderable
+from ab_jax.export.onnx.function_file import FAR, FunctionFile, orderable
 from ab_jax.export.traced import Operation, Shape, Size
+from ab_jax.export.traced.carrying import NotCarriedError, closed
 
 
 def _reshape(file: FunctionFile, operation: Operation) -> str:
@@ -136,7 +137,7 @@ def padded_with(
     for axis, (_, _, between) in enumerate(config):
         if between:
             x, shape = _spread(file, x, shape, axis, between, value)
-    amounts = [[max(_closed(e), 0) for e in ends[:2]] for ends in config]
+    amounts = [[max(closed(e), 0) for e in ends[:2]] for ends in config]
     if any(map(any, amounts)):
         ends = [a for a, _ in amounts] + [b for _, b in amounts]
         x = file.op("Pad", x, np.array(ends, np.int64), value)
@@ -162,12 +163,6 @@ def _spread(
     x = file.reshape(x, (*shape[: axis + 1], between + 1, *shape[axis + 1 :]), wide)
     x = file.slice(x, axis, 0, -between)
     return x, (*shape[:axis], longer - between, *shape[axis + 1 :])
-
-
-def _closed(number: Any) -> int:
-    if isinstance(number, Size):
-        raise NotCarriedError(f"by {number}, which is open")
-    return int(number)
 
 
 def _size(file: FunctionFile, operation: Operation) -> str:

@@ -13,11 +13,11 @@ import numpy as np
 from ab_jax.export.onnx.function_elementwise import Write
 from ab_jax.export.onnx.function_file import (
     FunctionFile,
-    NotCarriedError,
     QuantizedName,
     computed_in,
 )
 from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Value
+from ab_jax.export.traced.carrying import NotCarriedError
 
 
 def arranged(

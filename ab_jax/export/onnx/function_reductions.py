@@ -7,8 +7,9 @@ import numpy as np
 from onnx import TensorProto
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, orderable
+from ab_jax.export.onnx.function_file import FunctionFile, orderable
 from ab_jax.export.traced import Operand, Operation, Size
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _REDUCED = {
     "reduce_sum": "ReduceSum",

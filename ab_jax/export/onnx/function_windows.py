@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from ab_jax.export.onnx.function_elementwise import Write
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, orderable
+from ab_jax.export.onnx.function_file import FunctionFile, orderable
 from ab_jax.export.onnx.function_layouts import padded_with
 from ab_jax.export.traced import Operation, Shape, Size
+from ab_jax.export.traced.carrying import NotCarriedError
 
 _COMBINED = {
     "reduce_window_sum": "Add",

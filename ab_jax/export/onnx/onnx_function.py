@@ -16,14 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import onnx
 from onnx import helper
 
 import ab_jax
 from ab_jax.export.onnx.function_convolutions import CONVOLUTIONS
 from ab_jax.export.onnx.function_elementwise import ELEMENTWISE, Write
-from ab_jax.export.onnx.function_file import FunctionFile, NotCarriedError, onnx_type
+from ab_jax.export.onnx.function_file import FunctionFile, onnx_type
 from ab_jax.export.onnx.function_indexing import INDEXING
 from ab_jax.export.onnx.function_layouts import LAYOUTS
 from ab_jax.export.onnx.function_loops import loops
@@ -32,20 +31,24 @@ from ab_jax.export.onnx.function_products import PRODUCTS
 from ab_jax.export.onnx.function_reductions import REDUCTIONS
 from ab_jax.export.onnx.function_windows import WINDOWS
 from ab_jax.export.traced import (
-    Codes,
-    Graph,
     Operation,
     Size,
-    TracedFunction,
     UnknownSizeError,
     endings,
     trace,
+)
+from ab_jax.export.traced.carrying import (
+    NotCarriedError,
+    check_carried,
+    names_of,
+    place,
+    quantization_of,
+    refusal,
 )
 from ab_jax.products import ActivationRules, Range
 
 OPSET = 21
 IR_VERSION = 10
-_MOST_TOLD = 8
 
 
 def function_to_onnx(
@@ -112,15 +115,16 @@ def function_to_onnx(
         one_range_a_weight=one_range_a_weight,
     ).simplified()
     graph = traced.graph
-    _check(traced)
-    classes = graph.outputs[0].shape[-1:]
-    if class_names is not None and tuple(classes) != (len(class_names),):
-        raise ValueError(
-            f"There are {len(class_names)} class names for {classes[0] if classes else 'no'} "
-            f"classes, the last axis of the first output."
-        )
-    into = _named(input_names, "input", traced.inputs)
-    out = _named(output_names, "output", traced.outputs)
+    check_carried(traced, CARRIED, "ONNX")
+    if class_names is not None:
+        classes = graph.outputs[0].shape[-1:] if graph.outputs else ()
+        if tuple(classes) != (len(class_names),):
+            raise ValueError(
+                f"There are {len(class_names)} class names for {classes[0] if classes else 'no'} "
+                f"classes, the last axis of the first output."
+            )
+    into = names_of(input_names, "input", traced.inputs)
+    out = names_of(output_names, "output", traced.outputs)
     file = FunctionFile(
         dict(zip(graph.inputs, into, strict=True)),
         endings=endings(graph),
@@ -139,7 +143,7 @@ def function_to_onnx(
         "mean": None if mean is None else list(mean),
         "std": None if std is None else list(std),
         "network": None if description is None else dict(description),
-        "quantization": _quantization(graph),
+        "quantization": quantization_of(graph),
         "source": {"ab_jax": ab_jax.__version__, "jax": jax.__version__},
     }
     model = file.model(
@@ -163,9 +167,9 @@ def _write(file: FunctionFile, operations: Sequence[Operation]) -> None:
             write = CARRIED[operation.primitive]
             names = moved_codes(file, operation, write) or write(file, operation)
         except NotCarriedError as error:
-            raise _refused([f"{operation.primitive} {error}{_place(operation)}"]) from None
+            raise refusal([f"{operation.primitive} {error}{place(operation)}"], "ONNX") from None
         except UnknownSizeError as error:
-            raise ValueError(f"{operation.primitive}{_place(operation)}: {error}") from None
+            raise ValueError(f"{operation.primitive}{place(operation)}: {error}") from None
         names = [names] if isinstance(names, str) else names
         file.names.update(zip(operation.outputs, names, strict=True))
         file.stem = outer
@@ -184,63 +188,6 @@ CARRIED: dict[str, Write] = {
 }
 
 
-def _check(traced: TracedFunction) -> None:
-    """Refuse operations that nothing is written for, all at once, and dtypes that there are not."""
-    graph = traced.graph
-    refused = [
-        f"{operation.primitive}{_place(operation)}"
-        for operation in graph.all_operations()
-        if operation.primitive not in CARRIED
-    ]
-    paths, values = (*traced.inputs, *traced.outputs), (*graph.inputs, *graph.outputs)
-    for path, value in zip(paths, values, strict=True):
-        if not isinstance(value.dtype, np.dtype) or value.dtype.kind == "c":
-            refused.append(f"the dtype {value.dtype} of {path or 'the output'}")
-    if refused:
-        raise _refused(list(dict.fromkeys(refused)))
-
-
-def _refused(told: Sequence[str]) -> ValueError:
-    more = f"; and {len(told) - _MOST_TOLD} more" if len(told) > _MOST_TOLD else ""
-    return ValueError(
-        f"ONNX has no counterpart of {'; '.join(told[:_MOST_TOLD])}{more}. Write the function "
-        f"without, or leave this part out of it."
-    )
-
-
-def _place(operation: Operation) -> str:
-    weight = f" of {operation.path}" if operation.path else ""
-    return weight + (f", at {operation.line}" if operation.line else "")
-
-
-def _named(given: Sequence[str] | None, word: str, paths: Sequence[str]) -> list[str]:
-    if given is None:
-        return [
-            f"{word}{path if path[:1].isdigit() else f'/{path}' if path else ''}" for path in paths
-        ]
-    if len(given) != len(paths):
-        raise ValueError(
-            f"There are {len(given)} {word} names for {len(paths)} {word}s: {', '.join(paths)}."
-        )
-    return list(given)
-
-
 def _described(name: str, value: Any) -> onnx.ValueInfoProto:
     shape = [str(size) if isinstance(size, Size) else int(size) for size in value.shape]
     return helper.make_tensor_value_info(name, onnx_type(value.dtype), shape)
-
-
-def _quantization(graph: Graph) -> dict[str, Any]:
-    """Bits of the weights by their paths, and of the inputs of products by theirs."""
-    weights: dict[str, int] = {}
-    inputs: dict[str, int] = {}
-    quantized: dict[Any, int] = {}
-    for operation in graph.all_operations():
-        if operation.primitive in ("quantize", "quantize_tokens"):
-            quantized[operation.outputs[0]] = operation.params["quantizer"].bits
-        for x in operation.inputs:
-            if isinstance(x, Codes):
-                weights[x.path] = x.bits
-            elif x in quantized and operation.path:
-                inputs[operation.path] = quantized[x]
-    return {"weights": dict(sorted(weights.items())), "inputs": dict(sorted(inputs.items()))}
