@@ -250,25 +250,26 @@ def relative_error(w, bits):
 @each_width
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
 def test_the_largest_weights_there_are_lose_as_much_as_others(rng, bits, dtype):
-    w = rng.normal(size=(64, 4))
+    w = rng.normal(size=(64, 100))
     w[:, 0] = np.resize([1.0, 0.5, -0.2, 0.3], 64)
     # Up to the largest number at the last power of two; products with these are exact.
     w = jnp.asarray(w / np.abs(w).max(0) * float(jnp.finfo(dtype).max) / 2.0**127, dtype)
     wanted = relative_error(w, bits)
     for factor in (2.0**125, 2.0**126, 2.0**127):
         found = relative_error(w * jnp.asarray(factor, dtype), bits)
-        # Alternation may end elsewhere where the last bits of a sum differ.
-        np.testing.assert_allclose(found, wanted, rtol=0.2, atol=1e-9)
+        # Alternation may end elsewhere where the last bits of a sum differ: a channel may gain or
+        # lose a quarter, their mean does not.
+        np.testing.assert_allclose(found.mean(), wanted.mean(), rtol=0.05, atol=1e-9)
 
 
 @each_width
 def test_float64_is_quantized_alike_at_all_magnitudes(rng, bits):
-    w = rng.normal(size=(64, 3))
+    w = rng.normal(size=(64, 100))
     w /= np.abs(w).max(0)
     with jax.enable_x64(True):
-        wanted = relative_error(w, bits)
+        wanted = relative_error(w, bits).mean()
         for factor in (2.0**-960, 2.0**-150, 2.0**130, 2.0**1023):
-            np.testing.assert_allclose(relative_error(w * factor, bits), wanted, rtol=0.2)
+            np.testing.assert_allclose(relative_error(w * factor, bits).mean(), wanted, rtol=0.05)
 
 
 @pytest.mark.parametrize(
