@@ -41,7 +41,7 @@ from ab_jax.calibration.reconstruction import (
 from ab_jax.calibration.regression import best_strength, regressed
 from ab_jax.calibration.rounding_methods import CoordinateDescent, Layer, Method, Rounded
 from ab_jax.calibration.side_by_side import SideBySide
-from ab_jax.calibration.values import Value, computed
+from ab_jax.calibration.values import Value
 from ab_jax.products.finding import traced
 from ab_jax.products.origins import Key
 from ab_jax.products.product import Product
@@ -309,7 +309,13 @@ class _Decisions:
         assert weight.source is not None
         path = weight.source.path
         run = product_runner(form.equation)
-        plain = computed(run, operands, self._batches)[0].plain
+
+        def results(weight: Array, *, quantized: bool) -> tuple[Array, ...]:
+            inputs = (x.at(i, quantized=quantized) for i in range(self._batches))
+            pairs = ((i, weight) if form.data == 0 else (weight, i) for i in inputs)
+            return tuple(run(*pair)[0] for pair in pairs)
+
+        plain = results(weight.plain[0], quantized=False)
         in_operand = weight.source.places()
         places = form.of_weight(in_operand)
         is_new = not np.any(self.weights.decided[path][places])
@@ -317,9 +323,7 @@ class _Decisions:
         if is_new:
             self._reconstruction.decided(product.address, path, in_operand)
         values = self.weights.values_of(path)[in_operand].astype(weight.plain[0].dtype)
-        decided = Value(weight.plain, (jnp.asarray(values),))
-        pair = [x, decided] if form.data == 0 else [decided, x]
-        quantized = computed(run, pair, self._batches)[0].quantized
+        quantized = results(jnp.asarray(values), quantized=True)
         lost, gains = _compared(form, plain, quantized)
         note = "" if is_new else "its weight was calibrated where it was met before"
         if self._matching == "deviation" and is_new:
@@ -376,21 +380,24 @@ def _compared(
     form: Form, plain: tuple[Array, ...], quantized: tuple[Array, ...]
 ) -> tuple[float, np.ndarray]:
     """What is lost of the outputs, and the gains that match their deviations, [groups, m]."""
-    parts = [(form.outputs(p), form.outputs(q)) for p, q in zip(plain, quantized, strict=True)]
-    count = sum(p.shape[1] for p, _ in parts)
-    means = [np.sum([np.asarray(_sum(part[i])) for part in parts], 0) / count for i in (0, 1)]
-    sums = [_squares(*part, *map(jnp.float32, means)) for part in parts]
-    variance, variance_q, apart = (
-        np.sum([np.asarray(x, np.float64) for x in of], 0) / count for of in zip(*sums, strict=True)
-    )
+    batches = list(zip(plain, quantized, strict=True))
+    count = len(batches) * form.outputs(plain[0]).shape[1]
+
+    def mean(of_batch: Callable[..., Iterable[Array]], *further: Array) -> np.ndarray:
+        # One batch at a time, as outputs in this layout are copies.
+        of = (of_batch(form.outputs(p), form.outputs(q), *further) for p, q in batches)
+        return np.asarray(sum(np.asarray(jax.device_get(x), np.float64) for x in of) / count)
+
+    means = mean(_sums)
+    variance, variance_q, apart = mean(_squares, *map(jnp.float32, means))
     floor = _CONSTANT * variance.mean() + np.finfo(np.float32).tiny
     gains = np.sqrt((variance + floor) / (variance_q + floor))
     return float(np.mean(apart / (variance + floor))), gains
 
 
 @jax.jit
-def _sum(y: Array) -> Array:
-    return y.astype(jnp.float32).sum(1)
+def _sums(plain: Array, quantized: Array) -> tuple[Array, ...]:
+    return plain.astype(jnp.float32).sum(1), quantized.astype(jnp.float32).sum(1)
 
 
 @jax.jit

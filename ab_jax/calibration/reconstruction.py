@@ -142,19 +142,23 @@ class Reconstruction:
         axes = {place: _alike(places) for place, (_, places) in biases.items()}
         run = jax.jit(lambda x, operands: function(x, operands, axes))
 
-        def results() -> tuple[list[Array], list[dict[Place, Array]], float]:
+        def results() -> tuple[list[dict[Place, Array]], float]:
+            """Means and the mean loss; what leaves the block is not held for all batches."""
             operands = self._operands(function)
-            found, means = zip(*(run(x, operands) for x in xs), strict=True)
-            errors = [float(lost(*pair)) for pair in zip(found, wanted, strict=True)]
-            return list(found), list(means), float(np.mean(errors))
+            means, errors = [], []
+            for x, y in zip(xs, wanted, strict=True):
+                found, of_batch = run(x, operands)
+                means.append(of_batch)
+                errors.append(float(lost(found, y)))
+            return means, float(np.mean(errors))
 
-        _, kept, before = results()
+        kept, before = results()
         codes = self._learned(function, weights, axes, kept, lost, xs, wanted, before)
         earlier = {path: of.codes[path] for path in codes}
         earlier_biases = {path: of.floats[path] for path, _ in biases.values()}
         of.codes.update(codes)
         for place, (path, places) in biases.items():  # one after another, as each moves the next
-            _, means, _ = results()
+            means, _ = results()
             apart = np.mean([a[place] - b[place] for a, b in zip(kept, means, strict=True)], 0)
             shifted = of.floats[path].copy()
             once = places[
@@ -162,10 +166,12 @@ class Reconstruction:
             ]
             shifted[once] += apart.astype(shifted.dtype)
             of.floats[path] = shifted
-        found, _, after = results()
+        _, after = results()
         addresses = tuple(w.address for w in weights)
         if after < before:
-            leaves = dataclasses.replace(leaves, quantized=tuple(found))
+            operands = self._operands(function)
+            found = tuple(run(x, operands)[0] for x in xs)
+            leaves = dataclasses.replace(leaves, quantized=found)
             return leaves, ReconstructedBlock(addresses, before, after)
         of.codes.update(earlier)
         of.floats.update(earlier_biases)
