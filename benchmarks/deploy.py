@@ -55,7 +55,7 @@ _TITLES = {
     "resnet50_v1": "ResNet-50 v1",
 }
 _RULES = ab.Rules([(r"(.*/)?kernel", ab.Uniform(bits=8, scale="absmax")), (r".*", None)])
-_INPUTS = ActivationRules(
+INPUTS = ActivationRules(
     [
         ("stem", ActivationQuantizer(bits=8, signed=True, limit=4.0)),
         (r".*", ActivationQuantizer(bits=8, limit=6.0, signed=False)),
@@ -160,36 +160,47 @@ def run(config: Config) -> Record:
 
 
 def make_subject(make_model: Callable[..., nn.Module], image_size: int) -> Subject:
-    """A network with random kernels of unit gain, and norms that subtract a little."""
-    shape = (image_size, image_size, 3)
+    """A network of random weights."""
     plain = make_model()
-    quantized = WithQuantizedInputs(plain, _INPUTS)
-    init = functools.partial(plain.init, train=False)
-    variables = generated_variables(init, jax.ShapeDtypeStruct((1, *shape), jnp.float32))
-    variables = {**variables, "batch_stats": _with_means(variables["batch_stats"])}
+    quantized = WithQuantizedInputs(plain, INPUTS)
+    variables = random_variables(plain, image_size)
     whole = {**variables, "params": ab.quantize(variables["params"], _RULES)}
-    images = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-
-    def written(model: Model, variables: Any, integer_biases: bool = False) -> bytes:
-        net = inference(model, variables)
-        return function_to_onnx(
-            net.function,
-            net.params,
-            images,
-            rules=net.rules,
-            ranges=net.ranges,
-            input_names=[IMAGES],
-            integer_biases=integer_biases,
-        ).SerializeToString()
-
     files = {
-        "float32": written(plain, variables),
-        "int8": written(quantized, whole),
-        "int8, integer biases": written(quantized, whole, integer_biases=True),
+        "float32": to_file(plain, variables, image_size),
+        "int8": to_file(quantized, whole, image_size),
+        "int8, integer biases": to_file(quantized, whole, image_size, integer_biases=True),
     }
     net = inference(quantized, whole)
+    images = _images(image_size)
     traced = trace(net.function, net.params, images, rules=net.rules, ranges=net.ranges)
     return Subject(plain, variables, traced.simplified(), files)
+
+
+def random_variables(model: nn.Module, image_size: int) -> Any:
+    """Random kernels of unit gain, and norms that subtract a little."""
+    init = functools.partial(model.init, train=False)
+    variables = generated_variables(init, _images(image_size))
+    return {**variables, "batch_stats": _with_means(variables["batch_stats"])}
+
+
+def to_file(
+    model: Model, variables: Any, image_size: int, *, integer_biases: bool = False
+) -> bytes:
+    """A network as an ONNX file."""
+    net = inference(model, variables)
+    return function_to_onnx(
+        net.function,
+        net.params,
+        _images(image_size),
+        rules=net.rules,
+        ranges=net.ranges,
+        input_names=[IMAGES],
+        integer_biases=integer_biases,
+    ).SerializeToString()
+
+
+def _images(size: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
 
 
 def _with_means(statistics: Any) -> Any:

@@ -202,31 +202,47 @@ def vit_subject() -> Subject:
 
 def decoder_subject() -> Subject:
     """The decoder in float32, and with 4-bit matrices."""
-    rng = np.random.default_rng(0)
-    params = decoder_params(rng)
-    shape = (_LAYERS, _PLACES - 1, _LLAMA_WIDTH // _HEAD_SIZE, _HEAD_SIZE)
-    cache = tuple(rng.standard_normal(shape, np.float32) for _ in range(2))
-    token = np.array([7], np.int32)
-    rules = ab.Rules(
-        [
-            (r".*norm|embedding", None),
-            (r".*", ab.Uniform(bits=4, scale="absmax", group_size=32)),
-        ]
-    )
-    names: dict[str, Any] = {"input_names": ["token", "keys", "values"]}
-    names |= {"open_axes": (None, None)}
-    codes = ab.quantize(params, rules)
-    files = {
-        "float32": function_to_onnx(decoder, params, token, cache, **names),
-        "W4": function_to_onnx(decoder, codes, token, cache, fused=True, **names),
+    params, inputs = decoder_params(np.random.default_rng(0)), decoder_inputs()
+    codes = ab.quantize(params, decoder_rules(ab.Uniform(bits=4, scale="absmax", group_size=32)))
+    written = {
+        "float32": decoder_to_file(params, inputs),
+        "W4": decoder_to_file(codes, inputs, fused=True),
     }
-    written = _written(files)
     # The same file: ONNX Runtime rounds activations to 8 bits unless it is told not to.
     written["W4, activations in 8 bits"] = written["W4"]
     exact = {"session.qdq_matmulnbits_accuracy_level": "0"}
-    fed = {"token": token, "keys": cache[0], "values": cache[1]}
-    wanted = jax.jit(decoder)(ab.dequantize(codes), token, cache)[0]
-    return Subject(fed, written, {"W4": exact}, np.asarray(wanted))
+    wanted = jax.jit(decoder)(ab.dequantize(codes), *inputs)[0]
+    return Subject(named(inputs), written, {"W4": exact}, np.asarray(wanted))
+
+
+def decoder_inputs() -> tuple[Any, Any]:
+    """A token, and keys and values of those before it."""
+    rng = np.random.default_rng(1)
+    shape = (_LAYERS, _PLACES - 1, _LLAMA_WIDTH // _HEAD_SIZE, _HEAD_SIZE)
+    return np.array([7], np.int32), tuple(rng.standard_normal(shape, np.float32) for _ in range(2))
+
+
+def named(inputs: tuple[Any, Any]) -> dict[str, np.ndarray]:
+    """The decoder's inputs by their names in a file."""
+    token, (keys, values) = inputs
+    return {"token": token, "keys": keys, "values": values}
+
+
+def decoder_rules(quantizer: ab.Quantizer) -> ab.Rules:
+    """Of all matrices but the embedding."""
+    return ab.Rules([(r".*norm|embedding", None), (r".*", quantizer)])
+
+
+def decoder_to_file(params: Params, inputs: tuple[Any, Any], *, fused: bool = False) -> bytes:
+    """The decoder as an ONNX file."""
+    return function_to_onnx(
+        decoder,
+        params,
+        *inputs,
+        fused=fused,
+        input_names=list(named(inputs)),
+        open_axes=(None, None),
+    ).SerializeToString()
 
 
 def _written(files: dict[str, Any]) -> dict[str, bytes]:
@@ -247,7 +263,7 @@ def run(config: Config) -> Record:
     for name, make in SUBJECTS.items():
         subject = make()
         runs = {
-            form: _session(data, subject.settings.get(form, {}))
+            form: one_core_session(data, subject.settings.get(form, {}))
             for form, data in subject.files.items()
         }
         answers = {form: of(None, subject.inputs)[0] for form, of in runs.items()}
@@ -257,7 +273,7 @@ def run(config: Config) -> Record:
         }
         sizes[name] = {form: len(data) for form, data in subject.files.items()}
         calls = {
-            form: functools.partial(_seconds, of, subject.inputs, config.repeats)
+            form: functools.partial(seconds_of, of, subject.inputs, config.repeats)
             for form, of in runs.items()
         }
         seconds[name] = in_rounds(calls, rounds=config.rounds, seed=config.seed)
@@ -269,7 +285,8 @@ def run(config: Config) -> Record:
     }
 
 
-def _session(data: bytes, settings: dict[str, str]) -> Callable[..., Any]:
+def one_core_session(data: bytes, settings: dict[str, str]) -> Callable[..., Any]:
+    """ONNX Runtime's `run(output names, inputs)` of a file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
@@ -280,7 +297,8 @@ def _session(data: bytes, settings: dict[str, str]) -> Callable[..., Any]:
     return run
 
 
-def _seconds(call: Callable[..., Any], inputs: dict[str, np.ndarray], repeats: int) -> float:
+def seconds_of(call: Callable[..., Any], inputs: dict[str, np.ndarray], repeats: int) -> float:
+    """Of a call, mean of some in a row."""
     return timed(lambda: [call(None, inputs) for _ in range(repeats)]).wall / repeats
 
 
