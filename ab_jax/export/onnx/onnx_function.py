@@ -11,6 +11,7 @@ written.
 Files are of opset 21, the first with types of 4 bits and scales by block.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from ab_jax.export.onnx.function_indexing import INDEXING
 from ab_jax.export.onnx.function_layouts import LAYOUTS
 from ab_jax.export.onnx.function_loops import loops
 from ab_jax.export.onnx.function_moves import moved_codes
+from ab_jax.export.onnx.function_named import NAMED
 from ab_jax.export.onnx.function_products import PRODUCTS
 from ab_jax.export.onnx.function_reductions import REDUCTIONS
 from ab_jax.export.onnx.function_windows import WINDOWS
@@ -45,6 +47,7 @@ from ab_jax.export.traced.carrying import (
     quantization_of,
     refusal,
 )
+from ab_jax.export.traced.named_functions import with_named_functions
 from ab_jax.products import ActivationRules, Range
 
 OPSET = 21
@@ -114,6 +117,7 @@ def function_to_onnx(
         ranges=ranges,
         one_range_a_weight=one_range_a_weight,
     ).simplified()
+    traced = dataclasses.replace(traced, graph=with_named_functions(traced.graph))
     graph = traced.graph
     check_carried(traced, CARRIED, "ONNX")
     if class_names is not None:
@@ -184,6 +188,7 @@ CARRIED: dict[str, Write] = {
     **CONVOLUTIONS,
     **WINDOWS,
     **INDEXING,
+    **NAMED,
     **loops(_write),
 }
 

@@ -40,6 +40,11 @@ def evaluate(traced: TracedFunction, *inputs: Any, done: Done | None = None) -> 
     return jax.tree.unflatten(traced.structure, [_array(result) for result in results])
 
 
+def evaluate_graph(graph: Graph, inputs: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
+    """What a graph gives for arrays, computed by JAX at these sizes of its open axes."""
+    return [_array(result) for result in _Run(sizes, None).graph(graph, inputs, {})]
+
+
 @dataclasses.dataclass(frozen=True)
 class _Run:
     """An evaluation at these sizes of the open axes."""

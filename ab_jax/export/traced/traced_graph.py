@@ -230,6 +230,10 @@ class Users:
         for output in graph.outputs:
             self._users.setdefault(output, []).append(None)
 
+    def of(self, value: Operand) -> list[Operation | None]:
+        """The operations that take a value, once for each time; None: it leaves the graph."""
+        return self._users.get(value, [])
+
     def only(self, value: Operand) -> Operation | None:
         """The one operation that takes a value, once; None: there are others, or none."""
         users = self._users.get(value, [])

@@ -1,0 +1,135 @@
+"""Softmax, layer norm and GELU are found however they are written, and nothing else is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import onnxruntime
+import pytest
+from flax import nnx
+
+from ab_jax.export.onnx import function_to_onnx
+
+SHAPE = (3, 5, 6)
+Function = Callable[[Any, jax.Array], jax.Array]
+
+
+def _linen(module: nn.Module, rng: np.random.Generator) -> tuple[Function, Any]:
+    params = module.init(jax.random.key(0), np.ones(SHAPE, np.float32))
+    params = jax.tree.map(lambda p: rng.normal(size=p.shape).astype(np.float32), params)
+    return lambda params, x: module.apply(params, x), params
+
+
+def _nnx(rng: np.random.Generator) -> tuple[Function, Any]:
+    graph, state = nnx.split(nnx.LayerNorm(SHAPE[-1], rngs=nnx.Rngs(0)))
+    return lambda state, x: nnx.merge(graph, state)(x), state
+
+
+def _equinox(rng: np.random.Generator) -> tuple[Function, Any]:
+    norm = eqx.nn.LayerNorm(SHAPE[-1], eps=1e-3)
+    arrays, rest = eqx.partition(norm, eqx.is_array)
+    return lambda arrays, x: jax.vmap(jax.vmap(eqx.combine(arrays, rest)))(x), arrays
+
+
+def _by_hand(rng: np.random.Generator) -> tuple[Function, Any]:
+    def f(params: Any, x: jax.Array) -> jax.Array:
+        centered = x - x.mean(-1, keepdims=True)
+        deviation = jnp.sqrt((centered * centered).mean(-1, keepdims=True) + 1e-5)
+        return params[0] * (centered / deviation) - params[1]
+
+    return f, rng.normal(size=(2, 1, 1, SHAPE[-1])).astype(np.float32)
+
+
+LAYER_NORMS: dict[str, Callable[[np.random.Generator], tuple[Function, Any]]] = {
+    "linen": lambda rng: _linen(nn.LayerNorm(), rng),
+    "linen, slow variance": lambda rng: _linen(nn.LayerNorm(use_fast_variance=False), rng),
+    "linen, no bias": lambda rng: _linen(nn.LayerNorm(use_bias=False, epsilon=0.01), rng),
+    "nnx": _nnx,
+    "equinox": _equinox,
+    "by hand": _by_hand,
+}
+OTHERS: dict[str, tuple[str, Callable[[jax.Array], jax.Array]]] = {
+    "softmax": ("Softmax", jax.nn.softmax),
+    "softmax, an inner axis": ("Softmax", lambda x: jax.nn.softmax(x, 1)),
+    "softmax by hand": (
+        "Softmax",
+        lambda x: (e := jnp.exp(x - x.max(-1, keepdims=True))) / e.sum(-1, keepdims=True),
+    ),
+    "log softmax": ("LogSoftmax", jax.nn.log_softmax),
+    "gelu": ("Gelu", lambda x: jax.nn.gelu(x, approximate=False)),
+    "gelu by erf": ("Gelu", lambda x: x * (1 + jax.lax.erf(x / np.sqrt(2).astype(np.float32))) / 2),
+    "gelu by tanh": ("Gelu", jax.nn.gelu),
+}
+UNLIKE: dict[str, Callable[[jax.Array], Any]] = {
+    "two axes": lambda x: jax.nn.softmax(x, (1, 2)),
+    "another temperature inside": lambda x: jnp.exp(x) / jnp.exp(2 * x).sum(-1, keepdims=True),
+    "steeper gelu": lambda x: 0.5 * x * (1 + jax.lax.erf(x / 1.4)),
+    "another tanh": lambda x: 0.5 * x * (1 + jnp.tanh(0.8 * (x + 0.05 * x**3))),
+    "root mean square": lambda x: x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6),
+    "norm over an inner axis": lambda x: nn.LayerNorm(
+        reduction_axes=1, use_bias=False, use_scale=False
+    ).apply({}, x),
+    "unbiased variance": lambda x: (
+        (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
+    ),
+    "an inner value leaves": lambda x: (e := jnp.exp(x)) / e.sum(-1, keepdims=True) + 0 * e.sum(),
+}
+
+
+def operators(f: Function, params: Any, x: np.ndarray) -> list[str]:
+    """Operators of the file, whose answers are checked on another batch."""
+    model = function_to_onnx(f, params, x[:2])
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x})
+    wanted = np.asarray(f(params, x))
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=2e-6 * np.abs(wanted).max())
+    return [node.op_type for node in model.graph.node if node.op_type != "Identity"]
+
+
+@pytest.mark.parametrize("name", LAYER_NORMS)
+def test_layer_norms_are_one_operator(rng: np.random.Generator, name: str) -> None:
+    f, params = LAYER_NORMS[name](rng)
+    x = rng.normal(1, 2, SHAPE).astype(np.float32)
+    assert operators(f, params, x) == ["LayerNormalization"]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_functions_without_parameters_are_one_operator(rng: np.random.Generator, name: str) -> None:
+    operator, f = OTHERS[name]
+    x = rng.normal(0, 2, SHAPE).astype(np.float32)
+    assert operators(lambda _, x: f(x), {}, x) == [operator]
+
+
+@pytest.mark.parametrize("name", UNLIKE)
+def test_what_computes_something_else_stays(rng: np.random.Generator, name: str) -> None:
+    x = rng.normal(0, 2, SHAPE).astype(np.float32)
+    found = operators(lambda _, x: UNLIKE[name](x), {}, x)
+    assert not {"Softmax", "LogSoftmax", "Gelu", "LayerNormalization"} & set(found)
+
+
+def test_a_part_of_which_an_inner_value_is_an_output_stays(rng: np.random.Generator) -> None:
+    def f(_: Any, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        total = jnp.exp(x).sum(-1, keepdims=True)
+        return jnp.exp(x) / total, total
+
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    model = function_to_onnx(f, {}, x)
+    assert "Softmax" not in [node.op_type for node in model.graph.node]
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    for found, wanted in zip(session.run(None, {"input0": x}), f({}, x), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_the_precision_of_large_means_is_not_lost(rng: np.random.Generator) -> None:
+    x = (rng.normal(size=(3, 5, 300)) + 100).astype(np.float32)
+    f, params = _linen(nn.LayerNorm(use_fast_variance=False, use_bias=False, use_scale=False), rng)
+    model = function_to_onnx(f, params, x)
+    session = onnxruntime.InferenceSession(model.SerializeToString())
+    (found,) = session.run(None, {session.get_inputs()[0].name: x})
+    exact = x.astype(np.float64)
+    exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
+    np.testing.assert_allclose(found, exact, atol=1e-4)
