@@ -10,9 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import onnxruntime
 import pytest
+from ai_edge_litert import schema_py_generated as schema
 from flax import nnx
 
+from ab_jax.export.litert import function_to_litert
 from ab_jax.export.onnx import function_to_onnx
+from tests.export.litert_answers import File, answers_by_name
 
 SHAPE = (3, 5, 6)
 Function = Callable[[Any, jax.Array], jax.Array]
@@ -102,6 +105,20 @@ def test_functions_without_parameters_are_one_operator(rng: np.random.Generator,
     operator, f = OTHERS[name]
     x = rng.normal(0, 2, SHAPE).astype(np.float32)
     assert operators(lambda _, x: f(x), {}, x) == [operator]
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_litert_has_operators_for_them_too(rng: np.random.Generator, name: str) -> None:
+    operator, f = OTHERS[name]
+    x = rng.normal(0, 2, SHAPE).astype(np.float32)
+    data = function_to_litert(lambda _, x: f(x), {}, x, input_names=["x"], output_names=["y"])
+    named = {"Softmax": "SOFTMAX", "LogSoftmax": "LOG_SOFTMAX", "Gelu": "GELU"}[operator]
+    used = {code.builtinCode for code in File(data).model.operatorCodes}
+    assert getattr(schema.BuiltinOperator, named) in used
+    assert used <= {getattr(schema.BuiltinOperator, n) for n in (named, "TRANSPOSE", "RESHAPE")}
+    wanted = np.asarray(f(x))
+    for answer in answers_by_name(data, {"x": x}).values():
+        np.testing.assert_allclose(answer, wanted, rtol=1e-5, atol=4e-6 * np.abs(wanted).max())
 
 
 @pytest.mark.parametrize("name", UNLIKE)

@@ -9,6 +9,7 @@ resized. Parameters that are codes stay codes. What has no counterpart is named,
 takes and the line of the model, before anything is written.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_indexing import INDEXING
 from ab_jax.export.litert.litert_layouts import LAYOUTS, moved_codes
 from ab_jax.export.litert.litert_loops import copied, loops
+from ab_jax.export.litert.litert_named import NAMED
 from ab_jax.export.litert.litert_products import PRODUCTS
 from ab_jax.export.litert.litert_reductions import REDUCTIONS
 from ab_jax.export.litert.litert_special import SPECIAL
@@ -41,6 +43,7 @@ from ab_jax.export.traced.carrying import (
     quantization_of,
     refusal,
 )
+from ab_jax.export.traced.named_functions import with_named_functions
 from ab_jax.products import ActivationRules, Range
 
 METADATA = "ab_jax"  # the name under which a file has its description
@@ -124,6 +127,7 @@ def graph_to_litert(
     Raises:
       ValueError: operations without a counterpart, or names of another number.
     """
+    traced = dataclasses.replace(traced, graph=with_named_functions(traced.graph, NAMED))
     graph = traced.graph
     check_carried(traced, CARRIED, "LiteRT")
     into = names_of(input_names, "input", traced.inputs)
@@ -180,5 +184,6 @@ CARRIED: dict[str, Write] = {
     **CONVOLUTIONS,
     **WINDOWS,
     **INDEXING,
+    **NAMED,
     **loops(_write_all),
 }

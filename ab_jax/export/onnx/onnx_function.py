@@ -117,7 +117,7 @@ def function_to_onnx(
         ranges=ranges,
         one_range_a_weight=one_range_a_weight,
     ).simplified()
-    traced = dataclasses.replace(traced, graph=with_named_functions(traced.graph))
+    traced = dataclasses.replace(traced, graph=with_named_functions(traced.graph, NAMED))
     graph = traced.graph
     check_carried(traced, CARRIED, "ONNX")
     if class_names is not None:

@@ -8,7 +8,7 @@ analytic functions, so that two which agree there to many digits are the same.
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -48,12 +48,16 @@ class _Part:
     leaves: Value
 
 
-def with_named_functions(graph: Graph) -> Graph:
+def with_named_functions(graph: Graph, names: Container[str]) -> Graph:
     """The graph with operations `softmax`, `log_softmax`, `layer_norm` and `gelu`.
 
     `softmax` and `log_softmax` have the parameter `axis`; `gelu` has `approximate`; `layer_norm`
     has `epsilon`, is over the last axis, and takes its scale and bias as further inputs. The bodies
     of loops stay as they are.
+
+    Args:
+      graph: any.
+      names: those of the four that are wanted.
     """
     users = Users(graph)
     written: dict[Operation, list[Operation]] = {}
@@ -61,7 +65,7 @@ def with_named_functions(graph: Graph) -> Graph:
     for value in (*graph.inputs, *made):
         for part in _parts(value, users):
             found = None if written.keys() & part.operations else _named(part, graph)
-            if found is not None:
+            if found is not None and found.primitive in names:
                 written |= {operation: [] for operation in part.operations}
                 written[part.operations[-1]] = [found]
                 break
