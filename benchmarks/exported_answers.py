@@ -65,8 +65,12 @@ def integers(network: TrainedNetwork, directory: Path) -> Logits:
 
 
 def float64(network: TrainedNetwork, directory: Path) -> Logits:
-    """The graph as it is, in float64; codes of inputs are still those nearest in float32."""
-    graph = graph_of(network)
+    """The graph as it is, in float64."""
+    return in_float64(graph_of(network))
+
+
+def in_float64(graph: TracedFunction) -> Logits:
+    """A graph computed in float64; codes of inputs are still those nearest in float32."""
 
     def logits(images: np.ndarray) -> Any:
         with jax.enable_x64(True):
@@ -269,7 +273,7 @@ def _widened(operation: Operation, operands: Sequence[Any], by_jax: ByJax) -> An
         quantizer, limit = operation.params["quantizer"], jnp.float32(limit)
         codes = quantizer.codes(jnp.asarray(x, jnp.float32), limit)
         return codes.astype(jnp.float64) * quantizer.scale(limit).astype(jnp.float64)
-    wide = [_in_float64(x) for x in operands]
+    wide = [_wide(x) for x in operands]
     if name == "convert_element_type" and operation.params["new_dtype"] == jnp.float32:
         return jnp.asarray(wide[0], jnp.float64)
     params = dict(operation.params)
@@ -278,7 +282,7 @@ def _widened(operation: Operation, operands: Sequence[Any], by_jax: ByJax) -> An
     return by_jax(dataclasses.replace(operation, params=params), wide)
 
 
-def _in_float64(x: Any) -> Any:
+def _wide(x: Any) -> Any:
     if isinstance(x, Codes):
         scales = tuple(scale.astype(np.float64) for scale in x.scales)
         return dataclasses.replace(x, scales=scales, dtype=np.dtype(np.float64)).values()
