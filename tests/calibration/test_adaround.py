@@ -48,9 +48,9 @@ def test_every_weight_goes_to_the_level_above_or_below(rng, quantizer):
 
 
 def test_it_lies_between_the_best_way_to_round_and_the_nearest(rng):
-    """All ways to round eight weights up or down are tried, in forty draws."""
+    """All ways to round eight weights up or down are tried, in 120 draws."""
     of_best, of_nearest = [], []
-    for _ in range(40):
+    for _ in range(120):
         weight, h = rng.normal(size=(1, 8, 1)), correlated(rng, 1, 8)
         levels = levels_of(weight, ab.Uniform(bits=4))
         below = np.clip(np.floor(weight / levels.scale), -7, 6)

@@ -80,7 +80,7 @@ def test_scales_that_would_not_be_positive_stay(rng):
 
 def test_it_loses_no_more_than_gptq_and_less_in_the_mean(rng):
     ratios = []
-    for _ in range(10):
+    for _ in range(40):
         weight, h = rng.normal(size=(2, 20, 5)), correlated(rng, 2, 20)
         quantized = ab.Uniform(bits=3).quantize(jnp.asarray(weight.reshape(40, 5), jnp.float32))
         levels = Levels.of(quantized, np.arange(200).reshape(2, 20, 5))

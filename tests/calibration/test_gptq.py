@@ -84,9 +84,9 @@ def test_groups_are_apart_from_each_other(rng):
 
 
 def test_it_lies_between_the_best_codes_and_rounding(rng):
-    """All codes of five ternary weights are tried, in forty draws."""
+    """All codes of five ternary weights are tried, in 120 draws."""
     ratios, of_rounding = [], []
-    for _ in range(40):
+    for _ in range(120):
         weight, moments = rng.normal(size=(1, 5, 1)), correlated(rng, 1, 5)
         levels = levels_of(weight, ab.Ternary())
         every = np.array(list(itertools.product((-1.0, 0.0, 1.0), repeat=5)))[:, None, :, None]

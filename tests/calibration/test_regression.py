@@ -58,12 +58,13 @@ def test_moments_of_folds_make_those_of_all_rows(rng):
 
 
 def test_the_strength_is_near_the_best_for_rows_that_come_later(rng):
-    """In thirty layers of few rows and of many: never far off, and better than any fixed one."""
+    """In thirty layers, of few rows that tell little and of many that tell much: never far off,
+    and better than any fixed one."""
     tried = (0.001, 0.01, *STRENGTHS)
     chosen, fixed = [], {strength: [] for strength in tried}
     for _ in range(15):
-        for rows in (24, 2000):
-            inputs, plain = noisy(rng, rows + 4000, 16, 1.0)
+        for rows, noise in ((24, 2.0), (2000, 0.3)):
+            inputs, plain = noisy(rng, rows + 4000, 16, noise)
             weight = rng.normal(size=(2, 16, 3))
             folds = folds_of(inputs[:, :rows], plain[:, :rows], 4)
             later, wanted = inputs[:, rows:], plain[:, rows:] @ weight
@@ -83,11 +84,14 @@ def test_the_strength_is_near_the_best_for_rows_that_come_later(rng):
 
 
 def test_what_no_regression_mends_is_left_alone(rng):
-    """Errors that have nothing to do with the inputs, and a row for each weight."""
-    plain = rng.normal(size=(1, 24, 24))
-    inputs = plain + 1e-3 * rng.normal(size=plain.shape)
-    weight = rng.normal(size=(1, 24, 3))
-    assert best_strength(weight, folds_of(inputs, plain, 4)) >= 1
+    """Errors that have nothing to do with the inputs, and a row for each weight; in ten layers."""
+    strengths = []
+    for _ in range(10):
+        plain = rng.normal(size=(1, 24, 24))
+        inputs = plain + 1e-3 * rng.normal(size=plain.shape)
+        weight = rng.normal(size=(1, 24, 3))
+        strengths.append(best_strength(weight, folds_of(inputs, plain, 4)))
+    assert np.median(strengths) >= 1
 
 
 def test_inputs_that_are_always_zero_are_no_matter(rng):
