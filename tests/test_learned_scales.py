@@ -43,6 +43,17 @@ def reference(
     return codes * s, to_w, to_s
 
 
+def assert_gradients(
+    found: Any, wanted: Any, cotangent: np.ndarray, highest: int, axes: Any, tolerance: float
+) -> None:
+    """To weights, and to scales: sums that may cancel, so that their terms say what rounding is."""
+    np.testing.assert_allclose(found[0], wanted[0], rtol=tolerance, atol=tolerance)
+    count = cotangent.size // wanted[1].size
+    terms = np.sum(np.abs(cotangent), axes) * highest / math.sqrt(count * highest)
+    atol = tolerance / 10 * np.max(terms)
+    np.testing.assert_allclose(found[1], wanted[1], rtol=tolerance, atol=atol)
+
+
 def draw(
     rng: np.random.Generator, highest: int, axes: tuple[int, ...]
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -75,8 +86,8 @@ def test_value_and_gradients_are_those_of_the_paper(rng, quantizer, highest, axe
     assert (~inside & (w < 0)).any()
     for call in (value_and_gradients, jax.jit(value_and_gradients, static_argnums=3)):
         found = call(jnp.asarray(w), jnp.asarray(s), jnp.asarray(cotangent), quantizer)
-        for one, other in zip(found, wanted, strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+        np.testing.assert_allclose(found[0], wanted[0], rtol=1e-5)
+        assert_gradients(found[1:], wanted[1:], cotangent, highest, axes, 1e-5)
         assert not np.any(np.asarray(found[1])[~inside])
 
 
@@ -109,10 +120,9 @@ def test_gradients_are_the_slopes_of_the_surrogate(rng, quantizer, highest, axes
 
     h = 1e-6
     slopes = (surrogate(w + h * s, s) - surrogate(w - h * s, s)) / (2 * h * s)
-    np.testing.assert_allclose(to_w, slopes, rtol=1e-4, atol=1e-4)
     by_weight = (surrogate(w, s * (1 + h)) - surrogate(w, s * (1 - h))) / (2 * h * s)
     scaled = np.sum(by_weight, axes, keepdims=True) / math.sqrt(w.size // s.size * highest)
-    np.testing.assert_allclose(to_s, scaled, rtol=1e-4, atol=1e-4 * np.abs(scaled).max())
+    assert_gradients((to_w, to_s), (slopes, scaled), cotangent, highest, axes, 1e-4)
 
 
 def test_a_group_is_a_block_of_its_own(rng):
@@ -164,7 +174,11 @@ def test_the_loss_sees_the_codes_that_are_deployed_bit_for_bit(
     assert codes.dtype == np.int8
     w, s = (np.asarray(x, np.float64) for x in (params["kernel"], scales["kernel"]))
     binary = isinstance(quantizer, ab.Binary)
-    np.testing.assert_array_equal(codes, codes_of(w, s, highest, binary=binary))
+    clear = (
+        np.abs(np.abs(w / s - np.round(w / s)) - 0.5) > 1e-4
+    )  # else float32 may decide otherwise
+    assert clear.mean() > 0.9
+    np.testing.assert_array_equal(codes[clear], codes_of(w, s, highest, binary=binary)[clear])
     values = ab.dequantize(deployed)
     assert values["kernel"].dtype == params["kernel"].dtype
     for found in (seen(params, scales, 1.0), jax.jit(seen)(params, scales, 0.25)):
@@ -182,8 +196,8 @@ def test_a_traced_scale_counts_by_its_magnitude(rng, quantizer, highest, axes):
     binary = isinstance(quantizer, ab.Binary)
     value, to_w, to_s = reference(w, s, cotangent, highest, axes, binary=binary)
     found = jax.jit(value_and_gradients, static_argnums=3)(w, sign * s, cotangent, quantizer)
-    for one, other in zip(found, (value, to_w, sign * to_s), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+    np.testing.assert_allclose(found[0], value, rtol=1e-5)
+    assert_gradients(found[1:], (to_w, sign * to_s), cotangent, highest, axes, 1e-5)
     rules = ab.Rules([("kernel", quantizer)])
     deploy = jax.jit(lambda w, s: ab.quantize({"kernel": w}, rules, scales={"kernel": s})["kernel"])
     deployed = deploy(w, sign * s)
