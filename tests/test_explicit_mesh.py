@@ -48,7 +48,7 @@ def test_weights_of_explicit_sharding_blend_as_whole_ones(rng, devices, quantize
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1 if one.dtype == np.int8 else 0)
     assert np.mean(np.asarray(found.codes) != np.asarray(whole.codes)) < 0.01
-    np.testing.assert_allclose(of_sharded, gradient, rtol=1e-4, atol=1e-5)
+    assert np.mean(~np.isclose(of_sharded, gradient, rtol=1e-4, atol=1e-5)) < 0.01
 
 
 MANY_CANDIDATES = [

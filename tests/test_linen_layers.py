@@ -20,6 +20,7 @@ from ab_jax.linen import (
     layer_paths,
     quantized_inputs,
 )
+from tests.products.rounded_inputs import clear, rounded
 
 # What it tests goes with the next release, and says so.
 pytestmark = pytest.mark.filterwarnings("ignore:.*goes with the next release:FutureWarning")
@@ -248,13 +249,19 @@ def test_scanned_layers_need_the_ranges_among_the_variable_axes(rng, key):
 
     with quantized_inputs(rules, 1.0):
         variables = scanned(**{RANGES: 0}).init(key, x, None)
+    dense = jax.tree.map(np.asarray, variables["params"]["dense"])
+    all_clear = False
+    while not all_clear:
+        x = rng.normal(size=(2, 4)).astype(np.float32)
+        wanted, limits, all_clear = x, [], True
+        for kernel, bias in zip(dense["kernel"], dense["bias"], strict=True):
+            limit = np.abs(wanted).max()
+            all_clear &= clear(wanted, limit, 8, True)
+            wanted = np.maximum(rounded(wanted, limit, 8, True) @ kernel + bias.reshape(1, -1), 0)
+            limits.append(limit)
+    with quantized_inputs(rules, 1.0):
         (got, _), state = scanned(**{RANGES: 0}).apply(variables, x, None, mutable=[RANGES])
     found = state[RANGES]["dense"]["input"]
     assert found.shape == (3,), "a range for each layer of the stack"
-    kernel, bias = (variables["params"]["dense"][name] for name in ("kernel", "bias"))
-    for i in range(3):
-        limit = np.abs(x).max()
-        np.testing.assert_allclose(found[i], limit, rtol=1e-5)
-        x = np.round(x / limit * 127) * (limit / 127)
-        x = np.maximum(x @ kernel[i] + bias[i].reshape(1, -1), 0)
-    np.testing.assert_allclose(got, x, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, limits, rtol=1e-5)
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)

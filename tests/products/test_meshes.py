@@ -44,7 +44,7 @@ def forward(p, x):
 def loss(p, ranges, x, rules):
     effective = ab.blend(p, RULES, 0.5)
     y, ranges = quantize_inputs(forward, rules)(effective, x, ranges=ranges, measure=True)
-    return jnp.sum(jnp.sin(y)), ranges
+    return jnp.sum(jnp.sin(y)), (y, ranges)
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
@@ -59,7 +59,7 @@ def test_shared_weights_and_data_compute_what_whole_ones_do(rng, devices, quanti
     rules = ActivationRules([(".*", quantizer)])
     gradient = jax.value_and_grad(loss, has_aux=True)
     start = initial_ranges(forward, rules, p, x)
-    (wanted, ranges), of_whole = gradient(p, start, x, rules)
+    (_, (wanted, ranges)), of_whole = gradient(p, start, x, rules)
 
     mesh = jax.make_mesh((4,), ("x",), devices=devices[:4], axis_types=(kind,))
     with jax.set_mesh(mesh):
@@ -71,14 +71,16 @@ def test_shared_weights_and_data_compute_what_whole_ones_do(rng, devices, quanti
         shared = dict(zip(p, on, strict=False))
         begun = initial_ranges(forward, rules, shared, on[-1])
         step = jax.jit(gradient, static_argnums=3)
-        (found, of_shared), gradients = step(shared, begun, on[-1], rules)
-    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4)
+        (_, (found, of_shared)), gradients = step(shared, begun, on[-1], rules)
+    # Half-way between two levels the last bit decides: one code of a row may differ.
+    off = np.abs(np.asarray(found) - wanted)
+    assert np.median(off) < 1e-5
+    assert np.max(off) < 0.1
     for one, other in zip(jax.tree.leaves(of_shared), jax.tree.leaves(ranges), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
     for name, spec in zip(p, of_weights, strict=True):
-        # Half-way between two levels the last bit decides.
         off = np.abs(np.asarray(gradients[name]) - of_whole[name]) / np.abs(of_whole[name]).max()
-        assert np.median(off) < 1e-3
+        assert np.median(off) < 5e-3  # all of a gradient, for such a code
         if kind == AxisType.Explicit:
             assert gradients[name].sharding.spec == spec
 
