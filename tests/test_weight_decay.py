@@ -147,7 +147,7 @@ def test_the_decay_has_the_factor_of_the_gradient(rng, params, factor):
     share = share if factor is None else np.minimum(1, 4 * share)
     decays = [(DECAY, DECAY * s, DECAY * s) for s in share]
     found, wanted = updated(optimizer, params, gradients), by_hand(params, gradients, decays)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), found, wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=5e-5, atol=3e-6), found, wanted)
 
 
 def test_layers_with_ramps_of_their_own_decay_by_these(rng, params):
@@ -158,7 +158,7 @@ def test_layers_with_ramps_of_their_own_decay_by_these(rng, params):
     of_b, of_a = np.clip(1 - steps / 4, 0, 1), np.clip(1 - (steps - 4) / 4, 0, 1)
     decays = [(DECAY, DECAY * a, DECAY * b) for a, b in zip(of_a, of_b, strict=True)]
     found, wanted = updated(optimizer, params, gradients), by_hand(params, gradients, decays)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6), found, wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=5e-5, atol=3e-6), found, wanted)
 
 
 def test_masks_and_schedules_of_the_decay_and_decay_within_the_gradient(rng, params):
