@@ -173,6 +173,8 @@ for before in KINDS:
             )
 for bits in ((8, 23), (8, 7), (5, 10)):
     add("reduce_precision", lambda x, bits=bits: lax.reduce_precision(x, *bits), X, of=str(bits))
+subnormal = lambda x: lax.reduce_precision(x * 1e-4, 5, 10)
+add("reduce_precision", subnormal, X, of="subnormal")
 behind = {"copy": jnp.copy, "barrier": lax.optimization_barrier, "stop_gradient": lax.stop_gradient}
 for name, f in behind.items():
     add("add", lambda x, f=f: f(x) + 1, X, of=f"behind {name}")
