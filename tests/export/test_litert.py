@@ -25,6 +25,7 @@ from ab_jax.export.traced import (
 from ab_jax.export.traced.computing import evaluate
 from ab_jax.export.traced.quantized_operands import quantize_p
 from ab_jax.quantizers import Quantized
+from tests.export.exported_networks import off_borders
 from tests.export.litert_answers import File, answers_by_name
 from tests.export.small_networks import CASES, make
 from tests.fast_compilation import compiled
@@ -255,7 +256,7 @@ def one_layer(product: Any) -> Any:
 def test_integer_layers_round_to_the_nearest_code(rng: np.random.Generator, kind: str) -> None:
     weights, shape, product = KINDS[kind]
     kernel = quantized(rng, weights)
-    images = rng.normal(size=(BATCH, *shape)).astype(np.float32)
+    images = off_borders(rng.normal(size=(BATCH, *shape)), 2.5 / 127)
     images.reshape(-1)[:2] = -3, 3  # beyond the limit
     data = function_to_litert(
         one_layer(product), {"layer": {"kernel": kernel}}, images[:1], output_names=["output"]

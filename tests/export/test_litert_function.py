@@ -19,7 +19,15 @@ from ab_jax.export.litert import function_to_litert
 from ab_jax.export.traced.quantized_operands import quantize_p
 from ab_jax.products import ActivationRules, initial_ranges, quantize_inputs
 from ab_jax.quantized import Quantized
-from tests.export.exported_networks import LONG, NETWORKS, OPEN_AXES, coded, dequantized, drawn
+from tests.export.exported_networks import (
+    LONG,
+    NETWORKS,
+    OPEN_AXES,
+    coded,
+    dequantized,
+    drawn,
+    off_borders,
+)
 from tests.export.litert_answers import File, answers
 from tests.export.onnx_answers import check_close, evaluate
 from tests.export.test_onnx_function import KINDS, compiled_for, is_codes, mlp, of_kind
@@ -144,6 +152,7 @@ def test_quantized_inputs_are_those_of_jax(name: str, rng: np.random.Generator) 
 def test_tokens_have_scales_of_their_own(rng: np.random.Generator) -> None:
     params = {"w": drawn(rng, 6, 4)}
     x = drawn(rng, 3, 5, 6)
+    x = off_borders(x, np.abs(x).max(-1, keepdims=True) / 7)
     rules = ActivationRules([("w", TokenQuantizer(bits=4))])
     data = function_to_litert(lambda p, x: x @ p["w"], params, x, rules=rules, ranges={})
     limit = np.abs(x.astype(np.float64)).max(-1, keepdims=True)
@@ -204,7 +213,7 @@ def test_what_moves_entries_moves_codes(name: str, rng: np.random.Generator) -> 
     def f(_: Any, x: jax.Array) -> jax.Array:
         return MOVES[name](quantize_p.bind(x, jnp.float32(2.5), quantizer=signed))
 
-    x = drawn(rng, 3, 4, 6)
+    x = off_borders(drawn(rng, 3, 4, 6), 2.5 / 127)
     data = function_to_litert(f, {}, x)
     codes = np.clip(np.rint(x.astype(np.float64) * 127 / 2.5), -127, 127)
     wanted = MOVES[name](jnp.asarray(codes * (2.5 / 127), jnp.float32))

@@ -20,7 +20,15 @@ from ab_jax.activations import ActivationQuantizer, TokenQuantizer
 from ab_jax.export.onnx import function_to_onnx
 from ab_jax.products import ActivationRules, initial_ranges, measure_ranges, quantize_inputs
 from ab_jax.quantized import BinaryCoded, Quantized
-from tests.export.exported_networks import LONG, NETWORKS, OPEN_AXES, coded, dequantized, drawn
+from tests.export.exported_networks import (
+    LONG,
+    NETWORKS,
+    OPEN_AXES,
+    coded,
+    dequantized,
+    drawn,
+    off_borders,
+)
 from tests.export.onnx_answers import answers, check_close, evaluate
 
 
@@ -307,6 +315,7 @@ def test_tokens_have_scales_of_their_own(rng: np.random.Generator) -> None:
     params = {"w": drawn(rng, 6, 4)}
     f = lambda p, x: x @ p["w"]
     x = drawn(rng, 3, 5, 6)
+    x = off_borders(x, np.abs(x).max(-1, keepdims=True) / 7)
     rules = ActivationRules([("w", TokenQuantizer(bits=4))])
     model = function_to_onnx(f, params, x, rules=rules, ranges={})
     limit = np.abs(x.astype(np.float64)).max(-1, keepdims=True)
