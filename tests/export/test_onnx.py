@@ -293,7 +293,7 @@ def test_one_convolution_of_codes(
         y = y if layout == "NHWC" else y.transpose(0, 2, 3, 1)
         return y if ends == "floats" else y @ params["back"]
 
-    x = drawn(rng, 2, 9, 11, 8)
+    x = drawn(rng, 4, 9, 11, 8)
     x = x if layout == "NHWC" else x.transpose(0, 3, 1, 2)
     quantizers = {"w": ActivationQuantizer(bits=8, limit=3.0, signed=True)}
     params = {"w": kernel, "back": back}
@@ -311,7 +311,7 @@ def test_one_convolution_of_codes(
         padded = np.pad(codes, ((0, 0), (1, 0), (2, 1), (0, 0)))
         rows = (padded.shape[1] - window[0]) // 2 + 1
         columns = padded.shape[2] - 2 * (window[1] - 1)
-        sums = np.zeros((2, rows, columns, 6), np.int64)
+        sums = np.zeros((len(x), rows, columns, 6), np.int64)
         for i, j in np.ndindex(*window):
             part = padded[:, i : i + 2 * rows - 1 : 2, 2 * j : 2 * j + columns]
             sums += part @ np.asarray(kernel.codes, np.int64)[i, j]
@@ -320,8 +320,8 @@ def test_one_convolution_of_codes(
         if ends == "codes":
             step = 16 / 255
             wanted = np.clip(np.rint(wanted / step), 0, 255) * step @ back
-            # A code on the border of two may be either.
-            close = np.abs(found - wanted) <= 1.01 * step * np.abs(back).max(axis=0)
+            # A code on the border of two may be either, and seldom two at one place are.
+            close = np.abs(found - wanted) <= 2.01 * step * np.abs(back).max(axis=0)
             assert close.all()
             assert np.mean(np.abs(found - wanted) < 1e-4) > 0.9
         else:
