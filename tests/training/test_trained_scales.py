@@ -74,7 +74,7 @@ def test_a_step_moves_weights_and_scales_as_by_hand(
 ) -> None:
     params = variables["params"]
     scales = {
-        path: np.asarray(scale * rng.uniform(0.2, 0.5))  # so that some weights are clipped
+        path: np.asarray(scale * rng.uniform(0.3, 0.5))  # so that some weights are clipped
         for path, scale in ab.initial_scales(params, RULES).items()
     }
     optimizer = optax.sgd(RATE)
