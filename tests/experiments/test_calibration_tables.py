@@ -36,7 +36,7 @@ def rows(table):
 
 def test_an_interval_is_that_of_draws_and_images_resampled(rng):
     """Draws that differ by less than images do, as in our studies."""
-    records = [record(rng, draw=draw, lost=0.1) for draw in range(12)]
+    records = [record(rng, draw=draw, lost=0.1) for draw in range(24)]
     # The same images in every draw.
     mean, half = points_below_float(records, "tiny")
     lost = []
@@ -49,9 +49,9 @@ def test_an_interval_is_that_of_draws_and_images_resampled(rng):
     lost = np.array(lost)
     assert mean == pytest.approx(lost.mean())
     means = [
-        lost[rng.integers(0, 12, 12)][:, rng.integers(0, 500, 500)].mean() for _ in range(3000)
+        lost[rng.integers(0, 24, 24)][:, rng.integers(0, 500, 500)].mean() for _ in range(3000)
     ]
-    assert half == pytest.approx(1.96 * np.std(means), rel=0.25)
+    assert half == pytest.approx(1.96 * np.std(means), rel=0.3)
 
 
 def test_one_draw_has_the_interval_of_its_images(rng):
