@@ -73,9 +73,9 @@ def finished(path: Path, experiment: str, config: Any, variables: dict[str, Any]
     return Run(path, config, variables)
 
 
-def random_variables(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]:
+def random_variables(model: Any, image_shape: tuple[int, ...], seed: int) -> dict[str, Any]:
     """Of both signs where there are two, positive elsewhere: variances and ranges are."""
-    rng = np.random.default_rng()
+    rng = np.random.default_rng(seed)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     shapes = jax.eval_shape(lambda x: model.init(jax.random.key(0), x, train=False), images)
     positive = jax.tree.map(lambda x: jnp.asarray(rng.uniform(0.5, 2, x.shape), x.dtype), shapes)
@@ -84,10 +84,11 @@ def random_variables(model: Any, image_shape: tuple[int, ...]) -> dict[str, Any]
 
 
 @pytest.fixture(scope="module")
-def binarynet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def binarynet_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """BinaryNet for digits, with ternary weights in all but name."""
     config = Config(dataset="digits", width=1 / 32, weights="int2", weight_scale="absmax")
-    variables = random_variables(BinaryNet(num_classes=10, width=1 / 32), (8, 8, 1))
+    seed = request.config.getoption("seed")
+    variables = random_variables(BinaryNet(num_classes=10, width=1 / 32), (8, 8, 1), seed)
     data = facts(load("digits"))
     path = tmp_path_factory.mktemp("runs") / "digits"
     return finished(path, "experiments.binarynet_cifar10", config, variables, data)
@@ -133,7 +134,7 @@ def test_a_binarynet_comes_back_bit_for_bit(
 
 
 @pytest.fixture(scope="module")
-def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def mobilenet_run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Run:
     config = dataclasses.replace(
         mobilenet_v1_imagenet.DEFAULTS,
         width=1 / 16,
@@ -148,7 +149,7 @@ def mobilenet_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     model = WithQuantizedInputs(plain, rules)
     data = {"name": "colours", "image_shape": [8, 8, 3], "mean": [0.5, 0.4, 0.3], "classes": 5}
     path = tmp_path_factory.mktemp("runs") / "mobilenet"
-    variables = random_variables(model, (8, 8, 3))
+    variables = random_variables(model, (8, 8, 3), request.config.getoption("seed"))
     return finished(path, "experiments.mobilenet_v1_imagenet", config, variables, data)
 
 
