@@ -61,7 +61,7 @@ def test_bytes_are_unpacked_to_codes_that_pack_to_them_or_refused(
     """Every byte pattern: no two stand for the same codes."""
     refused = 0
     for count in (3, 5, 8):
-        for _ in range(150):
+        for _ in range(200):
             packed = rng.integers(0, 256, packing.size(count)).astype(np.uint8)
             try:
                 codes = packing.unpack(packed, count)

