@@ -49,6 +49,8 @@ class Config:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]  # directories of finished runs
     forms: tuple[str, ...] = ()  # what to compare; none: whatever can be run here
+    # Training images too: agreement is what counts, and small data sets test on few.
+    all_images: bool = False
     out: Path | None = None  # where to write the counts, as JSON
 
 
@@ -160,12 +162,16 @@ def run(config: Config) -> Record:
     counts = {}
     for path in config.runs:
         network = read_run(path)
-        counts[str(path)] = compare(network, *images_of(network), forms)
+        counts[str(path)] = compare(
+            network, *images_of(network, all_images=config.all_images), forms
+        )
     return {"counts": counts}
 
 
-def images_of(network: TrainedNetwork) -> tuple[np.ndarray, np.ndarray]:
-    """The test images of the run's data, normalized, and their labels."""
+def images_of(
+    network: TrainedNetwork, *, all_images: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """The test images of the run's data, or all of them, normalized, and their labels."""
     flags = todays(network.description["experiment"], network.description["config"])
     if flags.get("stream") or flags["dataset"] == "imagenet2012":
         raise ValueError(
@@ -180,9 +186,13 @@ def images_of(network: TrainedNetwork) -> tuple[np.ndarray, np.ndarray]:
         image_size=flags["image_size"],
         **chosen,
     )
-    test = dataset.test
-    normalized = normalize(jnp.asarray(test.images), dataset.mean, dataset.std)
-    return np.asarray(normalized), np.asarray(test.labels)
+    parts = [dataset.test]
+    if all_images:
+        parts += [dataset.validation, dataset.train]
+    images = np.concatenate([part.images for part in parts])
+    labels = np.concatenate([part.labels for part in parts])
+    normalized = normalize(jnp.asarray(images), dataset.mean, dataset.std)
+    return np.asarray(normalized), np.asarray(labels)
 
 
 def compare(
