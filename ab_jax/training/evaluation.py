@@ -65,8 +65,8 @@ class Evaluator:
         evaluate = self._evaluate[placed.sharded]
         sums = [evaluate(*network, *batch) for batch in placed.evaluation(self._batch_size)]
         totals = [
-            {name: float(value) for name, value in self._parallel.unreplicate(s).items()}
-            for s in sums
+            {name: float(value) for name, value in of_batch.items()}
+            for of_batch in self._parallel.to_host(sums)
         ]
         count = sum(total["count"] for total in totals)
         assert count == len(placed)

@@ -9,7 +9,7 @@ With several processes each of them holds or decodes what its own devices take, 
 
 import collections
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -41,6 +41,10 @@ class Feed(Protocol):
         """`(images, labels, indices, positions)` of steps `first_step` to `steps - 1`."""
         ...
 
+    def chunks(self, seed: int, batch_size: int, spans: Iterable[range]) -> Iterator[Batch]:
+        """As `training`, for the steps of a span at a time, with indices [batch, steps]."""
+        ...
+
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """`(images, labels, indices, mask)`: every image once."""
         ...
@@ -70,13 +74,30 @@ class InMemory:
 
     def training(self, seed: int, batch_size: int, first_step: int, steps: int) -> Iterator[Batch]:
         """See `Feed`."""
-        per_epoch = steps_per_epoch(batch_size, self._n)
-        order = functools.cache(lambda epoch: epoch_order(seed, epoch, self._n))
+        draws = self._draws(seed, batch_size)
         positions = self._parallel.shard(np.arange(batch_size, dtype=np.int32))
         for step in range(first_step, steps):
-            epoch, batch = divmod(step, per_epoch)
-            indices = order(epoch)[batch * batch_size :][:batch_size]
+            yield *self._placed, self._parallel.shard(draws(step)), positions
+
+    def chunks(self, seed: int, batch_size: int, spans: Iterable[range]) -> Iterator[Batch]:
+        """See `Feed`."""
+        draws = self._draws(seed, batch_size)
+        positions = self._parallel.shard(np.arange(batch_size, dtype=np.int32))
+        for span in spans:
+            indices = np.stack([draws(step) for step in span], axis=1)
             yield *self._placed, self._parallel.shard(indices), positions
+
+    def _draws(self, seed: int, batch_size: int) -> Callable[[int], np.ndarray]:
+        """The indices of a step."""
+        per_epoch = steps_per_epoch(batch_size, self._n)
+        order = functools.lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, self._n))
+
+        def indices(step: int) -> np.ndarray:
+            epoch, batch = divmod(step, per_epoch)
+            found: np.ndarray = order(epoch)[batch * batch_size :][:batch_size]
+            return found
+
+        return indices
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """See `Feed`."""
@@ -122,6 +143,14 @@ class Streamed:
         positions = self._parallel.shard(np.arange(batch_size, dtype=np.int32))
         stream = self._photos.train_batches(seed, batch_size, first_step, steps)
         return _ahead((*self._placed(images), positions) for images in stream)
+
+    def chunks(self, seed: int, batch_size: int, spans: Iterable[range]) -> Iterator[Batch]:
+        """See `Feed`.
+
+        Raises:
+          ValueError: always: the photographs of several steps are not placed at once.
+        """
+        raise ValueError("Photographs of a stream come step by step: steps_per_call must be 1.")
 
     def evaluation(self, batch_size: int) -> Iterator[Batch]:
         """See `Feed`."""

@@ -2,25 +2,28 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 
-from ab_jax.blend import AlphaSchedule, initial_scales
+from ab_jax.blend import initial_scales
 from ab_jax.data.batches import steps_per_epoch
-from ab_jax.data.dataset import Dataset
-from ab_jax.data.stream import StreamedDataset
 from ab_jax.describe import describe
-from ab_jax.estimators import Estimator, ScaledEstimator, full_precision, takes_scale
-from ab_jax.linen import RANGES, Model
-from ab_jax.rules import Rules
+from ab_jax.estimators import full_precision, takes_scale
+from ab_jax.linen import RANGES
 from ab_jax.training.accuracies import Readings
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.checkpoint_items import Interval, Standing
+from ab_jax.training.compiled_step import (
+    LOOK_EVERY,
+    compile_train_step,
+    metrics_of_steps,
+    optimizer_of_state,
+    schedules_of,
+    spans_of,
+    steps_per_call,
+)
 from ab_jax.training.distillation import digest
 from ab_jax.training.distributed import agreed, first_succeeds, is_first
 from ab_jax.training.evaluation import Evaluator
@@ -28,88 +31,22 @@ from ab_jax.training.finite import FiniteCheck
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.ramps import Alphas, check_never_falls
 from ab_jax.training.records import RunDirectory, accuracies_of
+from ab_jax.training.run_settings import Training
 from ab_jax.training.starting import (
-    CalibratedStart,
     calibrated,
     load_teacher,
     network_from,
     with_rebased_norm,
 )
 from ab_jax.training.state import TrainState, create_state
+from ab_jax.training.step_numbers import BLOCK
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
-from ab_jax.training.train_step import Preprocessing, make_train_step
 from ab_jax.training.watching import (
     PROFILED_STEPS,
     profiler,
     shown_progress,
     warn_of_cut_off,
 )
-
-_LOOK_EVERY = 20  # steps between looks at the loss: a look waits for the device
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Training:
-    """All that a run is made of, as plain values.
-
-    Attributes:
-      model: a Linen module as `make_train_step` takes it.
-      dataset: images in memory, or a stream of photographs.
-      preprocessing: how they are augmented and normalized.
-      rules, estimator: what the loss sees of the weights; an estimator that takes scales has them
-        trained, from those of the weights that the run starts with.
-      alpha: the ramp, a schedule over steps, of all weights or by path (see `make_train_step`).
-      activation_alpha: the ramp of quantized activations; None: the same.
-      optimizer: an optax optimizer.
-      learning_rate: its schedule over updates, for the records.
-      batch_size: images in a batch, over all devices.
-      steps: length of the run, in batches.
-      eval_every: steps between evaluations; each writes a checkpoint.
-      keep_checkpoints: how many of the newest to keep, beside the best.
-      seed: of the initial weights, the order of the images and their augmentation.
-      accumulate: batches in an update (see `make_optimizer`).
-      label_smoothing, latent_limit, refit_every: see `make_train_step`.
-      init_from: what to start from: the directory of a run, for its weights and batch statistics,
-        or a file of weights trained elsewhere (`ab_jax.models.pretrained`).
-      new_head: whether a head of other classes in that file is left out.
-      rebase_norm: whether the batch norm of what it starts from is re-based (see
-        `ab_jax.training.rebasing`), after its calibration.
-      calibration: how the weights of what it starts from are calibrated; the estimator takes
-        scales (`ab_jax.learned_scales`), which begin as those of the codes. None: they are not.
-      teacher: a float network to learn from, as `init_from`; None: there is none.
-      teacher_share: of the loss, see `make_train_step`.
-      read_test: whether to read the test set, once, at the end.
-      watch: path of a quantized parameter whose effective weights are kept as histograms.
-      profile: whether to write a JAX trace of ten steps into the run's directory.
-    """
-
-    model: Model
-    dataset: Dataset | StreamedDataset
-    preprocessing: Preprocessing
-    rules: Rules
-    estimator: Estimator | ScaledEstimator
-    alpha: AlphaSchedule
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    batch_size: int
-    steps: int
-    eval_every: int
-    seed: int
-    accumulate: int = 1
-    label_smoothing: float = 0.0
-    latent_limit: float | None = None
-    refit_every: int = 1
-    init_from: Path | None = None
-    new_head: bool = False
-    rebase_norm: bool = False
-    calibration: CalibratedStart | None = None
-    teacher: Path | None = None
-    teacher_share: float = 1.0
-    activation_alpha: optax.Schedule | None = None
-    keep_checkpoints: int = 2
-    read_test: bool = True
-    watch: str | None = None
-    profile: bool = False
 
 
 def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str, Any]:
@@ -140,7 +77,10 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         )
     evaluator = Evaluator(t.model, t.preprocessing, parallel, t.batch_size)
     readings = Readings(evaluator, t.dataset, rules=t.rules, estimator=t.estimator, watch=t.watch)
-    train_step = compile_train_step(t, parallel, streamed=readings.train.sharded)
+    per_call = steps_per_call(t, parallel)
+    train_step = compile_train_step(
+        t, parallel, streamed=readings.train.sharded, chunked=per_call > 1
+    )
 
     with (
         noted_signals() as asked_to_stop,
@@ -187,33 +127,46 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         on_devices = parallel.replicate(state)
         # An argument of each step: not a constant in its program, nor a part of checkpoints.
         constants = () if teacher is None else (parallel.replicate(teacher),)
-        looked_at = len(recent)  # how many of them are known to be finite
-        measured_from, since, done = looked_at, time.monotonic(), first
+        computed: list[tuple[range, Any]] = []  # steps whose metrics are on the devices yet
+        measured_from, since, done = len(recent), time.monotonic(), first
 
         def look() -> None:
-            nonlocal looked_at
-            recent[looked_at:] = jax.device_get(parallel.unreplicate(recent[looked_at:]))
-            finite.steps(recent[looked_at:], done - len(recent) + looked_at, state.trained)
-            looked_at = len(recent)
+            spans = [span for span, _ in computed]
+            on_host = parallel.to_host([metrics for _, metrics in computed])
+            computed.clear()
+            for span, metrics in zip(spans, on_host, strict=True):
+                of_steps = metrics_of_steps(metrics, len(span)) if per_call > 1 else [metrics]
+                recent.extend(of_steps)
+                finite.steps(of_steps, span.start, state.trained)
             checkpoints.check()
 
-        batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
-        stop = agreed(asked_to_stop, every=_LOOK_EVERY)
+        spans = list(spans_of(first, t.steps, per_call, t.eval_every))
+        if per_call > 1:
+            batches = readings.train.chunks(t.seed, t.batch_size, spans)
+        else:
+            batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
+        stop = agreed(asked_to_stop, every=max(1, LOOK_EVERY // per_call))
         batches = until_asked(stop, batches, alone=jax.process_count() == 1)
+        schedules = schedules_of(t, state.params)
+        numbers, numbers_end = None, first
         with (
             shown_progress(first, t.steps) as show,
             profiler(t.profile and is_first(), run.path) as profile,
         ):
-            for step, batch in enumerate(batches, start=first):
-                profile(step - first)
-                on_devices, metrics = train_step(on_devices, *batch, *constants)
-                recent.append(metrics)
-                done = step + 1
+            for span, batch in zip(spans, batches, strict=False):  # which may end before
+                profile(span.start - first)
+                if span.stop > numbers_end:
+                    numbers = parallel.replicate(schedules.block(span.start))
+                    numbers_end = span.start + BLOCK
+                on_devices, metrics = train_step(on_devices, *batch, numbers, *constants)
+                computed.append((span, metrics))
+                done = span.stop
                 evaluates = done % t.eval_every == 0 or done == t.steps
-                if not evaluates and done % _LOOK_EVERY:
+                if not evaluates and done // LOOK_EVERY == span.start // LOOK_EVERY:
                     continue
                 look()
-                speed = (looked_at - measured_from) * t.batch_size / (time.monotonic() - since)
+                trained = len(recent) - measured_from
+                speed = trained * t.batch_size / (time.monotonic() - since)
                 show(done, recent[-1], speed)
                 if not evaluates:
                     continue
@@ -227,7 +180,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                     "epoch": done / per_epoch,
                     "alpha": alphas.mean,
                     "activation_alpha": alphas.activations,
-                    "learning_rate": float(t.learning_rate(step // t.accumulate)),
+                    "learning_rate": float(t.learning_rate((done - 1) // t.accumulate)),
                     "train_loss": float(np.mean([m["loss"] for m in recent])),
                     "train_accuracy": float(np.mean([m["accuracy"] for m in recent])),
                     **readings.metrics(state, alphas.weights, alphas.activations),
@@ -240,7 +193,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 accuracy = line.get("recalibrated_accuracy")
                 checkpoints.save(state, accuracy=accuracy, standing=standing)
                 recent.clear()
-                looked_at, measured_from, since = 0, 0, time.monotonic()
+                measured_from, since = 0, time.monotonic()
         if done < t.steps:
             look()
             state = parallel.unreplicate(on_devices)
@@ -276,32 +229,6 @@ def _alphas(training: Training, step: int, params: Any) -> Alphas:
     )
 
 
-def compile_train_step(
-    training: Training, parallel: Parallel, *, streamed: bool = False
-) -> Callable[..., Any]:
-    """The training step over all devices, which takes over the memory of the state it is given.
-
-    Args:
-      streamed: whether images and labels are shared out (`Feed.sharded`).
-    """
-    step = make_train_step(
-        training.model,
-        training.optimizer,
-        rules=training.rules,
-        estimator=training.estimator,
-        alpha=training.alpha,
-        activation_alpha=training.activation_alpha,
-        preprocessing=training.preprocessing,
-        label_smoothing=training.label_smoothing,
-        latent_limit=training.latent_limit,
-        refit_every=training.refit_every,
-        teacher_share=None if training.teacher is None else training.teacher_share,
-    )
-    teacher = [] if training.teacher is None else [False]
-    sharded = [False, streamed, streamed, True, True, *teacher]
-    return parallel.wrap(step, sharded=sharded, donate=[0])
-
-
 def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
     t = training
     takes_scales = takes_scale(t.estimator)
@@ -315,9 +242,10 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
             "A calibrated start needs an estimator that takes its scales, such as "
             "ab_jax.at_fixed_scales(ab_jax.alpha_blend) or ab_jax.learned_step_size."
         )
+    optimizer = optimizer_of_state(t)
     state = create_state(
         t.model,
-        t.optimizer,
+        optimizer,
         t.dataset.image_shape,
         t.seed,
         scale_rules=t.rules if takes_scales else None,
@@ -337,4 +265,4 @@ def _initial_state(training: Training, checkpoints: Checkpoints) -> TrainState:
         calibrated_by = None if t.calibration is None else t.rules
         state = with_rebased_norm(state, *of_images, calibrated_by=calibrated_by)
     # An optimizer may have something of the weights in its state.
-    return dataclasses.replace(state, opt_state=t.optimizer.init(state.trained))
+    return dataclasses.replace(state, opt_state=optimizer.init(state.trained))

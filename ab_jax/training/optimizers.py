@@ -1,11 +1,13 @@
 """Optimizers by name, and what is wrapped around them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from ab_jax.training.state import Trained
 
@@ -55,21 +57,12 @@ def warmup_cosine(
     )
 
 
-def make_optimizer(
-    name: str,
-    learning_rate: optax.Schedule,
-    *,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
-    clip_norm: float | None = None,
-    accumulate: int = 1,
-    relative: bool = False,
-) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
     """An optax optimizer with weight decay on kernels only, none on their scales.
 
-    Args:
+    Attributes:
       name: one of `OPTIMIZERS`.
-      learning_rate: a schedule over updates: with `accumulate` there is one every so many steps.
       momentum: of SGD; the first moment's decay of AdamW.
       weight_decay: added to the gradient by SGD, decoupled in AdamW; on leaves named `kernel`.
       clip_norm: the largest global norm of the gradient; None: not clipped.
@@ -80,22 +73,59 @@ def make_optimizer(
     Raises:
       ValueError: an unknown name or a number out of range.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"Unknown optimizer {name!r}. Known: {', '.join(sorted(OPTIMIZERS))}.")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum={momentum} must lie in [0, 1).")
-    if weight_decay < 0:
-        raise ValueError(f"weight_decay={weight_decay} must not be negative.")
-    if clip_norm is not None and clip_norm <= 0:
-        raise ValueError(f"clip_norm={clip_norm} must be positive, or None not to clip.")
-    if accumulate < 1:
-        raise ValueError(f"accumulate={accumulate} must be at least 1 batch.")
-    optimizer = OPTIMIZERS[name](learning_rate, momentum, weight_decay, _kernels)
-    if clip_norm is not None:
-        optimizer = optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
-    if accumulate > 1:
-        optimizer = optax.MultiSteps(optimizer, accumulate).gradient_transformation()
-    return relative_updates(optimizer) if relative else optimizer
+
+    name: str
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in OPTIMIZERS:
+            known = ", ".join(sorted(OPTIMIZERS))
+            raise ValueError(f"Unknown optimizer {self.name!r}. Known: {known}.")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1).")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay} must not be negative.")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ValueError(f"clip_norm={self.clip_norm} must be positive, or None not to clip.")
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate} must be at least 1 batch.")
+
+    def with_numbers(
+        self, learning_rate: optax.Schedule, momentum: ArrayLike, weight_decay: ArrayLike
+    ) -> optax.GradientTransformation:
+        """The optimizer with these numbers in place of its own, which may be traced.
+
+        Args:
+          learning_rate: a schedule over updates: with `accumulate` there is one every so many
+            steps.
+          momentum, weight_decay: as the attributes.
+        """
+        optimizer = OPTIMIZERS[self.name](learning_rate, momentum, weight_decay, _kernels)
+        if self.clip_norm is not None:
+            optimizer = optax.chain(optax.clip_by_global_norm(self.clip_norm), optimizer)
+        if self.accumulate > 1:
+            optimizer = optax.MultiSteps(optimizer, self.accumulate).gradient_transformation()
+        return relative_updates(optimizer) if self.relative else optimizer
+
+
+def make_optimizer(
+    name: str, learning_rate: optax.Schedule, **settings: Any
+) -> optax.GradientTransformation:
+    """An optimizer whose numbers are constants.
+
+    Args:
+      name, settings: as the attributes of `OptimizerSettings`.
+      learning_rate: a schedule over updates.
+
+    Raises:
+      ValueError: as `OptimizerSettings`.
+    """
+    s = OptimizerSettings(name=name, **settings)
+    return s.with_numbers(learning_rate, s.momentum, s.weight_decay)
 
 
 class RelativeUpdatesState(NamedTuple):

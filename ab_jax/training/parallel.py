@@ -146,10 +146,14 @@ class Parallel:
 
     def unreplicate(self, tree: Tree) -> Tree:
         """The tree as it lies on one device of this process, without a leading device axis."""
-        if self.mode == "shard_map":
-            return jax.tree.map(lambda x: x.addressable_data(0), tree)
+        own = jax.tree.map(lambda x: x.addressable_data(0), tree)
         # The shard itself: indexing the stacked array would start a computation on all devices.
-        return jax.tree.map(lambda x: x.addressable_data(0)[0], tree)
+        return own if self.mode == "shard_map" else _first_of_each(own)
+
+    def to_host(self, tree: Tree) -> Tree:
+        """What `unreplicate` gives, as NumPy's arrays, in one transfer."""
+        own = jax.device_get(jax.tree.map(lambda x: x.addressable_data(0), tree))
+        return own if self.mode == "shard_map" else jax.tree.map(lambda x: x[0], own)
 
     def wrap(
         self, step: Callable[..., Any], sharded: Sequence[bool], *, donate: Sequence[int] = ()
@@ -182,6 +186,12 @@ class Parallel:
             check_vma=self.norm_groups is None,
         )
         return jax.jit(mapped, donate_argnums=donate_argnums, compiler_options=options)
+
+
+@jax.jit
+def _first_of_each(tree: Any) -> Any:
+    """One computation for all of them."""
+    return jax.tree.map(lambda x: x[0], tree)
 
 
 def cpu_options() -> dict[str, str] | None:

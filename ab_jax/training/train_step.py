@@ -199,6 +199,27 @@ def make_train_step(
     return train_step
 
 
+def in_chunks(step: Callable[..., tuple[TrainState, Metrics]]) -> Callable[..., Any]:
+    """Several training steps of one device as one program.
+
+    Args:
+      step: as `make_train_step` returns it, or with further arguments.
+
+    Returns:
+      The same function of int32 indices [B, n], those of n steps side by side; its metrics have a
+      leading axis of n.
+    """
+
+    def steps(
+        state: TrainState, images: Array, labels: Array, indices: Array, *others: Any
+    ) -> tuple[TrainState, Metrics]:
+        return jax.lax.scan(
+            lambda state, own: step(state, images, labels, own, *others), state, indices.T
+        )
+
+    return steps
+
+
 def make_eval_step(model: Model, preprocessing: Preprocessing) -> Callable[..., Metrics]:
     """The evaluation step of one device.
 

@@ -72,19 +72,19 @@ def profiler(enabled: bool, path: Path) -> Iterator[Callable[[int], None]]:
     """Within it, what it yields is told of each step, from 0, and traces `PROFILED_STEPS`.
 
     Args:
-      enabled: whether it does anything.
+      enabled: whether it does anything. Of several steps in a call, from the next call on.
       path: the run's directory, where the trace goes to `profile`.
     """
     first, last = PROFILED_STEPS
     enabled = enabled and is_first()
-    running = False
+    running = done = False
 
     def profile(step: int) -> None:
-        nonlocal running
-        if enabled and step == first:
+        nonlocal running, done
+        if enabled and not done and step >= first:
             jax.profiler.start_trace(str(path / "profile"))
-            running = True
-        elif running and step == last:
+            running = done = True
+        elif running and step >= last:
             jax.profiler.stop_trace()
             running = False
 

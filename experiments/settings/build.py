@@ -17,9 +17,9 @@ from ab_jax.data.stream import StreamedDataset
 from ab_jax.estimators import rule_of_codes
 from ab_jax.linen import Model, WithQuantizedInputs, module_of
 from ab_jax.products import find_products
-from ab_jax.training.loop import Training
-from ab_jax.training.optimizers import make_optimizer, warmup_cosine
+from ab_jax.training.optimizers import OptimizerSettings, warmup_cosine
 from ab_jax.training.parallel import AXIS, Parallel
+from ab_jax.training.run_settings import Training
 from ab_jax.training.train_step import Preprocessing
 from experiments.settings.choices import choose
 from experiments.settings.config import Config, FlagError
@@ -154,9 +154,8 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         estimator=estimator,
         alpha=alpha,
         activation_alpha=of_activations,
-        optimizer=make_optimizer(
-            c.optimizer,
-            learning_rate,
+        optimizer=OptimizerSettings(
+            name=c.optimizer,
             momentum=c.momentum,
             weight_decay=c.weight_decay,
             clip_norm=c.clip_norm,
@@ -180,6 +179,7 @@ def make_training(config: Config, dataset: Images, parallel: Parallel) -> Traini
         teacher=teacher_of(c),
         teacher_share=c.teacher_share,
         read_test=c.read_test,
+        steps_per_call=c.steps_per_call,
         watch=c.watch,
         profile=c.profile,
     )

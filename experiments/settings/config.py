@@ -169,6 +169,8 @@ class Config:
     keep_checkpoints: Annotated[int, Gt(0), Le(10_000)] = 2
     read_test: bool = True  # read the test set at the end; no, for trials that choose a setting
     watch: str | None = None  # parameter whose weights are kept as histograms, as conv3/kernel
+    # Steps that one program runs, with images in memory. None: 20 on accelerators, 1 on CPUs.
+    steps_per_call: Count | None = None
     parallel: Literal["pmap", "shard_map"] = "pmap"  # how the step is spread over the devices
     norm_group: Count | None = None  # devices that share batch-norm statistics; None: all of them
     # Several processes, each with devices of its own: the host and free port of process 0, how many

@@ -43,6 +43,7 @@ ADDED_LATER: dict[str, Any] = {
     "act_backward": "clipped",
     "act_start": None,
     "act_stop": None,
+    "steps_per_call": None,
 }
 
 

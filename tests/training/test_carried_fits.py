@@ -16,10 +16,11 @@ import ab_jax as ab
 from ab_jax.data import Dataset, Images
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory
-from ab_jax.training.loop import Training, train
+from ab_jax.training.loop import train
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.records import RunDirectory
+from ab_jax.training.run_settings import Training
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.stopping import StoppedError
 from ab_jax.training.train_step import Preprocessing

@@ -18,10 +18,11 @@ from ab_jax.data.prepare import prepare_image_folder
 from ab_jax.data.stream import StreamedDataset, load_stream
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.feeds import InMemory, Streamed
-from ab_jax.training.loop import Training, train
+from ab_jax.training.loop import train
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import AXIS, Mode, Parallel
 from ab_jax.training.records import RunDirectory
+from ab_jax.training.run_settings import Training
 from ab_jax.training.train_step import Preprocessing
 
 BATCH = 8

@@ -21,13 +21,15 @@ import pytest
 import ab_jax as ab
 from ab_jax.data import Dataset, Images
 from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.compiled_step import optimizer_of_state
 from ab_jax.training.feeds import InMemory
 from ab_jax.training.finite import NonFiniteLossError
-from ab_jax.training.loop import Training, train
-from ab_jax.training.optimizers import make_optimizer, warmup_cosine
+from ab_jax.training.loop import train
+from ab_jax.training.optimizers import OptimizerSettings, make_optimizer, warmup_cosine
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.retention import DamagedCheckpointWarning
+from ab_jax.training.run_settings import Training
 from ab_jax.training.seals import write_manifest
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.stopping import StoppedError
@@ -65,7 +67,7 @@ def training(
         rules=rules,
         estimator=ab.alpha_blend,
         alpha=RAMP,
-        optimizer=make_optimizer("sgd", RATE, weight_decay=1e-3, accumulate=2),
+        optimizer=OptimizerSettings(name="sgd", weight_decay=1e-3, accumulate=2),
         learning_rate=RATE,
         batch_size=BATCH,
         steps=STEPS,
@@ -83,7 +85,7 @@ def run(training: Training, path: Path, *, mode: Mode = "pmap", **changes: Any) 
 
 
 def last_state(training: Training, path: Path) -> TrainState:
-    like = create_state(training.model, training.optimizer, (4, 4, 1), seed=0)
+    like = create_state(training.model, optimizer_of_state(training), (4, 4, 1), seed=0)
     with Checkpoints(path / "checkpoints") as checkpoints:
         return checkpoints.restore(like)
 

@@ -23,11 +23,12 @@ from ab_jax.models.mobilenet import MobileNet
 from ab_jax.training.checkpoint import Checkpoints
 from ab_jax.training.distillation import digest
 from ab_jax.training.feeds import InMemory
-from ab_jax.training.loop import Training, train
+from ab_jax.training.loop import train
 from ab_jax.training.optimizers import make_optimizer
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.rebasing import rebased
 from ab_jax.training.records import RunDirectory
+from ab_jax.training.run_settings import Training
 from ab_jax.training.starting import (
     CalibratedStart,
     calibrated,
