@@ -193,12 +193,12 @@ class Config:
 
 
 # Flags that cannot change what a run computes: they may differ when it is resumed. Where things
-# lie, how the work is spread, what is kept and shown. (pmap and shard_map differ in the last bits
-# of a sum, as two machines do.)
+# lie, how the work is spread, what is kept and shown. (pmap and shard_map, and single steps
+# and several in a call, differ in the last bits of a sum, as two machines do.)
 FREE_FLAGS = frozenset(
     {
         *("name", "runs_dir", "data_dir", "compilation_cache"),
-        *("parallel", "workers"),
+        *("parallel", "steps_per_call", "workers"),
         *("keep_checkpoints", "profile", "allow_changed"),
     }
 )
