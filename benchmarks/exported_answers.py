@@ -137,12 +137,10 @@ FORMS: dict[str, Callable[[TrainedNetwork, Path], Logits]] = {
 
 #: What a table calls the runs of the records in results/, which are named for their settings alone.
 TITLES = {
-    "runs/final/w8a8_channel_least_squares_ab_seed0": "MobileNet v1, W8A8",
-    "runs/final/w4a8_channel_least_squares_ab_seed0": "MobileNet v1, W4A8",
-    "runs/final/resnet50_v1_channel_least_squares_ab_seed0": "ResNet-50 v1, W4A4",
-    "runs/final/resnet50_v2_channel_least_squares_ab_seed0": "ResNet-50 v2, W4A4",
-    "runs/deploy/w1a8": "BinaryNet, W1A8",
-    "runs/deploy/w1a1": "BinaryNet, W1A1",
+    "runs/digits_exports/binarynet_w1a8": "BinaryNet, W1A8",
+    "runs/digits_exports/mobilenet_w8a8": "MobileNet v1, W8A8",
+    "runs/digits_exports/resnet20_w4a4": "ResNet-20, W4A4",
+    "runs/digits_exports/resnet20_w2": "ResNet-20, W2",
 }
 
 
