@@ -1,5 +1,6 @@
 """Softmax, layer norm and GELU are found however they are written, and nothing else is."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 from ai_edge_litert import schema_py_generated as schema
 from flax import nnx
 
+import ab_jax as ab
 from ab_jax.export.litert import function_to_litert
 from ab_jax.export.onnx import function_to_onnx
 from tests.export.litert_answers import File, answers_by_name
+from tests.export.onnx_answers import answers, check_close
 
 SHAPE = (3, 5, 6)
 Function = Callable[[Any, jax.Array], jax.Array]
@@ -80,6 +83,20 @@ UNLIKE: dict[str, Callable[[jax.Array], Any]] = {
         (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True, ddof=1) + 1e-6)
     ),
     "an inner value leaves": lambda x: (e := jnp.exp(x)) / e.sum(-1, keepdims=True) + 0 * e.sum(),
+}
+
+# What is another function where numbers are large, small or masked.
+ELSEWHERE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "rows that are masked give 0": lambda x: (
+        (e := jnp.exp(x - jnp.maximum(x.max(-1, keepdims=True), -1e30)))
+        / jnp.maximum(e.sum(-1, keepdims=True), 1e-9)
+    ),
+    "logarithm of a softmax that is never 0": lambda x: jnp.log(jax.nn.softmax(x) + 1e-12),
+    "log softmax from -100": lambda x: jnp.maximum(jax.nn.log_softmax(x), -100),
+    "softmax from a number": lambda x: (
+        (e := jnp.exp(jnp.maximum(x - x.max(-1, keepdims=True), -30))) / e.sum(-1, keepdims=True)
+    ),
+    "gelu and a line": lambda x: jax.nn.gelu(x) + jnp.maximum(x - 50, 0),
 }
 
 
@@ -150,3 +167,65 @@ def test_the_precision_of_large_means_is_not_lost(rng: np.random.Generator) -> N
     exact = x.astype(np.float64)
     exact = (exact - exact.mean(-1, keepdims=True)) / np.sqrt(exact.var(-1, keepdims=True) + 1e-6)
     np.testing.assert_allclose(found, exact, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ELSEWHERE)
+def test_what_differs_far_out_or_where_masked_is_computed_as_written(
+    rng: np.random.Generator, name: str
+) -> None:
+    x = rng.normal(0, 2, SHAPE).astype(np.float32)
+    x[0] *= 200
+    if name.startswith("rows"):
+        x[1, 2], x[2, :, 3:] = -np.inf, -np.inf
+    model = function_to_onnx(lambda _, x: ELSEWHERE[name](x), {}, x)
+    check_close(answers(model, x), ELSEWHERE[name](x))
+
+
+def test_a_large_bias_of_one_channel_hides_no_other(rng: np.random.Generator) -> None:
+    bias = np.zeros((1, 1, SHAPE[-1]), np.float32)
+    bias[..., 0] = 1e6
+
+    def root_mean_square(bias: jax.Array, x: jax.Array) -> jax.Array:
+        return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) + bias
+
+    x = rng.normal(2, 1, SHAPE).astype(np.float32)
+    (found,) = answers(function_to_onnx(root_mean_square, bias, x), x)
+    np.testing.assert_allclose(found[..., 1:], root_mean_square(bias, x)[..., 1:], atol=1e-5)
+
+
+@pytest.mark.parametrize("quantizer", [ab.Uniform(bits=8), ab.LeastSquaresBinary(bits=2)])
+def test_scales_that_are_codes_stay_codes(rng: np.random.Generator, quantizer: Any) -> None:
+    f, params = _linen(nn.LayerNorm(), rng)
+    codes = ab.quantize(params, ab.Rules([(r".*", quantizer)]))
+    x = rng.normal(0, 2, SHAPE).astype(np.float32)
+    model = function_to_onnx(f, codes, x)
+    check_close(answers(model, x), f(ab.dequantize(codes), x))
+    (told,) = (entry.value for entry in model.metadata_props if entry.key == "quantization")
+    weights = json.loads(told)["weights"]
+    assert weights == {f"params/{name}": quantizer.bits for name in ("scale", "bias")}
+
+
+def test_two_parts_of_one_value_are_both_found(rng: np.random.Generator) -> None:
+    f, params = zip(*(_linen(nn.LayerNorm(), rng) for _ in range(2)), strict=True)
+    x = rng.normal(1, 2, SHAPE).astype(np.float32)
+    found = operators(lambda params, x: f[0](params[0], x) * f[1](params[1], x) - x, params, x)
+    assert found == ["LayerNormalization", "LayerNormalization", "Mul", "Sub"]
+
+
+def test_over_an_axis_traced_at_size_1_another_function_shows(rng: np.random.Generator) -> None:
+    def f(_: Any, x: jax.Array) -> jax.Array:
+        return jnp.exp(x) / jnp.exp(x).max(0, keepdims=True)
+
+    x = rng.normal(size=SHAPE).astype(np.float32)
+    check_close(answers(function_to_onnx(f, {}, x, sizes={"batch": (1, 2)}), x), f({}, x))
+
+
+def test_sizes_of_no_simple_terms_are_no_obstacle(rng: np.random.Generator) -> None:
+    f, params = _linen(nn.LayerNorm(), rng)
+    x = rng.normal(size=(2, 9, SHAPE[-1])).astype(np.float32)
+    model = function_to_onnx(
+        lambda params, x: f(params, x[:, ::2]), params, x, open_axes=({0: "batch", 1: "length"},)
+    )
+    assert "LayerNormalization" in [node.op_type for node in model.graph.node]
+    for length in (8, 9):
+        check_close(answers(model, x[:, :length]), f(params, x[:, :length:2]))

@@ -127,6 +127,9 @@ class _Run:
     def closed(self, params: Any) -> Any:
         """Parameters with numbers for sizes."""
         if isinstance(params, Size):
+            corners = params.axes.corners
+            if self.sizes in corners:  # known there, of whatever terms
+                return params.values[corners.index(dict(self.sizes))]
             return evaluated(params.terms, self.sizes)
         if isinstance(params, tuple):
             parts = [self.closed(part) for part in params]
