@@ -122,6 +122,10 @@ def test_random_keys_and_complex_numbers_are_refused_by_what_they_are() -> None:
     ("f", "told"),
     [
         (lambda x: lax.cummax(x, axis=0), "cummax along an axis of batch, which is open"),
+        (
+            lambda x: lax.conv_general_dilated(x.T[None], jnp.ones((1, 4, 3)), (2,), "SAME"),
+            "with a padding of (1 at batch=7, 0 at batch=12), which is open (trace at multiples",
+        ),
         (lambda x: lax.reduce_precision(x, 4, 3), "to 4 bits of exponent and 3 of mantissa"),
         (lambda x: jnp.fft.fft(x), "fft"),
         (lambda x: lax.reduce_or(x.astype(int), (1,)), "reduce_or of int32"),

@@ -48,8 +48,15 @@ def test_a_size_is_known_by_its_values(size: Any, terms: Any) -> None:
 )
 def test_other_sizes_are_refused_with_their_values(size: Any) -> None:
     found = Size(tuple(size(corner["batch"]) for corner in BATCH.corners), BATCH)
-    with pytest.raises(ValueError, match=rf"{size(7)} at batch=7, {size(11)} at batch=11"):
+    with pytest.raises(ValueError, match=rf"{size(7)} at batch=7, {size(12)} at batch=12"):
         _ = found.terms
+
+
+@pytest.mark.parametrize("stride", [2, 3, 4, 6, 8, 9])
+def test_what_strides_leave_over_shows(stride: int) -> None:
+    axes = OpenAxes.of(["a", "b", "c", "d"], {})
+    for low, high in axes.sizes:
+        assert low % stride != high % stride
 
 
 def test_sizes_are_computed_with() -> None:

@@ -14,7 +14,7 @@ from ab_jax.export.litert.litert_layouts import padded_with
 from ab_jax.export.litert.litert_products import moved
 from ab_jax.export.litert.litert_tensors import Tensor, computed_in
 from ab_jax.export.traced import Dim, Operation, Shape, Size, Value
-from ab_jax.export.traced.carrying import NotCarriedError
+from ab_jax.export.traced.carrying import NotCarriedError, check_padding
 
 _MOST_AXES = 3  # of images
 
@@ -44,8 +44,7 @@ class _Convolution:
         )
         if any(isinstance(size, Size) for size in self.window):
             raise NotCarriedError("with a kernel whose size is open")
-        if any(isinstance(end, Size) for ends in self.pads for end in ends):
-            raise NotCarriedError("with a padding that is open")
+        check_padding(self.pads)
 
     def wider(self, shape: Shape) -> Shape:
         """A shape with the axis that images of one axis get."""

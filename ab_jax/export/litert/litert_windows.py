@@ -17,7 +17,7 @@ from ab_jax.export.litert.litert_file import LitertFile
 from ab_jax.export.litert.litert_layouts import padded_with
 from ab_jax.export.litert.litert_tensors import Tensor, orderable
 from ab_jax.export.traced import Operation, Shape, Size
-from ab_jax.export.traced.carrying import NotCarriedError
+from ab_jax.export.traced.carrying import NotCarriedError, check_padding
 
 _COMBINED = {
     "reduce_window_max": "MAXIMUM",
@@ -37,8 +37,7 @@ def _window(file: LitertFile, operation: Operation) -> Tensor:
     if any(isinstance(size, Size) for size in (*window, *strides)):
         raise NotCarriedError("with a window whose size is open")
     pads = [tuple(ends) for ends in params["padding"]]
-    if any(isinstance(end, Size) for ends in pads for end in ends):
-        raise NotCarriedError("with a padding that is open")
+    check_padding(pads)
     factors = params["base_dilation"]
     axes = [i for i, size in enumerate(window) if size != 1 or strides[i] != 1]
     plain = all(d == 1 for d in (*params["window_dilation"], *factors))

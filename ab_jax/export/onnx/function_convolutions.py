@@ -15,7 +15,7 @@ from ab_jax.export.onnx.function_integers import in_integers
 from ab_jax.export.onnx.function_layouts import padded_with
 from ab_jax.export.onnx.function_products import add_codes, arranged, coded
 from ab_jax.export.traced import Codes, Constant, Operand, Operation, Shape, Size, Value, times
-from ab_jax.export.traced.carrying import NotCarriedError
+from ab_jax.export.traced.carrying import NotCarriedError, check_padding
 
 _MOST_AXES = 3  # of images: ONNX Runtime has kernels up to these
 
@@ -36,8 +36,7 @@ def _convolution(file: FunctionFile, operation: Operation) -> str:
     window = tuple(kernel.shape[i] for i in rhs)
     if any(isinstance(size, Size) for size in window):
         raise NotCarriedError("with a kernel whose size is open")
-    if any(isinstance(end, Size) for ends in params["padding"] for end in ends):
-        raise NotCarriedError("with a padding that is open")
+    check_padding(params["padding"])
     written = in_integers(file, operation)
     if written is not None:
         return _ended(file, operation, written.name, written.axes)

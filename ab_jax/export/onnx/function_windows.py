@@ -10,7 +10,7 @@ from ab_jax.export.onnx.function_elementwise import Write
 from ab_jax.export.onnx.function_file import FunctionFile, orderable
 from ab_jax.export.onnx.function_layouts import padded_with
 from ab_jax.export.traced import Operation, Shape, Size
-from ab_jax.export.traced.carrying import NotCarriedError
+from ab_jax.export.traced.carrying import NotCarriedError, check_padding
 
 _COMBINED = {
     "reduce_window_sum": "Add",
@@ -31,8 +31,7 @@ def _window(file: FunctionFile, operation: Operation) -> str:
     kind = np.dtype(np.uint8) if of_codes else orderable(x.dtype)
     name, shape = file.cast(file.name(x), x.dtype, kind), x.shape
     pads = [tuple(ends) for ends in params["padding"]]
-    if any(isinstance(end, Size) for ends in pads for end in ends):
-        raise NotCarriedError("with a padding that is open")
+    check_padding(pads)
     factors = params["base_dilation"]
     axes = [i for i, size in enumerate(window) if size != 1 or strides[i] != 1 or any(pads[i])]
     # A window that sees nothing but padding has no largest entry there.

@@ -27,6 +27,19 @@ def closed(number: Any) -> int:
     return int(number)
 
 
+def check_padding(padding: Sequence[Sequence[Any]]) -> None:
+    """That padding is known.
+
+    Raises:
+      NotCarriedError: it depends on open axes.
+    """
+    for size in (size for ends in padding for size in ends if isinstance(size, Size)):
+        raise NotCarriedError(
+            f"with a padding of {size}, which is open (trace at multiples of its stride by sizes=, "
+            f"and give the file no others, or leave the axis closed)"
+        )
+
+
 def check_carried(traced: TracedFunction, carried: Container[str], format_name: str) -> None:
     """Refuse operations that nothing is written for, all at once, and dtypes that there are not.
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
-# Primes, by which a product tells its factors, with gaps that differ from axis to axis.
-_TRACED_AT = ((7, 11), (13, 19), (23, 37), (41, 61))
+# Gaps are primes above the usual strides, others from axis to axis: what a stride leaves over
+# differs between two sizes, in padding too, and quotients are on no line. Later axes are longer.
+_TRACED_AT = ((7, 12), (13, 20), (23, 34), (41, 54))
 _HIGHEST_POWER = 2
 
 #: A product of open axes by their names, and how often it is counted; no names: a plain number.
