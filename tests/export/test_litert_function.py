@@ -255,6 +255,8 @@ def test_names_shapes_and_metadata_of_a_file(rng: np.random.Generator) -> None:
         function_to_litert(f, params, *inputs, input_names=["x", "y"])
     with pytest.raises(ValueError, match="not all different"):
         function_to_litert(f, params, *inputs, open_axes=axes, output_names=["input0", "s"])
+    with pytest.raises(ValueError, match="would have no output"):
+        function_to_litert(lambda params, *inputs: None, params, *inputs)
 
 
 def test_outputs_may_be_inputs_constants_codes_and_one_value_twice(

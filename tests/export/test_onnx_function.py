@@ -377,6 +377,34 @@ def test_names_shapes_and_metadata_of_a_file(rng: np.random.Generator) -> None:
         function_to_onnx(f, params, *inputs, open_axes=axes, output_names=["input0", "s"])
 
 
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["x", "x"], r"\['x', 'x', 'output'\] of inputs and outputs are not all different"),
+        (["x", ""], r"input names \['x', ''\] are not all texts"),
+        ([1, 2], r"input names \[1, 2\] are not all texts"),
+    ],
+)
+def test_names_that_are_none_or_not_different_are_refused(names: Any, told: str) -> None:
+    x = np.ones((2, 3), np.float32)
+    with pytest.raises(ValueError, match=told):
+        function_to_onnx(lambda _, x, y: x + y, {}, x, x, input_names=names)
+
+
+def test_a_function_that_returns_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="would have no output"):
+        function_to_onnx(lambda _, x: None, {}, np.ones((2, 3), np.float32))
+
+
+@pytest.mark.parametrize("name", ["w/codes", "w/scale"])
+def test_an_output_may_have_the_name_of_an_inner_value(rng: np.random.Generator, name: str) -> None:
+    params = ab.quantize({"w": drawn(rng, 3, 3)}, ab.Rules([("w", ab.Uniform(bits=4))]))
+    x = drawn(rng, 2, 3)
+    model = function_to_onnx(lambda params, x: x @ params["w"], params, x, output_names=[name])
+    assert [value.name for value in model.graph.output] == [name]
+    check_close(answers(model, x), x @ np.asarray(ab.dequantize(params)["w"]))
+
+
 def test_outputs_may_be_inputs_constants_codes_and_one_value_twice(
     rng: np.random.Generator,
 ) -> None:

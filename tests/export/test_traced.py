@@ -73,6 +73,9 @@ def test_open_axes_that_cannot_be_are_refused() -> None:
         OpenAxes.of(["batch"], {"width": (8, 16)})
     with pytest.raises(ValueError, match="two different positive sizes, not at"):
         OpenAxes.of(["batch"], {"batch": (8, 8)})
+    wrong: Any = {"batch": 8}
+    with pytest.raises(ValueError, match="two different positive sizes, not at 8"):
+        OpenAxes.of(["batch"], wrong)
     with pytest.raises(ValueError, match="At most 4"):
         OpenAxes.of(list("abcde"), {})
 
@@ -233,6 +236,9 @@ def test_what_open_axes_cannot_say_is_refused_with_its_line() -> None:
         trace(no_whole_number, {}, x)
     with pytest.raises(ValueError, match="open_axes has 2 entries for 1 inputs"):
         trace(outside, {}, x, open_axes=(None, None))
+    for wrong in ("batch", {0: 3}, {"batch": 0}):
+        with pytest.raises(ValueError, match="where an axis is given its name"):
+            trace(outside, {}, x, open_axes=(wrong,))
     with pytest.raises(ValueError, match="no axis 2 to be open"):
         trace(outside, {}, x, open_axes=({2: "batch"},))
     closed = trace(outside, {}, x, open_axes=(None,)).graph

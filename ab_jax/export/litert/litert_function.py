@@ -38,6 +38,7 @@ from ab_jax.export.traced import (
 from ab_jax.export.traced.carrying import (
     NotCarriedError,
     check_carried,
+    check_names,
     names_of,
     place,
     quantization_of,
@@ -132,8 +133,7 @@ def graph_to_litert(
     check_carried(traced, CARRIED, "LiteRT")
     into = names_of(input_names, "input", traced.inputs)
     out = names_of(output_names, "output", traced.outputs)
-    if len({*into, *out}) < len(into) + len(out):
-        raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
+    check_names(into, out)
     file = LitertFile(graph, into, sizes=sizes or {}, narrowest=narrowest)
     _write_all(file, graph.operations)
     given = [file.tensors[value].number for value in graph.inputs]

@@ -42,6 +42,7 @@ from ab_jax.export.traced import (
 from ab_jax.export.traced.carrying import (
     NotCarriedError,
     check_carried,
+    check_names,
     names_of,
     place,
     quantization_of,
@@ -129,16 +130,16 @@ def function_to_onnx(
             )
     into = names_of(input_names, "input", traced.inputs)
     out = names_of(output_names, "output", traced.outputs)
+    check_names(into, out)
     file = FunctionFile(
         dict(zip(graph.inputs, into, strict=True)),
         endings=endings(graph),
         fused=fused,
         integer_biases=integer_biases,
     )
+    for name in out:
+        file.unique(name)  # before anything within is called so
     _write(file, graph.operations)
-    reserved = [file.unique(name) for name in out]
-    if reserved != list(out):
-        raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
     for name, output in zip(out, graph.outputs, strict=True):
         file.nodes.append(helper.make_node("Identity", [file.name(output)], [name], name=name))
     file.finish(out)

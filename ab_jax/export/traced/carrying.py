@@ -84,7 +84,7 @@ def names_of(given: Sequence[str] | None, word: str, paths: Sequence[str]) -> li
     """Names of inputs or outputs: those that are given, or a word and their paths.
 
     Raises:
-      ValueError: another number of names.
+      ValueError: another number of names, or some that are no texts.
     """
     if given is None:
         return [
@@ -94,7 +94,23 @@ def names_of(given: Sequence[str] | None, word: str, paths: Sequence[str]) -> li
         raise ValueError(
             f"There are {len(given)} {word} names for {len(paths)} {word}s: {', '.join(paths)}."
         )
+    if not all(isinstance(name, str) and name for name in given):
+        raise ValueError(f"The {word} names {list(given)} are not all texts that say something.")
     return list(given)
+
+
+def check_names(into: Sequence[str], out: Sequence[str]) -> None:
+    """That a file has outputs, and all names are different.
+
+    Raises:
+      ValueError: one of these does not hold.
+    """
+    if not out:
+        raise ValueError(
+            "The function returns no array, so that a file of it would have no output."
+        )
+    if len({*into, *out}) < len(into) + len(out):
+        raise ValueError(f"The names {[*into, *out]} of inputs and outputs are not all different.")
 
 
 def quantization_of(graph: Graph) -> dict[str, Any]:

@@ -197,6 +197,11 @@ def _opened(
             isinstance(node, Mapping) and all(isinstance(key, int) for key in node)
         )
 
+    for own in jax.tree.leaves(list(open_axes), is_leaf=is_named):
+        if not is_named(own) or not all(isinstance(name, str) for name in (own or {}).values()):
+            raise ValueError(
+                f"open_axes has {own!r} where an axis is given its name, such as {{0: 'batch'}}."
+            )
     found: list[dict[int, str]] = []
     for given, array in zip(open_axes, arrays, strict=True):
         spread = jax.tree.map(

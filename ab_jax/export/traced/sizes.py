@@ -54,7 +54,8 @@ class OpenAxes:
         for name, given in sizes.items():
             if name not in names:
                 raise ValueError(f"There is no open axis {name!r} to trace at {given}.")
-            if len(given) != 2 or len(set(given)) != 2 or min(given) < 1:
+            pair = given if isinstance(given, (tuple, list)) else ()
+            if len(pair) != 2 or len(set(pair)) != 2 or min(pair) < 1:
                 raise ValueError(
                     f"The axis {name!r} is to be traced at two different positive sizes, not at "
                     f"{given}."
