@@ -218,6 +218,8 @@ def test_over_an_axis_traced_at_size_1_another_function_shows(rng: np.random.Gen
 
     x = rng.normal(size=SHAPE).astype(np.float32)
     check_close(answers(function_to_onnx(f, {}, x, sizes={"batch": (1, 2)}), x), f({}, x))
+    x = rng.normal(size=(8, 3)).astype(np.float32)
+    check_close(answers(function_to_onnx(lambda _, x: f({}, x[6:]), {}, x), x), f({}, x[6:]))
 
 
 def test_sizes_of_no_simple_terms_are_no_obstacle(rng: np.random.Generator) -> None:

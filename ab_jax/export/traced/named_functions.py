@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ab_jax.export.traced.computing import evaluate_graph
+from ab_jax.export.traced.sizes import Size
 from ab_jax.export.traced.traced_graph import (
     Codes,
     Constant,
@@ -124,10 +125,12 @@ def _is_arithmetic(operation: Operation) -> bool:
 
 def _named(part: _Part, graph: Graph) -> Operation | None:
     """What a part computes, as one operation; None: none of these functions."""
-    # The largest sizes: over an axis of 1 much would be a softmax.
-    corners = graph.axes.corners
-    at = max(range(len(corners)), key=lambda i: sum(corners[i].values()))
-    shape = tuple(x if isinstance(x, int) else x.values[at] for x in part.enters.shape)
+    # At sizes above 1: over an axis of 1 much would be a softmax.
+    corners, opened = graph.axes.corners, [x for x in part.enters.shape if isinstance(x, Size)]
+    at = next((i for i in range(len(corners)) if all(x.values[i] > 1 for x in opened)), None)
+    if at is None:
+        return None
+    shape = tuple(x.values[at] if isinstance(x, Size) else x for x in part.enters.shape)
     if not 0 < math.prod(shape) <= _LARGEST:
         return None
     with jax.enable_x64(True):
