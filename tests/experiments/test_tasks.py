@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from experiments.execution.tasks import Task
-from experiments.settings.config import Config, recorded
+from experiments.settings.config import FREE_FLAGS, Config, recorded
 from experiments.settings.old_flags import ADDED_LATER
 
 
@@ -20,5 +20,5 @@ def test_a_run_of_before_a_flag_is_done(tmp_path: Path, missing: str) -> None:
     other = {**flags, missing: "other"}
     was = ADDED_LATER[missing]
     changed = Task(name="a", directory=tmp_path, command=(), flags=other).differences()
-    free = missing in ("workers", "keep_checkpoints", "allow_changed")
+    free = missing in FREE_FLAGS
     assert changed == ([] if free else [f"--{missing} was {was!r}, is 'other'"])

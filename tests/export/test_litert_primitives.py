@@ -84,6 +84,7 @@ def test_forms_that_are_not_carried_are_named(primitive: str, rng: np.random.Gen
 
 def test_each_primitive_that_is_carried_has_a_case() -> None:
     ours = {"size", "quantize", "quantize_tokens", "add_any", "expand_dims"}
+    ours |= {"softmax", "log_softmax", "layer_norm", "gelu"}  # of test_named_functions
     assert CARRIED.keys() - ours <= {case.primitive for case in carried()}
 
 

@@ -65,6 +65,7 @@ ELSEWHERE = {*SAME, "broadcast_in_dim"}
 
 def test_each_primitive_that_is_carried_has_a_case() -> None:
     ours = {"size", "quantize", "quantize_tokens", "add_any", "expand_dims"}
+    ours |= {"softmax", "log_softmax", "layer_norm", "gelu"}  # of test_named_functions
     tried = {case.primitive.replace("-", "_") for case in CASES}
     assert {name.replace("-", "_") for name in CARRIED} - ours <= tried
 
