@@ -159,7 +159,10 @@ def run(config: Config) -> Record:
         images = np.concatenate([photographs.calibration().images, odd.images])
         for bits, network in networks_of(model, to_range).items():
             counts[f"{name}, {bits}"] = compare(network, model, images, forms)
-    return {"counts": counts}
+    # Where files lie on a machine is no part of a record.
+    files = {"photographs": c.photographs.name, "mobilenet_weights": None, "out": None}
+    flags = {"networks": list(c.networks), "forms": list(c.forms), "ranged": c.ranged}
+    return {"config": flags | files, "counts": counts}
 
 
 def networks_of(model: PretrainedModel, to_range: np.ndarray) -> dict[str, Network]:
