@@ -11,7 +11,7 @@ from ab_jax.training.optimizers import OptimizerSettings
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.run_settings import Training
 from ab_jax.training.state import TrainState
-from ab_jax.training.step_numbers import Schedules, StepNumbers
+from ab_jax.training.step_numbers import BLOCK, Schedules, StepNumbers
 from ab_jax.training.train_step import Metrics, in_chunks, make_train_step
 
 #: Steps between looks at the loss: a look waits for the device.
@@ -90,15 +90,15 @@ def steps_per_call(training: Training, parallel: Parallel) -> int:
     """How many steps a program runs.
 
     Raises:
-      ValueError: several, of a stream, or less than one.
+      ValueError: several, of a stream; less than one, or more than there are numbers for.
     """
     asked = training.steps_per_call
     streamed = isinstance(training.dataset, StreamedDataset)
     if asked is None:
         on_cpus = parallel.devices[0].platform == "cpu"
         return 1 if on_cpus or streamed else LOOK_EVERY
-    if asked < 1:
-        raise ValueError(f"steps_per_call={asked} must be at least 1.")
+    if not 1 <= asked <= BLOCK:
+        raise ValueError(f"steps_per_call={asked} must be 1 to {BLOCK}.")
     if asked > 1 and streamed:
         raise ValueError(
             f"steps_per_call={asked}: photographs of a stream come step by step. Omit it."

@@ -1,6 +1,7 @@
 """The training loop: a Python loop over compiled steps that evaluates, saves and records."""
 
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -140,9 +141,9 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 finite.steps(of_steps, span.start, state.trained)
             checkpoints.check()
 
-        spans = list(spans_of(first, t.steps, per_call, t.eval_every))
+        spans = functools.partial(spans_of, first, t.steps, per_call, t.eval_every)
         if per_call > 1:
-            batches = readings.train.chunks(t.seed, t.batch_size, spans)
+            batches = readings.train.chunks(t.seed, t.batch_size, spans())
         else:
             batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
         stop = agreed(asked_to_stop, every=max(1, LOOK_EVERY // per_call))
@@ -153,7 +154,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             shown_progress(first, t.steps) as show,
             profiler(t.profile and is_first(), run.path) as profile,
         ):
-            for span, batch in zip(spans, batches, strict=False):  # which may end before
+            for span, batch in zip(spans(), batches, strict=False):  # which may end before
                 profile(span.start - first)
                 if span.stop > numbers_end:
                     numbers = parallel.replicate(schedules.block(span.start))

@@ -14,18 +14,15 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.data import Dataset, Images
-from ab_jax.training.checkpoint import Checkpoints
-from ab_jax.training.compiled_step import optimizer_of_state, spans_of
+from ab_jax.training.compiled_step import spans_of, steps_per_call
 from ab_jax.training.finite import NonFiniteLossError
-from ab_jax.training.loop import train
 from ab_jax.training.optimizers import OptimizerSettings, make_optimizer, warmup_cosine
 from ab_jax.training.parallel import Mode, Parallel
-from ab_jax.training.records import RunDirectory
 from ab_jax.training.run_settings import Training
-from ab_jax.training.state import TrainState, create_state
+from ab_jax.training.step_numbers import BLOCK
 from ab_jax.training.stopping import StoppedError
 from ab_jax.training.train_step import Preprocessing
-from tests.training.test_loop import lines_of
+from tests.training.test_loop import assert_same_bits, last_state, lines_of, run
 
 BATCH, STEPS = 8, 23
 
@@ -65,18 +62,6 @@ def training(
         accumulate=2,
         steps_per_call=4,
     )
-
-
-def run(training: Training, path: Path, *, mode: Mode = "pmap", **changes: Any) -> dict[str, Any]:
-    parallel = Parallel(mode, tuple(jax.devices()[:2]))
-    with RunDirectory(path, experiment="tests", config={"name": path.name}) as directory:
-        return train(dataclasses.replace(training, **changes), parallel, directory)
-
-
-def last_state(training: Training, path: Path) -> TrainState:
-    like = create_state(training.model, optimizer_of_state(training), (4, 4, 1), seed=0)
-    with Checkpoints(path / "checkpoints") as checkpoints:
-        return checkpoints.restore(like)
 
 
 def assert_close(found: Any, wanted: Any) -> None:
@@ -126,8 +111,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_bit(
     assert run(training, tmp_path / "parts")["summary"]["resumed_at"] == 12
     assert lines_of(tmp_path / "parts") == lines_of(tmp_path / "whole")
     states = [last_state(training, tmp_path / name) for name in ("parts", "whole")]
-    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
-        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+    assert_same_bits(*states)
 
 
 def test_a_step_that_is_not_finite_is_named_within_its_call(
@@ -205,14 +189,25 @@ def test_a_chunk_is_one_transfer_in_and_one_out(
     assert found[20]["out"] == found[1]["out"]  # looks are as far apart
 
 
-def test_impossible_chunks_are_refused(training: Training, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="steps_per_call=0 must be at least 1"):
-        run(training, tmp_path / "run", steps_per_call=0)
+@pytest.mark.parametrize("asked", [0, BLOCK + 1])
+def test_impossible_chunks_are_refused(training: Training, tmp_path: Path, asked: int) -> None:
+    with pytest.raises(ValueError, match=f"steps_per_call={asked} must be 1 to {BLOCK}"):
+        run(training, tmp_path / "run", steps_per_call=asked)
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_numbers_go_on_behind_a_block(
+    training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, per_call: int
+) -> None:
+    run(training, tmp_path / "one", steps_per_call=per_call)
+    for module in ("loop", "step_numbers"):  # several blocks, at whose end no call ends
+        monkeypatch.setattr(f"ab_jax.training.{module}.BLOCK", 6)
+    run(training, tmp_path / "several", steps_per_call=per_call)
+    assert lines_of(tmp_path / "several") == lines_of(tmp_path / "one")
+    assert_same_bits(*(last_state(training, tmp_path / name) for name in ("several", "one")))
 
 
 def test_cpus_take_single_steps_unless_told_otherwise(training: Training) -> None:
-    from ab_jax.training.compiled_step import steps_per_call
-
     parallel = Parallel("pmap", (jax.devices()[0],))
     assert steps_per_call(dataclasses.replace(training, steps_per_call=None), parallel) == 1
     assert steps_per_call(training, parallel) == 4
