@@ -99,16 +99,19 @@ def stablehlo(network: TrainedNetwork, directory: Path) -> Logits:
 
 def onnx(network: TrainedNetwork, directory: Path, *, integer_biases: bool = False) -> Logits:
     """An ONNX file in ONNX Runtime, from normalized images."""
-    import onnxruntime
-
     path = directory / "net.onnx"
     export.onnx(network, path, integer_biases=integer_biases, normalized=True)
+    return in_onnx_runtime(path.read_bytes())
+
+
+def in_onnx_runtime(data: bytes) -> Logits:
+    """A file's answers, by kernels that are right on every processor."""
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(
-        path.read_bytes(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images})[0]
 
 

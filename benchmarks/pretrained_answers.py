@@ -23,7 +23,7 @@ from ab_jax.activations import ActivationQuantizer
 from ab_jax.export.integers import evaluate_in_integers
 from ab_jax.export.traced import trace
 from ab_jax.products import ActivationRules, measure_ranges, quantize_inputs
-from benchmarks.exported_answers import in_float64
+from benchmarks.exported_answers import in_float64, in_onnx_runtime
 from benchmarks.measuring.benchmark_command import Record, main, recorded, require_at_least_one
 from benchmarks.measuring.ratios import markdown
 from experiments.pretrained.photographs import Photographs
@@ -93,8 +93,6 @@ def integers(network: Network) -> Logits:
 
 def onnx(network: Network, *, integer_biases: bool = False) -> Logits:
     """An ONNX file in ONNX Runtime."""
-    import onnxruntime
-
     from ab_jax.export.onnx import function_to_onnx
 
     file = function_to_onnx(
@@ -103,13 +101,7 @@ def onnx(network: Network, *, integer_biases: bool = False) -> Logits:
         input_names=["images"],
         integer_biases=integer_biases,
     )
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    session = onnxruntime.InferenceSession(
-        file.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return lambda images: session.run(None, {"images": images})[0]
+    return in_onnx_runtime(file.SerializeToString())
 
 
 def litert(network: Network) -> Logits:
