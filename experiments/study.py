@@ -35,6 +35,7 @@ from experiments.execution.executor import (
     exit_code,
     show,
 )
+from experiments.execution.lots import Together, members_of_a_lot
 from experiments.execution.processes import LocalProcesses, collect_signals
 from experiments.execution.progress import Display, say, say_table
 from experiments.execution.tasks import Task, check
@@ -59,6 +60,9 @@ class Config:
     file: tyro.conf.Positional[Path]  # such as studies/digits.toml
     jobs: int = 1  # runs at a time; of Slurm, jobs in the queue
     cores_per_job: int = 1  # cores each process is pinned to; 0 pins nothing
+    # Runs that one process trains, where they differ in seed, rates or ramps alone. auto: 8 on
+    # accelerators of this machine, else 1.
+    together: Together = "auto"
     runs_dir: Path = Path("runs")  # a run lives in RUNS_DIR/STUDY/STAGE/RUN
     results: str = "results"  # finished records are copied below it; empty: nowhere
     data_dir: str | None = None  # where prepared data lie; None: $TFDS_DATA_DIR or TFDS's default
@@ -153,7 +157,8 @@ class Conduct:
             say(self.console, f"{name}: {number} wait for {', '.join(sorted(map(str, starts)))}")
         tasks = [run.task() for run in ready]
         check(tasks)
-        self.outcomes += execute(tasks, engine, display, signals, self.keep)
+        together = together_at_most(self.config)
+        self.outcomes += execute(tasks, engine, display, signals, self.keep, together=together)
 
     def keep(self, task: Task) -> None:
         """Copy a record to the results, unless another run's is there."""
@@ -195,6 +200,22 @@ def parse_shard(text: str | None) -> tuple[int, int]:
     if found is None or int(found[1]) >= int(found[2]):
         raise StudyError(f"--shard={text}: it should be I/N with I from 0 to N - 1")
     return int(found[1]), int(found[2])
+
+
+def together_at_most(config: Config) -> int:
+    """How many runs a process makes.
+
+    Raises:
+      PlanError: a number that makes no sense, or of a cluster's jobs, which are a run each.
+    """
+    if config.on == "local":
+        try:
+            return members_of_a_lot(config.together)
+        except ValueError as error:
+            raise PlanError(str(error)) from None
+    if config.together not in ("auto", 1):
+        raise PlanError(f"--together={config.together}: --on={config.on} makes a run a job")
+    return 1
 
 
 def make_engine(config: Config) -> Engine:
@@ -260,6 +281,7 @@ def _run(conduct: Conduct) -> int:
         show_plan(conduct)
         return 0
     engine = make_engine(config)
+    together_at_most(config)
     runs = [run for stage in stages for run in conduct.share(everything[stage.name])]
     check(run.task() for run in runs if not run.waits_for)
     say(console, f"{conduct.study.name}: {len(stages)} stages, {len(runs)} runs")

@@ -30,6 +30,7 @@ from rich.console import Console
 
 from experiments.execution.combinations import PlanError, Run, plan
 from experiments.execution.executor import copy_atomically, execute, exit_code, show
+from experiments.execution.lots import Together, members_of_a_lot
 from experiments.execution.processes import LocalProcesses, collect_signals
 from experiments.execution.progress import Display, say, say_table
 from experiments.execution.tasks import Task, check
@@ -50,6 +51,9 @@ class Config:
     experiment: tyro.conf.Positional[str]  # module in experiments/, e.g. binarynet_cifar10
     jobs: int = 1  # processes at a time
     cores_per_job: int = 1  # cores each process is pinned to; 0 pins nothing
+    # Runs that one process trains, where they differ in seed, rates or ramps alone. auto: 8 on
+    # accelerators, 1 on CPUs.
+    together: Together = "auto"
     runs_dir: Path = Path("runs")  # a run lives in RUNS_DIR/NAME
     keep: Path | None = None  # copy each finished record to KEEP/NAME.json
     stop_after: float = 30.0  # seconds a run is given to end after Ctrl-C before it is killed
@@ -126,8 +130,9 @@ def main(argv: Sequence[str]) -> int:
         runs = plan(config.experiment, words[cut + 1 :])
         tasks = tasks_of(config.experiment, runs, config.runs_dir)
         engine = LocalProcesses(config.jobs, config.cores_per_job, config.stop_after)
+        members = members_of_a_lot(config.together)
         check(tasks)
-    except PlanError as error:
+    except (PlanError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if config.dry_run:
@@ -142,7 +147,7 @@ def main(argv: Sequence[str]) -> int:
     work = [task.work for task in tasks]
     try:
         with collect_signals() as received, Display(console, work, config.jobs) as display:
-            outcomes = execute(tasks, engine, display, received, keep)
+            outcomes = execute(tasks, engine, display, received, keep, together=members)
     except OSError as error:  # such as a full disk; the runs that went on were asked to stop
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -66,8 +66,8 @@ def run(config: Config, experiment: str = "experiments.train") -> dict[str, Any]
     if last.init_from != c.init_from:
         before = _float_phase(c)
         if not (_path(before) / "record.json").exists():
-            _train_phase(before, dataset, experiment)
-    return _train_phase(last, dataset, experiment)
+            train_phase(before, dataset, experiment)
+    return train_phase(last, dataset, experiment)
 
 
 def last_phase(config: Config) -> Config:
@@ -103,9 +103,22 @@ def _path(config: Config) -> Path:
     return Path(config.runs_dir) / config.name
 
 
-def _train_phase(config: Config, dataset: Images, experiment: str) -> dict[str, Any]:
+def train_phase(
+    config: Config, dataset: Images, experiment: str, *, parallel: Parallel | None = None
+) -> dict[str, Any]:
+    """Train one phase, and return its record.
+
+    Args:
+      config: as `settled` returns it.
+      dataset: what its flags ask for.
+      experiment: as for `run`.
+      parallel: the devices; None: as the flags say.
+
+    Raises:
+      As `run`.
+    """
     c = config
-    parallel = Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
+    parallel = parallel or Parallel(c.parallel, all_devices(), norm_group=c.norm_group)
     training = make_training(c, dataset, parallel)
     model = training.model
     if isinstance(model, WithQuantizedInputs):
@@ -114,7 +127,7 @@ def _train_phase(config: Config, dataset: Images, experiment: str) -> dict[str, 
         variables = jax.eval_shape(init, jax.random.key(0), images)
         rules = None if training.estimator is full_precision else training.rules
         table = model.describe_products(variables, images, rules=rules, train=False)
-        if is_first():
+        if parallel.speaks:
             print(table)
     keep_compiled_programs(c.compilation_cache)
     with open_run(c, experiment, dataset) as directory:

@@ -14,6 +14,7 @@ The step is the position in the data and in every schedule, and random numbers a
 import concurrent.futures
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,10 @@ from ab_jax.training.retention import (
     written,
 )
 from ab_jax.training.state import TrainState
+
+# Orbax numbers saves for the whole process: of two that threads start at once it would take the
+# directory of one as made when that of the other is.
+_STARTS_OF_SAVES = threading.Lock()
 
 
 class Checkpoints:
@@ -147,7 +152,8 @@ class Checkpoints:
         try:
             # Over what a killed process may have left of it.
             path = written(self._path(step))
-            self._orbax.save(path, args=ocp.args.Composite(**items), force=True)
+            with _STARTS_OF_SAVES:
+                self._orbax.save(path, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._not_written(step, error) from error
         self._sealing = self._thread.submit(self._seal, step, accuracy, standing)

@@ -67,7 +67,7 @@ class InMemory:
     def __init__(self, images: Images, parallel: Parallel) -> None:
         self._n = len(images)
         self._parallel = parallel
-        self._placed = parallel.replicate((images.images, images.labels))
+        self._placed = parallel.place((images.images, images.labels))
 
     def __len__(self) -> int:
         return self._n

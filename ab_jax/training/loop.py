@@ -26,7 +26,7 @@ from ab_jax.training.compiled_step import (
     steps_per_call,
 )
 from ab_jax.training.distillation import digest
-from ab_jax.training.distributed import agreed, first_succeeds, is_first
+from ab_jax.training.distributed import agreed, first_succeeds
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
 from ab_jax.training.parallel import Parallel
@@ -42,6 +42,7 @@ from ab_jax.training.starting import (
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step_numbers import BLOCK
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
+from ab_jax.training.together import Member
 from ab_jax.training.watching import (
     PROFILED_STEPS,
     profiler,
@@ -54,7 +55,8 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     """Train, going on from the last checkpoint in the run's directory if there is one.
 
     Of several processes each calls it with the same arguments, but for a stream's share and for
-    who writes into the directory, which all of them must see.
+    who writes into the directory, which all of them must see. Of several runs that train together
+    (`ab_jax.training.together`) each has a `Member` for `parallel`.
 
     Returns:
       The run's record, which is written there too.
@@ -68,6 +70,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     """
     t = training
     started = time.monotonic()
+    member = parallel if isinstance(parallel, Member) else None
     per_epoch = steps_per_epoch(t.batch_size, len(t.dataset.train))
     if t.steps < 1 or t.eval_every < 1:
         raise ValueError(f"steps={t.steps} and eval_every={t.eval_every} must be at least 1.")
@@ -84,7 +87,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     )
 
     with (
-        noted_signals() as asked_to_stop,
+        noted_signals() as noted,
         Checkpoints(run.path / "checkpoints", keep=t.keep_checkpoints) as checkpoints,
     ):
         state = _initial_state(t, checkpoints)
@@ -94,7 +97,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             teacher = load_teacher(t.teacher, t.model, t.dataset.image_shape)
         taught_by = None if teacher is None else digest(teacher)
         table = describe(state.params, t.rules)  # in every process: it checks the rules
-        if is_first() and t.estimator is not full_precision:  # which no rule touches
+        if parallel.speaks and t.estimator is not full_precision:  # which no rule touches
             print(table)
         standing = checkpoints.standing
         # A run that was killed in its first evaluations may have lines and no checkpoint yet.
@@ -146,13 +149,14 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             batches = readings.train.chunks(t.seed, t.batch_size, spans())
         else:
             batches = readings.train.training(t.seed, t.batch_size, first, t.steps)
+        asked_to_stop = noted if member is None else member.asked_to_stop
         stop = agreed(asked_to_stop, every=max(1, LOOK_EVERY // per_call))
         batches = until_asked(stop, batches, alone=jax.process_count() == 1)
         schedules = schedules_of(t, state.params)
         numbers, numbers_end = None, first
         with (
-            shown_progress(first, t.steps) as show,
-            profiler(t.profile and is_first(), run.path) as profile,
+            shown_progress(first, t.steps, parallel.speaks) as show,
+            profiler(t.profile and parallel.speaks, run.path) as profile,
         ):
             for span, batch in zip(spans(), batches, strict=False):  # which may end before
                 profile(span.start - first)
@@ -214,6 +218,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         "bytes": {"trained": table.bytes_before, "packed": table.bytes_after},
         "start": accuracies_of(t.init_from),
         **({} if taught_by is None else {"teacher": taught_by}),
+        **({} if member is None else {"together": member.described()}),
     }
     seconds = time.monotonic() - started
     with first_succeeds(f"Writing the record of {run.path}"):

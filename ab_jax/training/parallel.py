@@ -73,6 +73,11 @@ class Parallel:
         return owners.index(jax.process_index()), len(owners)
 
     @property
+    def speaks(self) -> bool:
+        """Whether it is here that progress is shown: one of several processes does that for all."""
+        return jax.process_index() == 0
+
+    @property
     def norm_groups(self) -> tuple[tuple[int, ...], ...] | None:
         """The models' `axis_index_groups`: places of the devices; None: one group of all."""
         n, k = len(self.devices), self.norm_group
@@ -102,6 +107,10 @@ class Parallel:
             return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
         return jax.tree.map(stack, tree)
+
+    def place(self, tree: Tree) -> Tree:
+        """As `replicate`, for arrays that stay as they are: images of a whole data set."""
+        return self.replicate(tree)
 
     def shard(self, tree: Tree) -> Tree:
         """Give each device its share of the leading axis of arrays that every process has whole.

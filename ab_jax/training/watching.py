@@ -12,20 +12,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ab_jax.products import Range, check_ranges
-from ab_jax.training.distributed import is_first
 
 PROFILED_STEPS = 10, 20  # counted from the first one, which compiles
 
 
 @contextlib.contextmanager
 def shown_progress(
-    first: int, steps: int
+    first: int, steps: int, enabled: bool
 ) -> Iterator[Callable[[int, dict[str, Any], float], None]]:
     """Within it, what it yields shows a step's metrics and the speed, in images/s.
 
     Args:
       first: steps done before.
       steps: in all.
+      enabled: whether it shows anything.
     """
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
@@ -33,7 +33,7 @@ def shown_progress(
         TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
     )
-    console = Console(quiet=not is_first())
+    console = Console(quiet=not enabled)
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
         if not console.is_terminal:
@@ -76,7 +76,6 @@ def profiler(enabled: bool, path: Path) -> Iterator[Callable[[int], None]]:
       path: the run's directory, where the trace goes to `profile`.
     """
     first, last = PROFILED_STEPS
-    enabled = enabled and is_first()
     running = done = False
 
     def profile(step: int) -> None:

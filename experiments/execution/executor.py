@@ -4,6 +4,7 @@ Where the processes run is an `Engine`'s business; what is done is skipped, what
 started again and resumes by itself.
 """
 
+import itertools
 import signal
 import time
 from collections import Counter
@@ -16,6 +17,7 @@ from rich.console import Console
 
 from ab_jax.files import write_whole, writing
 from ab_jax.training.stopping import EXIT_CODE
+from experiments.execution.lots import in_lots, task_of
 from experiments.execution.progress import Display, say, say_table
 from experiments.execution.tasks import Task
 
@@ -53,6 +55,8 @@ def execute(
     display: Display,
     stop_signals: Sequence[int],
     keep: Callable[[Task], None] = lambda task: None,
+    *,
+    together: int = 1,
 ) -> list[Outcome]:
     """Make all runs; ends those that run and returns early once `stop_signals` is not empty.
 
@@ -62,6 +66,7 @@ def execute(
       display: what is told of each start and end.
       stop_signals: signals received so far; somebody else appends.
       keep: called with each run that is complete.
+      together: how many of them one process makes, where they are alike.
     """
     outcomes: list[Outcome] = []
 
@@ -71,29 +76,33 @@ def execute(
             keep(outcome.task)
         display.ended(outcome.task, outcome.status, outcome.reason)
 
-    pending = [task for task in tasks if task.state != "done"]
+    to_do = [task for task in tasks if task.state != "done"]
     for task in tasks:
-        if task not in pending:
+        if task not in to_do:
             end(Outcome(task, "skipped", "done before"))
-    running: list[tuple[Task, Any, float]] = []
+    pending = in_lots(to_do, together)
+    running: list[tuple[list[Task], Any, float]] = []
     try:
         while (pending or running) and not stop_signals:
             while pending and engine.has_room():
-                task = pending.pop(0)
-                running.append((task, engine.start(task), time.monotonic()))
-                display.started(task)
+                lot = pending.pop(0)
+                running.append((lot, engine.start(task_of(lot)), time.monotonic()))
+                for task in lot:
+                    display.started(task)
             time.sleep(engine.poll_seconds)
             for one in list(running):
-                task, job, started = one
+                lot, job, started = one
                 if (code := engine.code(job)) is not None:
                     running.remove(one)
-                    end(_judge(task, code, time.monotonic() - started))
+                    for task in lot:
+                        end(_judge(task, code, time.monotonic() - started))
             display.look()
     finally:
         engine.end([job for _, job, _ in running])
-        for task, _, _ in running:
+        for task in itertools.chain.from_iterable(lot for lot, _, _ in running):
             end(Outcome(task, "done" if task.state == "done" else "stopped"))
-    return outcomes + [Outcome(task, "not started") for task in pending]
+    left = itertools.chain.from_iterable(pending)
+    return outcomes + [Outcome(task, "not started") for task in left]
 
 
 def _judge(task: Task, code: int, seconds: float) -> Outcome:

@@ -1,4 +1,4 @@
-"""Child processes: pinned to cores, ended as a group."""
+"""Child processes: pinned to cores, each on a GPU of its own, ended as a group."""
 
 import contextlib
 import os
@@ -6,21 +6,35 @@ import shlex
 import signal
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from experiments.execution.combinations import PlanError
+from experiments.execution.devices import environment_of, gpus
 from experiments.execution.tasks import Task
 
 
+@dataclass(frozen=True)
+class _Place:
+    """What one process has for itself."""
+
+    cores: tuple[int, ...]
+    environment: Mapping[str, str]
+
+
 class LocalProcesses:
-    """Runs tasks on this machine, so many at a time, each on cores of its own."""
+    """Runs tasks on this machine, so many at a time, each on cores and on a GPU of its own."""
 
     poll_seconds = 0.1
 
     def __init__(self, jobs: int, cores_per_job: int, stop_after: float) -> None:
-        self._free = core_groups(jobs, cores_per_job)
-        self._cores: dict[int, tuple[int, ...]] = {}
+        devices = gpus()
+        self._free = [
+            _Place(cores, environment_of(job, jobs, devices))
+            for job, cores in enumerate(core_groups(jobs, cores_per_job))
+        ]
+        self._taken: dict[int, _Place] = {}
         self._stop_after = stop_after
 
     def has_room(self) -> bool:
@@ -28,17 +42,17 @@ class LocalProcesses:
         return bool(self._free)
 
     def start(self, task: Task) -> subprocess.Popen[bytes]:
-        """Start a task; it holds its cores until `code` says that it has ended."""
-        cores = self._free.pop(0)
-        process = start_process(task.command, task.log, cores)
-        self._cores[process.pid] = cores
+        """Start a task; it holds its place until `code` says that it has ended."""
+        place = self._free.pop(0)
+        process = start_process(task.command, task.log, place.cores, place.environment)
+        self._taken[process.pid] = place
         return process
 
     def code(self, job: subprocess.Popen[bytes]) -> int | None:
         """The exit code of a task, None while it runs; negative: the signal that killed it."""
         code = job.poll()
-        if code is not None and job.pid in self._cores:
-            self._free.append(self._cores.pop(job.pid))
+        if code is not None and job.pid in self._taken:
+            self._free.append(self._taken.pop(job.pid))
         return code
 
     def end(self, jobs: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -68,9 +82,16 @@ def core_groups(jobs: int, cores_per_job: int) -> list[tuple[int, ...]]:
 
 
 def start_process(
-    command: Sequence[str], log_path: Path, cores: tuple[int, ...]
+    command: Sequence[str],
+    log_path: Path,
+    cores: tuple[int, ...],
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[bytes]:
-    """Start `command` in a process group of its own, on `cores`, appending to `log_path`."""
+    """Start `command` in a process group of its own, on `cores`, appending to `log_path`.
+
+    Args:
+      environment: variables beside those of this process.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
     with log_path.open("ab") as log:
         log.write(f"$ {shlex.join(command)}\n".encode())
@@ -81,7 +102,7 @@ def start_process(
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
                 start_new_session=True,
             )
 

@@ -85,8 +85,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         "data": {"mean": [0.31], "std": [0.37], "class_names": NAMES},
     }
     network = TrainedNetwork(model, variables, rules, None, description)
-    # Logits of some ten, where those of such norms are of thousands: then shares are all 0 or 100 %,
-    # or, of two classes that are nearly alike, a matter of rounding.
+    # Logits of some ten, where those of such norms are of thousands: then shares are all 0 or
+    # 100 %, or, of two classes that are nearly alike, a matter of rounding.
     spread = np.ptp(logits_of(network, load("digits").test.images[:100]))
     norm = variables["params"]["head_norm"]
     variables["params"]["head_norm"] = jax.tree.map(lambda leaf: leaf * 10 / spread, norm)

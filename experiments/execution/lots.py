@@ -1,0 +1,82 @@
+"""Which runs train together in one process, and whether they should.
+
+An accelerator is idle under one narrow network; a CPU is not, and gets a process a run.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from experiments.execution.devices import has_accelerator
+from experiments.execution.tasks import Task
+from experiments.settings.config import PLACES, Config
+from experiments.study_design.expansion import arguments
+
+#: How many runs train together: so many, or as the machine suggests.
+Together = int | Literal["auto"]
+
+#: Flags in which runs may differ that train together: they are arrays or numbers to the compiled
+#: step, or none of its business.
+OF_MEMBERS = frozenset(
+    {
+        *("name", "seed", "init_from", "teacher", "runs_dir", "allow_changed"),
+        *("learning_rate", "final_rate", "warmup", "momentum", "weight_decay"),
+        *("ramp", "ramp_start", "ramp_stop", "act_start", "act_stop"),
+        *("keep_checkpoints", "read_test", "watch"),
+    }
+)
+
+_MOST = 8  # on accelerators, unless told otherwise: each has a state of its own in memory
+
+
+def members_of_a_lot(together: Together) -> int:
+    """How many runs train together at most.
+
+    Raises:
+      ValueError: less than one.
+    """
+    if together == "auto":
+        return _MOST if has_accelerator() else 1
+    if together < 1:
+        raise ValueError(f"--together={together} should be at least 1, or auto")
+    return together
+
+
+def in_lots(tasks: Sequence[Task], most: int) -> list[list[Task]]:
+    """The tasks in lots of at most so many, each in the order of its first."""
+    lots: list[list[Task]] = []
+    open_lots: dict[Any, list[Task]] = {}
+    for task in tasks:
+        kind = _kind(task.flags)
+        lot = None if kind is None else open_lots.get(kind)
+        if lot is None or len(lot) >= most:
+            lot = []
+            lots.append(lot)
+            if kind is not None:
+                open_lots[kind] = lot
+        lot.append(task)
+    return lots
+
+
+def task_of(lot: Sequence[Task]) -> Task:
+    """What makes all runs of a lot, logged where the first of them lives."""
+    if len(lot) == 1:
+        return lot[0]
+    words = [sys.executable, "-m", "experiments.together", f"--experiment={_experiment(lot[0])}"]
+    for task in lot:
+        flags = {name: value for name, value in task.flags.items() if name not in PLACES}
+        words += ["--", *arguments(Config(**flags))]
+    return dataclasses.replace(lot[0], command=tuple(words))
+
+
+def _kind(flags: Mapping[str, Any]) -> Any:
+    """Equal for runs that can train together; None: this one trains alone."""
+    if "network" not in flags or flags.get("float_epochs") or flags.get("profile"):
+        return None
+    return tuple(sorted((k, repr(v)) for k, v in flags.items() if k not in OF_MEMBERS))
+
+
+def _experiment(task: Task) -> str:
+    """The module that makes a run."""
+    return task.command[task.command.index("-m") + 1]
