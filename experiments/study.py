@@ -35,7 +35,7 @@ from experiments.execution.executor import (
     exit_code,
     show,
 )
-from experiments.execution.lots import Together, members_of_a_lot
+from experiments.execution.lots import Form, Together, members_of_a_lot
 from experiments.execution.processes import LocalProcesses, collect_signals
 from experiments.execution.progress import Display, say, say_table
 from experiments.execution.tasks import Task, check
@@ -50,7 +50,7 @@ from experiments.study_design.expansion import (
     command_text,
     expand,
 )
-from experiments.study_design.study_file import read_study
+from experiments.study_design.study_file import read_study, seeds_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,12 +63,14 @@ class Config:
     # Runs that one process trains, where they differ in seed, rates or ramps alone. auto: 8 on
     # accelerators of this machine, else 1.
     together: Together = "auto"
+    form: Form = "auto"  # how these compute their steps (experiments.together)
     runs_dir: Path = Path("runs")  # a run lives in RUNS_DIR/STUDY/STAGE/RUN
     results: str = "results"  # finished records are copied below it; empty: nowhere
     data_dir: str | None = None  # where prepared data lie; None: $TFDS_DATA_DIR or TFDS's default
     compilation_cache: str | None = None  # where compiled steps are kept; None: the trainer's own
     stage: str | None = None  # run this stage alone
     shard: str | None = None  # I/N: of each stage the runs I, I + N, I + 2 N, ..., from 0
+    seeds: str | None = None  # such as 0..4,7: the runs of these seeds, and those they need
     stop_after: float = 30.0  # seconds runs are given to save after Ctrl-C
     dry_run: bool = False  # print the runs and their commands, start nothing
     # This machine, Slurm, or this machine by the engine that submits to Slurm.
@@ -103,7 +105,30 @@ class Conduct:
     def share(self, runs: Sequence[StudyRun]) -> list[StudyRun]:
         """Those of a stage's runs that this process is for."""
         index, of = parse_shard(self.config.shard)
-        return list(runs[index::of])
+        names = self.names_of_seeds()
+        return [run for run in runs if names is None or run.name in names][index::of]
+
+    def names_of_seeds(self) -> set[str] | None:
+        """The runs of the seeds that are asked for, and those they need; None: all.
+
+        Raises:
+          StudyError: the study has no such seed.
+        """
+        if self.config.seeds is None:
+            return None
+        asked = set(seeds_of(self.config.seeds, "--seeds"))
+        stages = self.expanded()
+        runs = [run for of_stage in stages.values() for run in of_stage]
+        if none := sorted(asked - {run.config.seed for run in runs}):
+            raise StudyError(f"--seeds={self.config.seeds}: {self.study.path} has no {none[0]}")
+        names = {run.name for run in runs if run.config.seed in asked}
+        for choice in (choice for stage in self.study.stages for choice in stage.choices):
+            names |= {run.name for run in stages[choice.stage]}
+        # Backwards, since a start may have started from another run.
+        for run in reversed(runs):
+            if run.name in names and run.start is not None:
+                names.add(run.start)
+        return names
 
     def record(self, name: str) -> Path:
         return self.config.runs_dir / name / "record.json"
@@ -158,7 +183,10 @@ class Conduct:
         tasks = [run.task() for run in ready]
         check(tasks)
         together = together_at_most(self.config)
-        self.outcomes += execute(tasks, engine, display, signals, self.keep, together=together)
+        form = self.config.form
+        self.outcomes += execute(
+            tasks, engine, display, signals, self.keep, together=together, form=form
+        )
 
     def keep(self, task: Task) -> None:
         """Copy a record to the results, unless another run's is there."""

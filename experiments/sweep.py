@@ -30,7 +30,7 @@ from rich.console import Console
 
 from experiments.execution.combinations import PlanError, Run, plan
 from experiments.execution.executor import copy_atomically, execute, exit_code, show
-from experiments.execution.lots import Together, members_of_a_lot
+from experiments.execution.lots import Form, Together, members_of_a_lot
 from experiments.execution.processes import LocalProcesses, collect_signals
 from experiments.execution.progress import Display, say, say_table
 from experiments.execution.tasks import Task, check
@@ -54,6 +54,7 @@ class Config:
     # Runs that one process trains, where they differ in seed, rates or ramps alone. auto: 8 on
     # accelerators, 1 on CPUs.
     together: Together = "auto"
+    form: Form = "auto"  # how these compute their steps (experiments.together)
     runs_dir: Path = Path("runs")  # a run lives in RUNS_DIR/NAME
     keep: Path | None = None  # copy each finished record to KEEP/NAME.json
     stop_after: float = 30.0  # seconds a run is given to end after Ctrl-C before it is killed
@@ -147,7 +148,9 @@ def main(argv: Sequence[str]) -> int:
     work = [task.work for task in tasks]
     try:
         with collect_signals() as received, Display(console, work, config.jobs) as display:
-            outcomes = execute(tasks, engine, display, received, keep, together=members)
+            outcomes = execute(
+                tasks, engine, display, received, keep, together=members, form=config.form
+            )
     except OSError as error:  # such as a full disk; the runs that went on were asked to stop
         print(f"error: {error}", file=sys.stderr)
         return 1

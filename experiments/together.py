@@ -15,7 +15,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import tyro
 
@@ -25,7 +25,7 @@ from ab_jax.training.parallel import Parallel
 from ab_jax.training.stopping import EXIT_CODE, StoppedError
 from ab_jax.training.together import Member, run_together
 from experiments import train
-from experiments.execution.lots import OF_MEMBERS
+from experiments.execution.lots import OF_MEMBERS, Form
 from experiments.settings.build import Images, settled
 from experiments.settings.command_line import end_with_a_line
 from experiments.settings.config import PLACES, FlagError
@@ -38,7 +38,7 @@ class Config:
 
     # One program for all of them, by vmap or written out; or the calls in turn. auto: the fastest,
     # which is measured before the first step.
-    form: Literal["auto", "vmap", "unrolled", "in_turn"] = "auto"
+    form: Form = "auto"
     experiment: str = "experiments.train"  # the module that the records name
 
 

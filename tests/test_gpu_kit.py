@@ -84,11 +84,14 @@ def machine(path: Path) -> Path:
     """A fresh host with the clone's files and the bundle, whose training is a stand-in."""
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "experiments", path / "experiments", ignore=ignore)
-    fake = ROOT / "tests/experiments/fake_training.py"
-    shutil.copyfile(fake, path / "experiments/train.py")
+    fakes = ROOT / "tests/experiments"
+    shutil.copyfile(fakes / "fake_training.py", path / "experiments/train.py")
+    shutil.copyfile(fakes / "fake_together.py", path / "experiments/together.py")
+    shutil.copytree(KIT, path / "gpu", ignore=ignore)
+    shutil.copytree(ROOT / "studies", path / "studies")
     (path / "defaults.json").write_text(json.dumps(recorded(settled(Config()))))
     (path / "ab_jax").symlink_to(ROOT / "ab_jax")
-    for folder in ("studies", ".gpu", "bin"):
+    for folder in (".gpu", "bin"):
         (path / folder).mkdir()
     shutil.copyfile(KIT / "run.sh", path / ".gpu/run.sh")
     (path / ".gpu/revision").write_text("of the bundle")
@@ -104,7 +107,8 @@ def machine(path: Path) -> Path:
 def run(host: Path, **told: str) -> subprocess.CompletedProcess[str]:
     places = {"SITE": str(host / "site"), "OUT": str(host / "out")}
     path = f"{host}/bin:{os.environ['PATH']}"
-    env = {**os.environ, "PATH": path, "JAX_PLATFORMS": "cpu", "NAME": "toy"} | places | told
+    toy = {"JAX_PLATFORMS": "cpu", "NAME": "toy", "CHANGES": "epochs=2.0 width=0.03"}
+    env = {**os.environ, "PATH": path} | toy | places | told
     command = ["bash", ".gpu/run.sh"]
     return subprocess.run(command, cwd=host, env=env, capture_output=True, text=True)
 
@@ -118,7 +122,13 @@ def returned(host: Path) -> set[str]:
 
 
 RATES = {"ste": (0.1, 0.2, 0.4), "ab": (0.2, 0.4, 0.8), "parq": (0.1, 0.2, 0.4)}
-TRIALS = {f"trials/{method}_lr{rate}.json" for method in RATES for rate in RATES[method]}
+TRIALS = {
+    f"trials/{method}_lr{rate}_seed{seed}.json"
+    for method in RATES
+    for rate in RATES[method]
+    for seed in (100, 101)
+}
+STARTS_OF_TRIALS = {"start/seed100.json", "start/seed101.json"}
 
 
 def seed(number: int) -> set[str]:
@@ -131,11 +141,12 @@ def test_whole_seeds_return_and_are_not_trained_again(tmp_path: Path) -> None:
     first = machine(tmp_path / "first")
     done = run(first, SEEDS="0..1", FAKE="fail=1 method=parq")
     assert done.returncode == 75, done.stdout + done.stderr
-    assert "seed 1 is not whole" in done.stdout
+    assert "not whole: seed 1" in done.stdout
     assert (first / "runs/toy/final/ab_seed1/record.json").exists()
-    assert returned(first) == {*TRIALS, "start/seed100.json", *seed(0)}
+    assert returned(first) == {*TRIALS, *STARTS_OF_TRIALS, *seed(0)}
     record = json.loads((first / "results/toy/final/ste_seed0.json").read_text())
-    wanted = {"learning_rate": 0.1, "epochs": 10, "batch_size": 512, "read_test": True}
+    wanted = {"learning_rate": 0.1, "epochs": 2.0, "batch_size": 512, "read_test": True}
+    wanted |= {"width": 0.03, "dtype": "bfloat16"}
     assert {flag: record["config"][flag] for flag in wanted} == wanted
 
     fresh = machine(tmp_path / "fresh")
@@ -150,6 +161,18 @@ def test_whole_seeds_return_and_are_not_trained_again(tmp_path: Path) -> None:
     assert returned(fresh) == returned(first) | seed(1)
     trained = {path.parent.name for path in (fresh / "runs/toy").rglob("log.txt")}
     assert trained == {"seed1", "ste_seed1", "ab_seed1", "parq_seed1"}
+
+
+@pytest.mark.long
+def test_runs_from_scratch_return_one_by_one(tmp_path: Path) -> None:
+    host = machine(tmp_path / "host")
+    told = {"STUDY": "resnet20_full_size", "SEEDS": "0..1", "TOGETHER": "2"}
+    done = run(host, FAKE="fail=1 method=ab", **told)
+    assert done.returncode == 75, done.stdout + done.stderr
+    kinds = {f"{w}_{m}" for w in ("binary", "ternary") for m in ("ste", "soft_ste", "ab", "parq")}
+    runs = {f"final/{kind}_seed{seed}.json" for kind in kinds | {"binary_float"} for seed in (0, 1)}
+    failed = {"final/binary_ab_seed1.json", "final/ternary_ab_seed1.json"}
+    assert returned(host) == runs - failed
 
 
 @pytest.mark.parametrize("script", ["bundle.sh", "run.sh"])

@@ -1,9 +1,12 @@
 """What a run says of its network: accuracies of the blended and of the quantized weights."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from ab_jax.blend import Alpha, blend, dequantize, quantize
 from ab_jax.data.dataset import Dataset
@@ -11,7 +14,8 @@ from ab_jax.data.stream import StreamedDataset
 from ab_jax.estimators import Estimator, ScaledEstimator
 from ab_jax.quantizers import Quantized
 from ab_jax.rules import Rules
-from ab_jax.training.evaluation import Evaluator
+from ab_jax.training.evaluation import Evaluator, Reading
+from ab_jax.training.feeds import Feed
 from ab_jax.training.state import TrainState
 
 _RECALIBRATION_BATCHES = 20
@@ -46,7 +50,7 @@ class Readings:
         self._rules = rules
         self._estimator = estimator
         self._watch = watch
-        self.codes: list[np.ndarray] = []  # at the last evaluation
+        self.codes: list[Any] = []  # at the last evaluation
         self.train = evaluator.place(dataset.train)
         self._validation = evaluator.place(dataset.validation) if len(dataset.validation) else None
 
@@ -68,18 +72,18 @@ class Readings:
         values = dequantize(quantized)
         metrics: dict[str, Any] = {}
         if self._validation is not None:
-            fresh = self._recalibrated(values, state, 1.0)
-            for name, params, model_state, at in (
-                ("blended", effective, state.model_state, activation_alpha),
-                ("quantized", values, state.model_state, 1.0),
-                ("recalibrated", values, fresh, 1.0),
-            ):
-                reading = self._evaluator.read(params, model_state, at, self._validation)
+            of_codes = _Network(values, state.model_state, 1.0)
+            networks = {
+                "blended": _Network(effective, state.model_state, activation_alpha),
+                "quantized": of_codes,
+                "recalibrated": self._with_fresh_norm(of_codes),
+            }
+            for name, reading in self._read(networks, self._validation).items():
                 metrics[f"{name}_loss"] = reading.loss
                 metrics[f"{name}_accuracy"] = reading.accuracy
         codes = _codes(quantized)
         if self.codes:
-            changed = sum(np.count_nonzero(a != b) for a, b in zip(codes, self.codes, strict=True))
+            changed = int(_changed(codes, self.codes))
             metrics["changed_codes"] = changed / max(1, sum(c.size for c in codes))
         self.codes = codes
         if self._watch is not None:
@@ -106,22 +110,19 @@ class Readings:
         """
         effective = self._effective(state, alpha)
         values = dequantize(self._quantized(state))
+        as_trained = _Network(effective, state.model_state, activation_alpha)
+        of_codes = _Network(values, state.model_state, 1.0)
+        fresh = self._with_fresh_norm(of_codes)
+        same = as_trained.is_as(of_codes)
         networks = {
-            "blended": (effective, state.model_state, activation_alpha),
-            "blended_recalibrated": (
-                effective,
-                self._recalibrated(effective, state, activation_alpha),
-                activation_alpha,
-            ),
-            "quantized": (values, state.model_state, 1.0),
-            "quantized_recalibrated": (values, self._recalibrated(values, state, 1.0), 1.0),
+            "blended": as_trained,
+            "blended_recalibrated": fresh if same else self._with_fresh_norm(as_trained),
+            "quantized": of_codes,
+            "quantized_recalibrated": fresh,
         }
 
-        def accuracies(placed: Any) -> dict[str, float]:
-            return {
-                name: self._evaluator.read(*network, placed).accuracy
-                for name, network in networks.items()
-            }
+        def accuracies(placed: Feed) -> dict[str, float]:
+            return {name: found.accuracy for name, found in self._read(networks, placed).items()}
 
         summary: dict[str, Any] = {
             "validation": accuracies(self._validation) if self._validation is not None else None,
@@ -146,19 +147,56 @@ class Readings:
     def _quantized(self, state: TrainState) -> Any:
         return quantize(state.params, self._rules, scales=state.scales)
 
-    def _recalibrated(self, params: Any, state: TrainState, alpha: float) -> Any:
-        return self._evaluator.recalibrate(
-            params, state.model_state, alpha, self.train, _RECALIBRATION_BATCHES
-        )
+    def _with_fresh_norm(self, network: "_Network") -> "_Network":
+        found = self._evaluator.recalibrate(*network, self.train, _RECALIBRATION_BATCHES)
+        return network._replace(model_state=found)
+
+    def _read(self, networks: Mapping[str, "_Network"], placed: Feed) -> dict[str, Reading]:
+        """Readings by name, of networks that are the same once: at alpha 1 some are."""
+        read: list[tuple[_Network, Reading]] = []
+        found = {}
+        for name, network in networks.items():
+            known = next((reading for other, reading in read if network.is_as(other)), None)
+            found[name] = known or self._evaluator.read(*network, placed)
+            read.append((network, found[name]))
+        return found
+
+
+class _Network(NamedTuple):
+    """What is read: parameters as used, other collections, and alpha of the activations."""
+
+    params: Any
+    model_state: Any
+    alpha: float
+
+    def is_as(self, other: "_Network") -> bool:
+        """Whether it has the same numbers, and so the same accuracy."""
+        if self is other:
+            return True
+        return self.alpha == other.alpha and bool(_equal(self[:2], other[:2]))
+
+
+@jax.jit
+def _equal(tree: Any, other: Any) -> Array:
+    """Whether trees of one structure have the same numbers; where they lie."""
+    pairs = zip(jax.tree.leaves(tree), jax.tree.leaves(other), strict=True)
+    return jnp.all(jnp.stack([jnp.all(a == b) for a, b in pairs]))
+
+
+@jax.jit
+def _changed(codes: list[Any], before: list[Any]) -> Array:
+    """How many codes are others than before; where they lie."""
+    pairs = zip(codes, before, strict=True)
+    return jnp.sum(jnp.stack([jnp.count_nonzero(a != b) for a, b in pairs]))
 
 
 def _is_quantized(leaf: Any) -> bool:
     return isinstance(leaf, Quantized)
 
 
-def _codes(quantized: Any) -> list[np.ndarray]:
+def _codes(quantized: Any) -> list[Array]:
     leaves = jax.tree.leaves(quantized, is_leaf=_is_quantized)
-    return [np.asarray(leaf.codes) for leaf in leaves if _is_quantized(leaf)]
+    return [jnp.asarray(leaf.codes) for leaf in leaves if _is_quantized(leaf)]
 
 
 def _by_path(tree: Any) -> dict[str, Any]:

@@ -68,11 +68,9 @@ class FiniteCheck:
         network = {"params": state.params, **state.model_state}
         if state.scales is not None:
             network["scales"] = state.scales
-        network = jax.device_get(network)
-        leaves = jax.tree.leaves(network)
-        finite = [bool(np.all(np.isfinite(leaf))) for leaf in leaves]
-        if not all(finite):
-            found = f"{_paths(network)[finite.index(False)]} is not finite after its update"
+        finite = np.asarray(_finite_everywhere(network))  # where they lie: they need not travel
+        if not np.all(finite):
+            found = f"{_paths(network)[np.argmin(finite)]} is not finite after its update"
             self._stop(found, int(state.step) - 1, alpha)
 
     def _stop(self, found: str, step: int, alpha: float) -> NoReturn:
@@ -83,6 +81,12 @@ class FiniteCheck:
             f"{self.learning_rate(step):.6g}. Last checkpoint: {last}. Lower the learning rate or "
             f"clip gradients: under another --name, or from that checkpoint on by --allow_changed."
         )
+
+
+@jax.jit
+def _finite_everywhere(tree: Any) -> Array:
+    """Whether every number of each leaf is finite: bool [leaves]."""
+    return jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def _paths(tree: Any) -> list[str]:

@@ -134,11 +134,12 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         computed: list[tuple[range, Any]] = []  # steps whose metrics are on the devices yet
         measured_from, since, done = len(recent), time.monotonic(), first
 
-        def look() -> None:
-            spans = [span for span, _ in computed]
-            on_host = parallel.to_host([metrics for _, metrics in computed])
-            computed.clear()
-            for span, metrics in zip(spans, on_host, strict=True):
+        def look(*, ahead: int = 0) -> None:
+            """At all calls but the last ones, on which the devices work meanwhile."""
+            seen = computed[: len(computed) - ahead]
+            del computed[: len(seen)]
+            on_host = parallel.to_host([metrics for _, metrics in seen])
+            for (span, _), metrics in zip(seen, on_host, strict=True):
                 of_steps = metrics_of_steps(metrics, len(span)) if per_call > 1 else [metrics]
                 recent.extend(of_steps)
                 finite.steps(of_steps, span.start, state.trained)
@@ -169,10 +170,11 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 evaluates = done % t.eval_every == 0 or done == t.steps
                 if not evaluates and done // LOOK_EVERY == span.start // LOOK_EVERY:
                     continue
-                look()
+                look(ahead=0 if evaluates else 1)
                 trained = len(recent) - measured_from
                 speed = trained * t.batch_size / (time.monotonic() - since)
-                show(done, recent[-1], speed)
+                if recent:
+                    show(done, recent[-1], speed)
                 if not evaluates:
                     continue
                 state = parallel.unreplicate(on_devices)
@@ -206,7 +208,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
             finite.network(state, alphas.mean)
             if recent:
                 standing = Standing(run.seal(), alphas.by_path(), taught_by)
-                interval = Interval.of(recent, readings.codes)
+                interval = Interval.of(recent, jax.device_get(readings.codes))
                 checkpoints.save(state, interval=interval, standing=standing)
             raise StoppedError(run.path, done, stop())
     alphas, lines = _alphas(t, t.steps, state.params), run.metrics

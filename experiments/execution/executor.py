@@ -57,6 +57,7 @@ def execute(
     keep: Callable[[Task], None] = lambda task: None,
     *,
     together: int = 1,
+    form: str = "auto",
 ) -> list[Outcome]:
     """Make all runs; ends those that run and returns early once `stop_signals` is not empty.
 
@@ -67,6 +68,7 @@ def execute(
       stop_signals: signals received so far; somebody else appends.
       keep: called with each run that is complete.
       together: how many of them one process makes, where they are alike.
+      form: how that computes their steps.
     """
     outcomes: list[Outcome] = []
 
@@ -86,7 +88,7 @@ def execute(
         while (pending or running) and not stop_signals:
             while pending and engine.has_room():
                 lot = pending.pop(0)
-                running.append((lot, engine.start(task_of(lot)), time.monotonic()))
+                running.append((lot, engine.start(task_of(lot, form)), time.monotonic()))
                 for task in lot:
                     display.started(task)
             time.sleep(engine.poll_seconds)

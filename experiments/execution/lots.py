@@ -16,6 +16,9 @@ from experiments.study_design.expansion import arguments
 #: How many runs train together: so many, or as the machine suggests.
 Together = int | Literal["auto"]
 
+#: How their steps are computed together (`ab_jax.training.together`): auto measures.
+Form = Literal["auto", "vmap", "unrolled", "in_turn"]
+
 #: Flags in which runs may differ that train together: they are arrays or numbers to the compiled
 #: step, or none of its business.
 OF_MEMBERS = frozenset(
@@ -59,11 +62,17 @@ def in_lots(tasks: Sequence[Task], most: int) -> list[list[Task]]:
     return lots
 
 
-def task_of(lot: Sequence[Task]) -> Task:
-    """What makes all runs of a lot, logged where the first of them lives."""
+def task_of(lot: Sequence[Task], form: str = "auto") -> Task:
+    """What makes all runs of a lot, logged where the first of them lives.
+
+    Args:
+      lot: at least one.
+      form: how their steps are computed together, one of `Form`.
+    """
     if len(lot) == 1:
         return lot[0]
-    words = [sys.executable, "-m", "experiments.together", f"--experiment={_experiment(lot[0])}"]
+    words = [sys.executable, "-m", "experiments.together", f"--form={form}"]
+    words.append(f"--experiment={_experiment(lot[0])}")
     for task in lot:
         flags = {name: value for name, value in task.flags.items() if name not in PLACES}
         words += ["--", *arguments(Config(**flags))]
