@@ -21,9 +21,9 @@ import tyro
 
 from ab_jax.training.distributed import all_devices
 from ab_jax.training.finite import NonFiniteLossError
+from ab_jax.training.members import Member, run_together
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.stopping import EXIT_CODE, StoppedError
-from ab_jax.training.together import Member, run_together
 from experiments import train
 from experiments.execution.lots import OF_MEMBERS, Form
 from experiments.settings.build import Images, settled

@@ -29,6 +29,7 @@ from ab_jax.training.distillation import digest
 from ab_jax.training.distributed import agreed, first_succeeds
 from ab_jax.training.evaluation import Evaluator
 from ab_jax.training.finite import FiniteCheck
+from ab_jax.training.members import Member
 from ab_jax.training.parallel import Parallel
 from ab_jax.training.ramps import Alphas, check_never_falls
 from ab_jax.training.records import RunDirectory, accuracies_of
@@ -42,7 +43,6 @@ from ab_jax.training.starting import (
 from ab_jax.training.state import TrainState, create_state
 from ab_jax.training.step_numbers import BLOCK
 from ab_jax.training.stopping import StoppedError, noted_signals, until_asked
-from ab_jax.training.together import Member
 from ab_jax.training.watching import (
     PROFILED_STEPS,
     profiler,
@@ -56,7 +56,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
 
     Of several processes each calls it with the same arguments, but for a stream's share and for
     who writes into the directory, which all of them must see. Of several runs that train together
-    (`ab_jax.training.together`) each has a `Member` for `parallel`.
+    (`ab_jax.training.members`) each has a `Member` for `parallel`.
 
     Returns:
       The run's record, which is written there too.

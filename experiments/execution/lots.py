@@ -16,7 +16,7 @@ from experiments.study_design.expansion import arguments
 #: How many runs train together: so many, or as the machine suggests.
 Together = int | Literal["auto"]
 
-#: How their steps are computed together (`ab_jax.training.together`): auto measures.
+#: How their steps are computed together (`ab_jax.training.members`): auto measures.
 Form = Literal["auto", "vmap", "unrolled", "in_turn"]
 
 #: Flags in which runs may differ that train together: they are arrays or numbers to the compiled

@@ -14,15 +14,15 @@ import pytest
 
 import ab_jax as ab
 from ab_jax.data import Dataset, Images
-from ab_jax.training import together
+from ab_jax.training import members as members_module
 from ab_jax.training.finite import NonFiniteLossError
 from ab_jax.training.loop import train
+from ab_jax.training.members import Form, Member, run_together
 from ab_jax.training.optimizers import OptimizerSettings, warmup_cosine
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.run_settings import Training
 from ab_jax.training.stopping import StoppedError
-from ab_jax.training.together import Form, Member, run_together
 from ab_jax.training.train_step import Preprocessing
 from tests.training.test_loop import assert_same_bits, last_state, lines_of, run
 
@@ -172,7 +172,7 @@ def test_members_that_were_stopped_go_on_to_the_bit(
     train_together(two, tmp_path / "whole", form="unrolled")
     asked = itertools.chain([None] * 3, itertools.repeat("SIGTERM"))  # once a meeting
     with monkeypatch.context() as patched:
-        patched.setattr("ab_jax.training.together.noted_signals", lambda: _nothing(asked))
+        patched.setattr("ab_jax.training.members.noted_signals", lambda: _nothing(asked))
         ends = train_together(two, tmp_path / "parts", form="unrolled")
     assert all(isinstance(end, StoppedError) for end in ends)
     records = train_together(two, tmp_path / "parts", form="unrolled")
@@ -208,13 +208,13 @@ def test_the_fastest_form_is_measured(
 ) -> None:
     two = members[:2]
     seconds = {"vmap": 0.3, "unrolled": 0.1, "in_turn": 0.2}
-    measured = together._seconds
+    measured = members_module._seconds
 
     def seen(function: Any, form: Form, calls: Any) -> float:
         assert measured(function, form, calls) > 0
         return seconds[form]
 
-    monkeypatch.setattr(together, "_seconds", seen)
+    monkeypatch.setattr(members_module, "_seconds", seen)
     records = train_together(two, tmp_path, form=None)
     for i, record in enumerate(records):
         expected = {"members": 2, "form": "unrolled", "seconds": seconds}
