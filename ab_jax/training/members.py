@@ -255,7 +255,7 @@ class _Function:
         self._sharded = sharded
         self._donate = donate
         self._alone = parallel.wrap(step, sharded, donate=donate)
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: dict[tuple[Form, int, tuple[bool, ...]], Callable[..., Any]] = {}
 
     @property
     def trains(self) -> bool:
@@ -268,12 +268,26 @@ class _Function:
             return [self._alone(*args) for args in members]
         by_place = list(zip(*members, strict=True))
         shared = tuple(all(_is_same(one, of[0]) for one in of[1:]) for of in by_place)
-        key = form, len(members), shared
-        if key not in self._programs:
-            together = _together(self._step, form, len(members), shared)
-            self._programs[key] = self._parallel.wrap(together, self._sharded, donate=self._donate)
+        program, count = self._program(form, len(members), shared)
+        if missing := count - len(members):
+            by_place = list(zip(*members, *self.copied([members[0]] * missing), strict=True))
         given = [of[0] if once else of for once, of in zip(shared, by_place, strict=True)]
-        return list(self._programs[key](*given))
+        return list(program(*given))[: len(members)]
+
+    def _program(
+        self, form: Form, count: int, shared: tuple[bool, ...]
+    ) -> tuple[Callable[..., Any], int]:
+        """A program for so many members, or somewhat more, and for how many it is.
+
+        Where one has left, computing its part for nothing is less than compiling anew.
+        """
+        for (of_form, known, of_shared), program in self._programs.items():
+            if (of_form, of_shared) == (form, shared) and count <= known < 2 * count:
+                return program, known
+        together = _together(self._step, form, count, shared)
+        program = self._parallel.wrap(together, self._sharded, donate=self._donate)
+        self._programs[form, count, shared] = program
+        return program, count
 
     def copied(self, members: Sequence[Arguments]) -> list[Arguments]:
         """The arguments with copies of those whose memory a call takes over."""

@@ -288,3 +288,27 @@ def test_an_error_of_one_member_does_not_keep_the_others_waiting() -> None:
     first, second, third = run_together([counts, fails, counts], parallel, form="vmap")
     assert (first, third) == (4, 4)
     assert isinstance(second, KeyError)
+
+
+@pytest.mark.parametrize(("leave", "compiled"), [(0, 1), (2, 1), (3, 2)])
+def test_a_few_that_leave_compile_nothing(leave: int, compiled: int) -> None:
+    traced = []
+
+    def step(x: jax.Array, by: jax.Array) -> jax.Array:
+        traced.append(x.shape)
+        return by * x + 1
+
+    def job(number: int) -> Callable[[Member], float]:
+        def do(member: Member) -> float:
+            wrapped = member.wrap(step, [False, False], donate=[0])
+            x, by = member.replicate((np.float32(number), np.float32(2)))
+            for _ in range(1 if number < leave else 3):
+                x = wrapped(x, by)
+            return float(member.unreplicate(x))
+
+        return do
+
+    parallel = Parallel("pmap", (jax.devices()[0],))
+    found = run_together([job(number) for number in range(5)], parallel, form="vmap")
+    assert found == [2 * n + 1 if n < leave else 8 * n + 7 for n in range(5)]
+    assert len(traced) == compiled
