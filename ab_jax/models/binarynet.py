@@ -32,6 +32,8 @@ class BinaryNet(nn.Module):
         By default it marks it, for `ab_jax.linen.WithQuantizedInputs`.
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
+      norm_dtype: what norms between layers give out; they compute in float32 all the same. The
+        last one gives the logits.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
       axis_index_groups: groups of indices of that axis that have statistics of their own; None: one
         group of all.
@@ -43,6 +45,7 @@ class BinaryNet(nn.Module):
     activation: Activation = relu
     quantize_input: InputQuantizer = keep_input
     dtype: DTypeLike = jnp.float32
+    norm_dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     batch_stats_momentum: float = 0.9
@@ -69,7 +72,7 @@ class BinaryNet(nn.Module):
             use_running_average=not train,
             momentum=self.batch_stats_momentum,
             epsilon=1e-5,
-            dtype=jnp.float32,
+            dtype=self.norm_dtype,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
         )
@@ -91,7 +94,7 @@ class BinaryNet(nn.Module):
             x = self.activation(norm(name=f"dense{i}_norm")(x), alpha)
         x = self.quantize_input(self, "head", x, alpha)
         x = nn.Dense(self.num_classes, use_bias=False, dtype=self.dtype, name="head")(x)
-        return norm(name="head_norm")(x)
+        return norm(name="head_norm", dtype=jnp.float32)(x)
 
     def _scaled(self, features: int) -> int:
         return max(1, round(features * self.width))

@@ -47,6 +47,7 @@ class MobileNet(nn.Module):
       norm: makes a normalization, with the arguments of `nn.BatchNorm`.
       dtype: what convolutions and products compute in; parameters, statistics and logits are
         float32.
+      norm_dtype: what norms give out, whatever they take in; they compute in float32. None: dtype.
       axis_name: the mapped axis over which batch statistics are synchronous, if any.
       axis_index_groups: groups of indices of that axis that have statistics of their own; None: one
         group of all.
@@ -64,6 +65,7 @@ class MobileNet(nn.Module):
     conv: Callable[..., Any] = nn.Conv
     norm: Callable[..., Any] = nn.BatchNorm
     dtype: DTypeLike = jnp.float32
+    norm_dtype: DTypeLike | None = None
     axis_name: str | None = None
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
     batch_stats_momentum: float = 0.9
@@ -100,7 +102,7 @@ class MobileNet(nn.Module):
             use_running_average=not train,
             momentum=self.batch_stats_momentum,
             epsilon=self.epsilon,
-            dtype=self.dtype,
+            dtype=self.norm_dtype or self.dtype,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
         )

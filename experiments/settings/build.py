@@ -43,6 +43,11 @@ def settled(config: Config) -> Config:
     weight_rules(c)
     activation_rules(c)
     check_start(c)
+    if c.norm_dtype == "bfloat16" and c.dtype != "bfloat16":
+        raise FlagError(
+            f"--norm_dtype=bfloat16 would round what float32 layers take in and nothing else "
+            f"(--dtype={c.dtype}). Give --dtype=bfloat16 too, or omit it."
+        )
     if (c.act_start is not None or c.act_stop is not None) and c.act_bits is None:
         raise FlagError("--act_start and --act_stop are for --act_bits: give that, or omit them.")
     return c
@@ -85,6 +90,9 @@ def make_model(
         asked["width"] = f"--width={c.width:g}"
     if c.dtype != "float32":
         asked["dtype"] = f"--dtype={c.dtype}"
+    if c.norm_dtype is not None:
+        fields["norm_dtype"] = c.norm_dtype
+        asked["norm_dtype"] = f"--norm_dtype={c.norm_dtype}"
     if axis_index_groups is not None:
         asked["axis_index_groups"] = f"--norm_group={c.norm_group}"
     network = make_network(c.network, fields, asked)

@@ -61,6 +61,9 @@ class Config:
     # sign_blend (the same, its gradient scaled by 1 - alpha). None: the network's own.
     activation: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and products
+    # Of what batch norm gives out; its statistics are float32. None: of binarynet float32, of our
+    # other networks dtype.
+    norm_dtype: Literal["float32", "bfloat16"] | None = None
 
     # What the loss sees of the weights: one of ours, or package.module:NAME for somebody else's.
     method: str = "ab"

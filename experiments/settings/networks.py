@@ -25,8 +25,8 @@ class NetworkFactory(Protocol):
     """What makes a network: a Linen module's class, or a function.
 
     It is called with keywords, `num_classes` and those of the following that it takes: `width`,
-    `dtype`, `activation`, `axis_name`, `axis_index_groups`, `image_size`. A flag for one that it
-    does not take is refused.
+    `dtype`, `norm_dtype`, `activation`, `axis_name`, `axis_index_groups`, `image_size`. A flag for
+    one that it does not take is refused.
 
     The module maps normalized float images [batch, height, width, channels] to logits [batch,
     num_classes], as `module(images, train=...)` or `module(images, train=..., alpha=...)`. Its

@@ -44,6 +44,7 @@ ADDED_LATER: dict[str, Any] = {
     "act_start": None,
     "act_stop": None,
     "steps_per_call": None,
+    "norm_dtype": None,
 }
 
 

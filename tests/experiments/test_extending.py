@@ -104,6 +104,10 @@ def no_dataset(**flags):
         ({"network": "broken:nothing"}, "has no attribute 'nothing'"),
         ({"network": "no_such_module:X"}, "there is no module 'no_such_module'"),
         ({"network": "broken:Fine", "width": 0.5}, "does not take --width=0.5: omit it"),
+        (
+            {"network": "broken:Fine", "norm_dtype": "float32"},
+            "does not take --norm_dtype=float32: omit it",
+        ),
         ({"network": "broken:Fine", "act_bits": 4}, "4 does not fit.*'stem' matches no layer"),
         ({"method": "broken:NUMBER"}, "is 3: it should be an estimator"),
         ({"dataset": "broken:NUMBER"}, "is 3: it should be a function"),
