@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -124,23 +125,36 @@ def _images(config: Config) -> tuple[np.ndarray, np.ndarray]:
 def _case(
     config: Config, estimator: ab.Estimator, quantizer: ab.Quantizer
 ) -> Callable[[], Seconds]:
-    optimizer = make_optimizer("sgd", optax.constant_schedule(0.01), weight_decay=5e-4)
-    step = make_train_step(
-        _model(config),
-        optimizer,
-        rules=ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)]),
-        estimator=estimator,
-        alpha=optax.constant_schedule(0.5),  # neither end of the ramp
-        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, pad=4, flip=True),
-    )
     # One device: the arithmetic of the weights is the same on every one.
     parallel = Parallel("pmap", (jax.devices()[0],))
+    model = _model(config)
+    step, optimizer = compiled_step(model, estimator, quantizer, parallel)
     batch = parallel.replicate(_images(config))
     indices = parallel.shard(np.arange(config.batch_size, dtype=np.int32))
     image_shape = (config.image_size, config.image_size, 3)
-    state = parallel.replicate(create_state(_model(config), optimizer, image_shape, seed=0))
-    mapped = parallel.wrap(step, sharded=[False, False, False, True, True], donate=[0])
-    return going_on(lambda state: mapped(state, *batch, indices, indices), state)
+    state = parallel.replicate(create_state(model, optimizer, image_shape, seed=0))
+    return going_on(lambda state: step(state, *batch, indices, indices), state)
+
+
+def compiled_step(
+    model: BinaryNet, estimator: ab.Estimator, quantizer: ab.Quantizer, parallel: Parallel
+) -> tuple[Callable[..., Any], optax.GradientTransformation]:
+    """A real training step at alpha 0.5, neither end of the ramp, and its optimizer.
+
+    Returns:
+      The step as `make_train_step` has it, which takes over the memory of its state; indices and
+      positions are sharded. And the optimizer that `create_state` needs.
+    """
+    optimizer = make_optimizer("sgd", optax.constant_schedule(0.01), weight_decay=5e-4)
+    step = make_train_step(
+        model,
+        optimizer,
+        rules=ab.Rules([(r"(.*/)?kernel", quantizer), (r".*", None)]),
+        estimator=estimator,
+        alpha=optax.constant_schedule(0.5),
+        preprocessing=Preprocessing(mean=(0.5,) * 3, std=(0.25,) * 3, pad=4, flip=True),
+    )
+    return parallel.wrap(step, sharded=[False, False, False, True, True], donate=[0]), optimizer
 
 
 def _parameters(config: Config) -> int:
