@@ -48,21 +48,24 @@ class _Codes:
         return (offsets * self.scale.reshape(())).astype(self.dtype)
 
 
-def evaluate_in_integers(traced: TracedFunction, *inputs: Any, for_cpu: bool | None = None) -> Any:
+def evaluate_in_integers(
+    traced: TracedFunction, *inputs: Any, as_matrices: bool | None = None
+) -> Any:
     """What the function gives, its layers computed in integers where they can be.
 
     Args:
       traced: the function; `TracedFunction.simplified` leaves less to compute in floating point.
       *inputs: as those it was traced with, of any size along open axes.
-      for_cpu: convolutions as products of matrices, or else as XLA's own. None: whichever suits the
-        default backend. XLA's int8 convolutions have been seen to sum wrongly on some CPUs.
+      as_matrices: convolutions as products of matrices, or else as XLA's own. None: as matrices
+        but for TPUs. XLA's convolutions of int8 have been seen to sum wrongly on some CPUs, and for
+        GPUs it has none that sums in int32.
 
     Raises:
       ValueError: inputs of other shapes or dtypes.
     """
-    if for_cpu is None:
-        for_cpu = jax.default_backend() == "cpu"
-    return evaluate(traced, *inputs, done=_InIntegers(for_cpu))
+    if as_matrices is None:
+        as_matrices = jax.default_backend() != "tpu"
+    return evaluate(traced, *inputs, done=_InIntegers(as_matrices))
 
 
 def layers_in_float(traced: TracedFunction) -> list[str]:
@@ -71,7 +74,7 @@ def layers_in_float(traced: TracedFunction) -> list[str]:
         jax.ShapeDtypeStruct([getattr(size, "values", [size])[0] for size in x.shape], x.dtype)
         for x in traced.graph.inputs
     ]
-    way = _InIntegers(for_cpu=True)
+    way = _InIntegers(as_matrices=True)
     jax.eval_shape(lambda *leaves: evaluate(traced, *leaves, done=way), *shapes)
     return way.in_float
 
@@ -79,8 +82,8 @@ def layers_in_float(traced: TracedFunction) -> list[str]:
 class _InIntegers:
     """Does what can be done with codes; notes the weighted products that cannot."""
 
-    def __init__(self, for_cpu: bool) -> None:
-        self.for_cpu = for_cpu
+    def __init__(self, as_matrices: bool) -> None:
+        self.as_matrices = as_matrices
         self.in_float: list[str] = []
 
     def __call__(self, operation: Operation, operands: Sequence[Any], by_jax: ByJax) -> Any | None:
@@ -113,7 +116,7 @@ class _InIntegers:
         if product.operation.primitive == "dot_general":
             multiply = _matrix_product(product)
         else:
-            multiply = _convolution(product, x, self.for_cpu)
+            multiply = _convolution(product, x, self.as_matrices)
         if multiply is None:
             return None
         sums = multiply(x.codes, weight.codes)
@@ -175,7 +178,7 @@ def _matrix_product(product: WeightedProduct) -> Any:
     return multiply
 
 
-def _convolution(product: WeightedProduct, x: _Codes, for_cpu: bool) -> Any | None:
+def _convolution(product: WeightedProduct, x: _Codes, as_matrices: bool) -> Any | None:
     """A function of codes and a kernel that gives sums of products, int32."""
     params = product.operation.params
     pads = params["padding"]
@@ -194,7 +197,7 @@ def _convolution(product: WeightedProduct, x: _Codes, for_cpu: bool) -> Any | No
         steps = {"strides": params["window_strides"], "dilation": params["rhs_dilation"]}
         last = [numbers.lhs_spec[0], *front, numbers.lhs_spec[1]]
         inner = kernel.transpose(*numbers.rhs_spec[2:], numbers.rhs_spec[1], numbers.rhs_spec[0])
-        sums = _convolved(images.transpose(last), inner, groups, for_cpu, **steps)
+        sums = _convolved(images.transpose(last), inner, groups, as_matrices, **steps)
         out = numbers.out_spec
         order = [out[0], *out[2:], out[1]]
         return sums.transpose([order.index(i) for i in range(len(order))])
@@ -206,7 +209,7 @@ def _convolved(
     x: Array,
     kernel: np.ndarray,
     groups: int,
-    for_cpu: bool,
+    as_matrices: bool,
     *,
     strides: Sequence[int],
     dilation: Sequence[int],
@@ -216,7 +219,7 @@ def _convolved(
     `x` is [batch, places, channels], the kernel [places, channels / groups, channels out].
     """
     *window, channels, features = kernel.shape
-    if not for_cpu or (groups > 1 and channels > 1):
+    if not as_matrices or (groups > 1 and channels > 1):
         axes = "DHW"[3 - len(window) :]
         return lax.conv_general_dilated(
             x,

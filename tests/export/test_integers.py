@@ -93,7 +93,7 @@ def test_a_convolution_sums_integers(
     graph = graph_of(layer, params, quantize, (height, width, 4))
     assert layers_in_float(graph) == []
     found = compiled(
-        lambda x: evaluate_in_integers(graph, x, for_cpu=True), jnp.float32(codes * UNIT)
+        lambda x: evaluate_in_integers(graph, x, as_matrices=True), jnp.float32(codes * UNIT)
     )
 
     weights, scales = exact(kernel)
@@ -132,9 +132,24 @@ def test_on_accelerators_a_convolution_is_one_of_int8(rng: np.random.Generator) 
     layer = lambda p, x: convolved(x, p["kernel"], (1, 1), ((1, 1), (1, 1)), 1)
     graph = graph_of(layer, {"kernel": kernel}, INPUTS["signed 8"][0], (6, 6, 4))
     images = jax.ShapeDtypeStruct((2, 6, 6, 4), jnp.float32)
-    lowered = jax.jit(lambda x: evaluate_in_integers(graph, x, for_cpu=False)).lower(images)
+    lowered = jax.jit(lambda x: evaluate_in_integers(graph, x, as_matrices=False)).lower(images)
     (line,) = [line for line in lowered.as_text().splitlines() if "convolution" in line]
     assert "(tensor<2x8x8x4xi8>, tensor<3x3x4x8xi8>) -> tensor<2x6x6x8xi32>" in line
+
+
+@pytest.mark.parametrize(("backend", "convolutions"), [("cpu", 0), ("gpu", 0), ("tpu", 1)])
+def test_the_backend_decides_how_a_convolution_is_computed(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backend: str, convolutions: int
+) -> None:
+    """XLA has no convolution for GPUs that sums int8 in int32."""
+    kernel = kernel_of(rng, (3, 3, 4, 8), affine=False)
+    layer = lambda p, x: convolved(x, p["kernel"], (1, 1), ((1, 1), (1, 1)), 1)
+    graph = graph_of(layer, {"kernel": kernel}, INPUTS["signed 8"][0], (6, 6, 4))
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    program = jax.make_jaxpr(lambda x: evaluate_in_integers(graph, x))(jnp.zeros((2, 6, 6, 4)))
+    found = [equation.primitive.name for equation in program.jaxpr.eqns]
+    assert found.count("conv_general_dilated") == convolutions
+    assert found.count("dot_general") + found.count("jit") >= 1 - convolutions
 
 
 def test_scales_within_a_sum_leave_a_layer_in_float(rng: np.random.Generator) -> None:
@@ -175,9 +190,9 @@ def test_dilated_convolutions_of_other_layouts_sum_integers(
         places = tuple(slice(2 * i, 2 * i + 4) for i in at)
         sums += images[(slice(None), *places)] @ weights[at]
     wanted = np.moveaxis(sums * UNIT * scales, -1, 1)
-    for for_cpu in (True, False):
+    for as_matrices in (True, False):
         found = compiled(
-            lambda x, way=for_cpu: evaluate_in_integers(graph, x, for_cpu=way),
+            lambda x, way=as_matrices: evaluate_in_integers(graph, x, as_matrices=way),
             jnp.float32(codes * UNIT),
         )
         np.testing.assert_array_equal(found, wanted)
