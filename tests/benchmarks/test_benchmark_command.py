@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 
-from benchmarks import deploy, exported_answers, loading, peers, peers_accuracy, step
+from benchmarks import (
+    bfloat16_step,
+    deploy,
+    device_integers,
+    exported_answers,
+    loading,
+    peers,
+    peers_accuracy,
+    step,
+)
 from benchmarks.measuring.benchmark_command import main, recorded, require_at_least_one
 
 
@@ -54,6 +63,8 @@ def test_a_command_prints_its_table_or_one_line(
     ("module", "wrong", "told"),
     [
         (step, {"rounds": 0}, "--rounds=0 must be at least 1"),
+        (bfloat16_step, {"rounds": 0}, "--rounds=0 must be at least 1"),
+        (device_integers, {"repeats": 0}, "--repeats=0 must be at least 1"),
         (loading, {"rounds": 0}, "--rounds=0 must be at least 1"),
         (loading, {"batches": 0}, "--batches=0 must be at least 1"),
         (loading, {"batch_size": 0}, "--batch_size=0 must be at least 1"),
