@@ -21,6 +21,7 @@ PAGES = [
 # The file, and what its marker names first. A block of a further study is one more line.
 TABLES = [
     ("docs/binarynet.md", "binarynet_cifar10"),
+    ("docs/cost.md", "benchmarks.bfloat16_step.table"),
     ("docs/cost.md", "benchmarks.fits.costs"),
     ("docs/cost.md", "benchmarks.fits.errors"),
     ("docs/cost.md", "benchmarks.other_libraries.comparison_tables.times"),
