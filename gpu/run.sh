@@ -2,7 +2,7 @@
 # One GPU without network, for MINUTES: studies at full size and benchmarks, whose records come back in OUT.
 #   NAME=binarynet_full_size   (or nothing) BinaryNet in float, by STE, AB and PARQ; seeds in turn
 #   NAME=resnet20_full_size    a stretch: ResNet-20, 200 epochs, seeds in one program
-#   NAME=benchmarks            benchmarks.step and benchmarks.peers
+#   NAME=benchmarks            benchmarks.step, bfloat16_step, device_integers and peers
 # Run in the root of the clone's copy (whole seeds: gpu/whole_seeds.py):
 #   does it run?  NAME=smoke CHANGES="epochs=1.0 warmup=0.1" SEEDS=0 MINUTES=4 OUT=DIRECTORY bash .gpu/run.sh
 #   the study     OUT=DIRECTORY bash .gpu/run.sh
@@ -32,6 +32,9 @@ command -v nvidia-smi > /dev/null &&
 if [ "$NAME" = benchmarks ]; then
   for batch in ${BATCHES:-512 2048}; do # AB over float; SIZE holds further flags, for a rehearsal
     timeout "$(left)m" python3 -m benchmarks.step --batch_size="$batch" $SIZE --out="results/gpu/step$batch.json"
+  done
+  for name in bfloat16_step device_integers; do
+    timeout "$(left)m" python3 -m "benchmarks.$name" $SIZE --out="results/gpu/$name.json"
   done
   timeout "$(left)m" python3 -m benchmarks.peers $SIZE --out=results/gpu/peers.json
   tar czf "$OUT/benchmarks.tar.gz" results/gpu
