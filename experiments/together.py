@@ -39,7 +39,7 @@ class Config:
     # One program for all of them, by vmap or written out; or the calls in turn. auto: the fastest,
     # which is measured before the first step.
     form: Form = "auto"
-    experiment: str = "experiments.train"  # the module that the records name
+    experiment: str = "train"  # the module in experiments/ that the records name
 
 
 def run(config: Config, members: Sequence[train.Config]) -> list[dict[str, Any] | BaseException]:
@@ -54,7 +54,8 @@ def run(config: Config, members: Sequence[train.Config]) -> list[dict[str, Any] 
     first = settled_members[0]
     dataset = load_dataset(first)
     parallel = Parallel(first.parallel, all_devices(), norm_group=first.norm_group)
-    jobs = [_job(member, dataset, config.experiment) for member in settled_members]
+    experiment = f"experiments.{config.experiment}"
+    jobs = [_job(member, dataset, experiment) for member in settled_members]
     return run_together(jobs, parallel, form=None if config.form == "auto" else config.form)
 
 

@@ -105,7 +105,8 @@ def test_the_flags_of_each_command_exist(name, arguments):
     config = tyro.cli(module.Config, args=shlex.split(own), use_underscores=True)
     if passed_on:
         experiment = importlib.import_module(f"experiments.{config.experiment}")
-        flags = {word.partition("=")[0].removeprefix("--") for word in shlex.split(passed_on)}
+        words = [word for word in shlex.split(passed_on) if word != "--"]  # between several runs
+        flags = {word.partition("=")[0].removeprefix("--") for word in words}
         assert flags <= set(experiment.Config.__dataclass_fields__)
 
 

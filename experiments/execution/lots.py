@@ -87,5 +87,5 @@ def _kind(flags: Mapping[str, Any]) -> Any:
 
 
 def _experiment(task: Task) -> str:
-    """The module that makes a run."""
-    return task.command[task.command.index("-m") + 1]
+    """The module in experiments/ that makes a run."""
+    return task.command[task.command.index("-m") + 1].removeprefix("experiments.")

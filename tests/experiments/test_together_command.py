@@ -123,7 +123,7 @@ def test_a_lot_is_a_command_that_makes_its_runs() -> None:
     made = task_of(lot)
     assert made.log == lot[0].log
     own, *flags = together.split(made.command[3:])
-    assert own == ["--form=auto", "--experiment=experiments.train"]
+    assert own == ["--form=auto", "--experiment=train"]
     for words, one in zip(flags, lot, strict=True):
         (config,) = sweep.tasks_of("train", [_run_of(words)], Path("runs"))
         differing = {k for k, v in config.flags.items() if v != one.flags[k]}
