@@ -21,9 +21,9 @@ download=(python3 -m pip download -q -d "$wheels" -c requirements.txt "${for_hos
 
 # What requirements.txt brings beyond the host's, by name, for pip would bring the host's too. uvloop
 # stays out: it is large, and nothing here has an event loop.
-packages=(absl-py aiofiles array-record attrs certifi charset-normalizer dm-tree einops etils
+packages=(absl-py aiofiles aqtp array-record attrs certifi charset-normalizer dm-tree einops etils
   flatbuffers flax fsspec googleapis-common-protos grain humanize idna immutabledict
-  importlib-resources optax orbax-checkpoint portpicker prometheus-client pyyaml requests
+  importlib-resources optax orbax-checkpoint portpicker prometheus-client pyyaml qwix requests
   safetensors simple-parsing simplejson six tensorboardx tensorflow-datasets tensorflow-metadata
   termcolor toml tqdm treescope urllib3 wrapt zipp)
 "${download[@]}" --no-deps "${packages[@]}"
