@@ -309,12 +309,12 @@ def _run(conduct: Conduct) -> int:
         show_plan(conduct)
         return 0
     engine = make_engine(config)
-    together_at_most(config)
+    at_a_time = config.jobs * together_at_most(config)
     runs = [run for stage in stages for run in conduct.share(everything[stage.name])]
     check(run.task() for run in runs if not run.waits_for)
     say(console, f"{conduct.study.name}: {len(stages)} stages, {len(runs)} runs")
     work = [run.config.epochs for run in runs]
-    with collect_signals() as received, Display(console, work, config.jobs) as display:
+    with collect_signals() as received, Display(console, work, at_a_time) as display:
         for stage in stages:
             if not received:
                 conduct.run_stage(stage, engine, display, received)

@@ -147,7 +147,10 @@ def main(argv: Sequence[str]) -> int:
 
     work = [task.work for task in tasks]
     try:
-        with collect_signals() as received, Display(console, work, config.jobs) as display:
+        with (
+            collect_signals() as received,
+            Display(console, work, config.jobs * members) as display,
+        ):
             outcomes = execute(
                 tasks, engine, display, received, keep, together=members, form=config.form
             )

@@ -25,7 +25,7 @@ class Display:
     Args:
       console: where to.
       work: of each of all the runs (`Task.work`).
-      jobs: how many are made at a time.
+      jobs: how many runs are made at a time.
     """
 
     def __init__(self, console: Console, work: Sequence[float], jobs: int) -> None:
