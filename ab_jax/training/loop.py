@@ -133,6 +133,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
         constants = () if teacher is None else (parallel.replicate(teacher),)
         computed: list[tuple[range, Any]] = []  # steps whose metrics are on the devices yet
         measured_from, since, done = len(recent), time.monotonic(), first
+        evaluating: list[float] = []  # seconds of each evaluation, in which nothing is trained
 
         def look(*, ahead: int = 0) -> None:
             """At all calls but the last ones, on which the devices work meanwhile."""
@@ -177,6 +178,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                     show(done, recent[-1], speed)
                 if not evaluates:
                     continue
+                stood_still = time.monotonic()
                 state = parallel.unreplicate(on_devices)
                 alphas = _alphas(t, done, state.params)
                 finite.network(state, alphas.mean)
@@ -201,6 +203,7 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
                 checkpoints.save(state, accuracy=accuracy, standing=standing)
                 recent.clear()
                 measured_from, since = 0, time.monotonic()
+                evaluating.append(since - stood_still)
         if done < t.steps:
             look()
             state = parallel.unreplicate(on_devices)
@@ -224,7 +227,8 @@ def train(training: Training, parallel: Parallel, run: RunDirectory) -> dict[str
     }
     seconds = time.monotonic() - started
     with first_succeeds(f"Writing the record of {run.path}"):
-        return run.complete({**summary, "steps": t.steps, "seconds": seconds, "resumed_at": first})
+        timed = {"seconds": seconds, "evaluation_seconds": evaluating}
+        return run.complete({**summary, "steps": t.steps, **timed, "resumed_at": first})
 
 
 def _alphas(training: Training, step: int, params: Any) -> Alphas:

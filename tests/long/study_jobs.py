@@ -115,7 +115,7 @@ def job_of(run: Path) -> int:
 def numbers(run: Path) -> dict[str, Any]:
     """What a run has computed, without the times that it took."""
     record = json.loads((run / "record.json").read_text())
-    timed = {"seconds", "images_per_second", "resumed_at"}
+    timed = {"seconds", "evaluation_seconds", "images_per_second", "resumed_at"}
     metrics = [{k: v for k, v in line.items() if k not in timed} for line in record["metrics"]]
     summary = {k: v for k, v in record["summary"].items() if k not in timed}
     return {"metrics": metrics, "summary": summary}

@@ -49,6 +49,7 @@ KINDS = {
 }
 POLL = 0.002  # seconds
 LONGEST = 300  # seconds that one process may take
+_TIMED = ("seconds", "evaluation_seconds", "resumed_at")  # what no two runs share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +134,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def readings(run: Path) -> Any:
     summary = json.loads((run / "record.json").read_text())["summary"]
-    return {k: v for k, v in summary.items() if k not in ("seconds", "resumed_at")}
+    return {k: v for k, v in summary.items() if k not in _TIMED}
 
 
 def differences(run: Path, whole: Path) -> list[str]:

@@ -192,6 +192,9 @@ def test_the_record_holds_lines_and_final_readings(finished: Finished) -> None:
     summary = record["summary"]
     assert summary["steps"] == STEPS
     assert summary["seconds"] > 0
+    assert len(summary["evaluation_seconds"]) == len(record["metrics"])
+    assert 0 < min(summary["evaluation_seconds"]) <= sum(summary["evaluation_seconds"])
+    assert sum(summary["evaluation_seconds"]) < summary["seconds"]
     # A 3x3 kernel, two vectors of the norm, a dense layer; a bit a weight and a scale a channel.
     conv, norm, head, bias = 9 * 3, 2 * 3, 4 * 4 * 3 * 5, 5
     assert summary["parameters"] == conv + norm + head + bias
