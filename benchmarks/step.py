@@ -11,10 +11,11 @@ of it, set XLA_FLAGS=--xla_cpu_scheduler_type=CPU_SCHEDULER_TYPE_DEFAULT.
 
 import dataclasses
 import os
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,8 @@ from benchmarks.measuring.ratios import (
     over_rounds,
     ratio_cells,
 )
+from experiments.pod_costs.network_cost import network_cost
+from experiments.settings.choices import choose
 
 # Environment variables that change how fast a step runs, for the record.
 ENVIRONMENT = ("GLIBC_TUNABLES", "LD_PRELOAD", "XLA_FLAGS")
@@ -70,6 +73,8 @@ class Config:
     batch_size: int = 128  # images
     rounds: int = 11  # measurements of each step, after a round to warm up
     seed: int = 0  # of the order in which a round runs the steps
+    steps: tuple[str, ...] = ()  # which of them, by name; none: all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of convolutions and products
     out: Path = Path("results/bench_step/batch128.json")
 
 
@@ -77,8 +82,10 @@ class Config:
 def run(config: Config) -> Record:
     """Time the steps."""
     require_at_least_one(config, "rounds")
+    known = {name: (estimator, quantizer) for name, estimator, quantizer in STEPS}
     cases, compile_seconds = {}, {}
-    for name, estimator, quantizer in STEPS:
+    for name in config.steps or known:
+        estimator, quantizer = choose("steps", name, known)
         started = time.perf_counter()
         cases[name] = _case(config, estimator, quantizer)
         cases[name]()
@@ -87,6 +94,7 @@ def run(config: Config) -> Record:
     return {
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
         "parameters": _parameters(config),
+        "training_flops": _training_flops(config),
         "seconds": {name: [took.wall for took in times] for name, times in found.items()},
         "compile_seconds": compile_seconds,
     }
@@ -100,8 +108,9 @@ def table(records: Sequence[Record]) -> str:
     caption = (
         f"Time of a step / float: {over_rounds(records)}. BinaryNet of width "
         f"{first['config']['width']:g} ({first['parameters'] / 1e6:.1f} million parameters), "
-        f"{first['config']['image_size']} x {first['config']['image_size']} images, float32; "
-        f"{first['hardware']}; {versions(first)}."
+        f"{first['config']['image_size']} x {first['config']['image_size']} images, "
+        f"{first['config'].get('dtype', 'float32')}; {first['hardware']}; {versions(first)}."
+        f"{''.join(map(_speed, records))}"
     )
     return f"{markdown(['step', *map(_conditions, records)], rows)}\n\n{caption}"
 
@@ -111,8 +120,23 @@ def _conditions(record: Record) -> str:
     return f"batch {record['config']['batch_size']}{environment}"
 
 
+def _speed(record: Record) -> str:
+    """How fast the float step is, in images and in arithmetic; older records do not tell."""
+    if "training_flops" not in record:
+        return ""
+    batch, seconds = record["config"]["batch_size"], statistics.median(record["seconds"]["float"])
+    done = batch * record["training_flops"] / seconds / 1e12
+    return f" Float, batch {batch}: {batch / seconds:,.0f} images/s, {done:.3g} TFLOP/s."
+
+
+def _training_flops(config: Config) -> int:
+    """Of one image, by the products of its layers."""
+    model = BinaryNet(width=config.width)
+    return network_cost(model, (config.image_size, config.image_size, 3)).training_flops
+
+
 def _model(config: Config) -> BinaryNet:
-    return BinaryNet(width=config.width, axis_name=AXIS)
+    return BinaryNet(width=config.width, dtype=config.dtype, axis_name=AXIS)
 
 
 def _images(config: Config) -> tuple[np.ndarray, np.ndarray]:

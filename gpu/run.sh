@@ -12,7 +12,7 @@ set -uo pipefail
 : "${OUT:?a directory for what comes back}" "${NAME:=binarynet_full_size}" "${MINUTES:=8}"
 : "${STUDY:=binarynet_full_size}" "${SEEDS:=0..9}" "${TOGETHER:=5}" "${CHANGES:=}" "${SIZE:=}"
 begun=$(date +%s)
-left() { python3 -c "print($MINUTES - ($(date +%s) - $begun) / 60)"; }
+left() { python3 -c "print(max(0.1, $MINUTES - ($(date +%s) - $begun) / 60))"; } # minutes
 
 site=${SITE:-/tmp/ab_jax_site}
 python3 -m tarfile --filter data -e .gpu/packages.tar.xz "$site" || exit
@@ -30,8 +30,10 @@ command -v nvidia-smi > /dev/null &&
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv > "$OUT/gpu.txt"
 
 if [ "$NAME" = benchmarks ]; then
+  mkdir -p results/gpu
   for batch in ${BATCHES:-512 2048}; do # AB over float; SIZE holds further flags, for a rehearsal
-    timeout "$(left)m" python3 -m benchmarks.step --batch_size="$batch" $SIZE --out="results/gpu/step$batch.json"
+    timeout "$(left)m" python3 -m benchmarks.step --batch_size="$batch" --dtype=bfloat16 \
+      --steps "float" "float, again" "STE, 1 bit" "AB, 1 bit" $SIZE --out="results/gpu/step$batch.json"
   done
   for name in bfloat16_step device_integers; do
     timeout "$(left)m" python3 -m "benchmarks.$name" $SIZE --out="results/gpu/$name.json"

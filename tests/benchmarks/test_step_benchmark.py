@@ -1,5 +1,6 @@
 """The benchmark times every step once a round, and its table says what the record holds."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from benchmarks import step
 from benchmarks.measuring.ratios import ratio_cells
 from benchmarks.step import STEPS, Config, run, table
+from experiments.settings.config import FlagError
 
 pytestmark = pytest.mark.long
 
@@ -54,3 +56,23 @@ def test_a_run_measures_each_step_in_each_round(tmp_path, monkeypatch):
     inputs = [9 * 3, 9 * 2, 9 * 2, 9 * 4, 9 * 4, 9 * 8, 8, 16, 16]
     kernels = sum(a * b for a, b in zip(inputs, features, strict=True))
     assert record["parameters"] == kernels + 2 * sum(features)
+    # A convolution of k x k positions multiplies by its kernel at each; images are 8, 4 and 2 wide.
+    places = [64, 64, 16, 16, 4, 4, 1, 1, 1]
+    products = [n * a * b for n, a, b in zip(places, inputs, features, strict=True)]
+    assert record["training_flops"] == 2 * (3 * sum(products) - products[0])
+
+
+def test_steps_are_chosen_by_name_and_their_speed_is_told(tmp_path):
+    names = ("float", "AB, 1 bit")
+    out = tmp_path / "tiny.json"
+    config = Config(width=1 / 64, image_size=8, batch_size=4, rounds=2, out=out, steps=names,
+                    dtype="bfloat16")  # fmt: skip
+    record = run(config)
+    assert tuple(record["seconds"]) == names
+    record["seconds"]["float"] = [0.5, 0.5]
+    told = table([record])
+    assert "images, bfloat16;" in told
+    rate = 4 * record["training_flops"] / 0.5 / 1e12
+    assert told.endswith(f" Float, batch 4: 8 images/s, {rate:.3g} TFLOP/s.")
+    with pytest.raises(FlagError, match="STE, 1 bit"):
+        run(dataclasses.replace(config, steps=("ste",)))
