@@ -49,6 +49,7 @@ TABLES = [
     ("docs/pretrained.md", "experiments.pretrained.calibration_tables.choices"),
     ("docs/pretrained.md", "experiments.pretrained.calibration_tables.finals"),
     ("docs/pretrained.md", "experiments.pretrained.calibration_tables.finals"),
+    ("docs/pretrained.md", "experiments.pretrained.calibration_tables.finals"),
     ("docs/pretrained.md", "experiments.pretrained.training_tables.trained"),
     ("docs/pretrained.md", "experiments.pretrained.training_tables.trials"),
     ("docs/tiny_imagenet.md", "tiny_imagenet_mobilenet"),
