@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 from rich.console import Console
@@ -183,10 +183,9 @@ class Conduct:
         tasks = [run.task() for run in ready]
         check(tasks)
         together = together_at_most(self.config)
-        form = self.config.form
-        self.outcomes += execute(
-            tasks, engine, display, signals, self.keep, together=together, form=form
-        )
+        how: dict[str, Any] = {"together": together, "jobs": self.config.jobs}
+        how["form"] = self.config.form
+        self.outcomes += execute(tasks, engine, display, signals, self.keep, **how)
 
     def keep(self, task: Task) -> None:
         """Copy a record to the results, unless another run's is there."""

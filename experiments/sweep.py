@@ -152,7 +152,14 @@ def main(argv: Sequence[str]) -> int:
             Display(console, work, config.jobs * members) as display,
         ):
             outcomes = execute(
-                tasks, engine, display, received, keep, together=members, form=config.form
+                tasks,
+                engine,
+                display,
+                received,
+                keep,
+                together=members,
+                jobs=config.jobs,
+                form=config.form,
             )
     except OSError as error:  # such as a full disk; the runs that went on were asked to stop
         print(f"error: {error}", file=sys.stderr)

@@ -10,7 +10,10 @@ runs together by themselves where that is faster: on accelerators.
 Exit code: 0 all done, 1 some failed, 75 some stopped by SIGTERM or SIGINT, to be resumed.
 """
 
+import contextlib
 import dataclasses
+import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +23,7 @@ from typing import Any
 import tyro
 
 from ab_jax.training.distributed import all_devices
+from ab_jax.training.existing_run import differences, stored_run
 from ab_jax.training.finite import NonFiniteLossError
 from ab_jax.training.members import Member, run_together
 from ab_jax.training.parallel import Parallel
@@ -28,7 +32,7 @@ from experiments import train
 from experiments.execution.lots import OF_MEMBERS, Form
 from experiments.settings.build import Images, settled
 from experiments.settings.command_line import end_with_a_line
-from experiments.settings.config import PLACES, FlagError
+from experiments.settings.config import FREE_FLAGS, PLACES, FlagError, recorded
 from experiments.settings.datasets import load_dataset
 
 
@@ -73,10 +77,12 @@ def check(members: Sequence[train.Config]) -> None:
         raise FlagError(f"--name: two runs are {twice}. Give each a name of its own.")
     for field in dataclasses.fields(first):
         name, value = field.name, getattr(first, field.name)
-        if name in PLACES and value not in (None, False):
+        if name in PLACES and value is not None and value is not False:
             raise FlagError(f"--{name} is for one run that several processes train.")
         differing = [o for o in others if getattr(o, name) != value]
-        if differing and name not in OF_MEMBERS:
+        if name == "teacher":
+            differing = [o for o in others if (o.teacher is None) != (value is None)]
+        if differing and (name not in OF_MEMBERS or name == "teacher"):
             raise FlagError(
                 f"--{name} is {value} in {first.name} and {getattr(differing[0], name)} in "
                 f"{differing[0].name}: such runs are other programs. Train them one by one."
@@ -102,18 +108,34 @@ def tell(members: Sequence[train.Config], ends: Sequence[Any]) -> int:
     for member, end in zip(members, ends, strict=True):
         path = Path(member.runs_dir) / member.name
         if isinstance(end, dict):
-            print(train.summary_of(end, path))
-            continue
-        codes.add(EXIT_CODE if isinstance(end, StoppedError) else 1)
-        if isinstance(end, StoppedError | FlagError | ValueError | OSError | NonFiniteLossError):
-            told = str(end) if isinstance(end, StoppedError) else f"error: {end}"
+            told, code = train.summary_of(end, path), 0
+        elif isinstance(end, StoppedError):
+            told, code = str(end), EXIT_CODE
+        elif isinstance(end, FileExistsError) and _is_that_run(path, member):
+            told, code = f"{path} is complete already", 0
+        elif isinstance(end, FlagError | ValueError | OSError | NonFiniteLossError):
+            told, code = f"error: {end}", 1
         else:
-            told = "".join(traceback.format_exception(end)).rstrip()
-        print(f"{member.name}: {told}", file=sys.stderr)
-        if path.is_dir():
-            with (path / "log.txt").open("a", encoding="utf-8") as log:
-                log.write(f"{told}\n")
-    return max(codes, default=0)
+            told, code = "".join(traceback.format_exception(end)).rstrip(), 1
+        codes.add(code)
+        print(told if code == 0 else f"{member.name}: {told}", file=sys.stderr if code else None)
+        with contextlib.suppress(OSError):  # of a full disk, say: the others are told of too
+            if path.is_dir() and not _is_standard_output(path / "log.txt"):
+                with (path / "log.txt").open("a", encoding="utf-8") as log:
+                    log.write(f"{told}\n")
+    return 1 if 1 in codes else max(codes)
+
+
+def _is_that_run(path: Path, member: train.Config) -> bool:
+    """Whether a complete run has these flags."""
+    stored = stored_run(path)
+    flags = recorded(train.last_phase(member))
+    return stored is not None and not differences(stored["config"], flags, FREE_FLAGS | PLACES, {})
+
+
+def _is_standard_output(log: Path) -> bool:
+    """Whether what this process prints goes there: the log of the first run of a lot."""
+    return log.exists() and os.path.samestat(log.stat(), os.fstat(1))
 
 
 def split(words: Sequence[str]) -> list[list[str]]:
@@ -138,7 +160,11 @@ def main(argv: Sequence[str]) -> int:
         members = [
             tyro.cli(train.Config, prog=prog, args=words, use_underscores=True) for words in flags
         ]
-        codes.append(tell(members, run(config, members)))
+        try:
+            codes.append(tell(members, run(config, members)))
+        except KeyboardInterrupt:  # a second one: threads still compute, and would be in the way
+            sys.stdout.flush()
+            os._exit(128 + signal.SIGINT)
 
     end_with_a_line(command)
     return codes[0]

@@ -46,8 +46,21 @@ fi
 file=studies/$NAME.toml form=in_turn # its layers are wide enough to fill a GPU each
 if [ "$NAME" = resnet20_full_size ]; then form=auto; fi
 if [ -n "$CHANGES" ]; then
-  { for change in $CHANGES; do echo "/^${change%%=*} = /d; s/^\[flags\]/&\n${change%%=*} = ${change#*=}/"; done; } |
-    sed -f - "studies/$STUDY.toml" > "$file"
+  python3 - "$STUDY" "$NAME" $CHANGES << 'PY' || exit
+import sys
+from pathlib import Path
+
+study, name, *changes = sys.argv[1:]
+target, mark = Path(f"studies/{name}.toml"), f"# {study} with {' '.join(changes)}"
+if target.exists() and not target.read_text().startswith("# "):
+    sys.exit(f"error: there is a study {name}: CHANGES make another one, of another NAME")
+flags = dict(change.split("=", 1) for change in changes)
+lines = Path(f"studies/{study}.toml").read_text().splitlines()
+lines = [line for line in lines if line.partition(" = ")[0] not in flags]
+at = lines.index("[flags]") + 1
+lines[at:at] = [f"{flag} = {value}" for flag, value in flags.items()]
+target.write_text("\n".join([mark, *lines, ""]))
+PY
 fi
 TQDM_DISABLE=1 python3 -m ab_jax.data.prepare cifar10_jpeg --source=.gpu/cifar10_jpeg.tar.xz || exit
 python3 gpu/whole_seeds.py "$file" --seeds="$SEEDS" --together="$TOGETHER" --form="${FORM:-$form}" \

@@ -7,10 +7,12 @@ float start to all methods. Several seeds train together. What lies under `resul
 whatever machine made it. Into the directory go `STUDY.tar.gz`, which holds the records and the
 study's file, and `STUDY.logs.tar.gz`.
 
-Exit code: 0 all seeds are there; 75 some have to wait for the next time.
+Exit code: 0 all seeds are there; 2 refused; 75 some have to wait for the next time.
 """
 
+import contextlib
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -24,6 +26,7 @@ import tyro
 from rich.console import Console
 
 from experiments import study
+from experiments.study_design.design import StudyError
 from experiments.study_design.expansion import StudyRun
 from experiments.study_design.study_file import read_study, seeds_of
 
@@ -108,9 +111,16 @@ def _has_ended(run: StudyRun) -> bool:
 def main(config: Config) -> int:
     """Train; returns the exit code."""
     c, end = config, time.monotonic() + 60 * config.minutes
-    seeds, of = seeds_of(c.seeds, "--seeds"), Seeds(c.file)
+    try:
+        seeds, of = seeds_of(c.seeds, "--seeds"), Seeds(c.file)
+        if none := [seed for seed in seeds if not of.of(seed)]:
+            raise StudyError(f"--seeds={c.seeds}: {c.file} has no seed {none[0]}")
+    except (StudyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))  # ends the study too, see below
     of.take_over()
-    needed = _TO_SAVE  # seconds, as the last seeds took
+    needed = _TO_SAVE  # seconds, as the last seeds took, and what packing takes
     while left := [seed for seed in seeds if not of.is_whole(seed)][: c.together]:
         begun, tried = time.monotonic(), sum(map(_has_ended, of.trials))
         named = ",".join(map(str, left))
@@ -121,15 +131,16 @@ def main(config: Config) -> int:
         command += [f"--together={max(c.together, 2)}", f"--form={c.form}", "--cores_per_job=0"]
         process = subprocess.Popen([*command, "--stop_after=10", "--results="])
         try:
-            process.wait(end - begun - _TO_SAVE)
-        except subprocess.TimeoutExpired:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(end - begun - _TO_SAVE)
+        finally:
             process.terminate()  # it then gives its runs ten seconds
             process.wait()
         if missing := [seed for seed in left if not of.is_whole(seed)]:
             print(f"not whole: {', '.join(f'seed {seed}' for seed in missing)}", flush=True)
             return _packed(of, seeds, c.out, 75)
         if sum(map(_has_ended, of.trials)) == tried:
-            needed = time.monotonic() - begun
+            needed = time.monotonic() - begun + _TO_SAVE
         _packed(of, seeds, c.out, 0)  # in case that somebody else ends it all
     return _packed(of, seeds, c.out, 0)
 

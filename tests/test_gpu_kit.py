@@ -175,6 +175,24 @@ def test_runs_from_scratch_return_one_by_one(tmp_path: Path) -> None:
     assert returned(host) == runs - failed
 
 
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        ({"SEEDS": "0,77"}, "error: --seeds=0,77: studies/toy.toml has no seed 77"),
+        ({"NAME": "digits"}, "error: there is a study digits"),
+        ({"STUDY": "binarynet_full_size", "NAME": "binarynet_full_size"}, "error: there is a"),
+    ],
+)
+def test_what_cannot_be_made_is_refused(tmp_path: Path, told: dict[str, str], message: str) -> None:
+    host = machine(tmp_path / "host")
+    before = {path.name: path.read_text() for path in (host / "studies").glob("*.toml")}
+    done = run(host, **told)
+    assert done.returncode not in (0, 75)
+    assert message in done.stderr
+    after = {path.name: path.read_text() for path in (host / "studies").glob("*.toml")}
+    assert {name: after[name] for name in before} == before
+
+
 @pytest.mark.parametrize("script", ["bundle.sh", "run.sh"])
 def test_the_scripts_ask_for_what_they_need(script: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "OUT"}

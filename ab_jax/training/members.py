@@ -113,11 +113,20 @@ class Member(Parallel):
     def wrap(
         self, step: Callable[..., Any], sharded: Sequence[bool], *, donate: Sequence[int] = ()
     ) -> Callable[..., Any]:
-        """As `Parallel.wrap`; a call waits for those of the other members."""
+        """As `Parallel.wrap`; a call waits for those of the other members.
+
+        Raises:
+          ValueError: the other members' function takes other arguments.
+        """
         alone = Parallel(self.mode, self.devices, self.norm_group)
         function = self.meeting.function(
             next(self._wrapped), lambda: _Function(alone, step, sharded, donate)
         )
+        if function.takes != (tuple(sharded), tuple(donate)):
+            raise ValueError(
+                "Runs that train together must be alike but for their numbers: one of them has a "
+                "step of other arguments, as for a teacher. Train them one by one."
+            )
         return lambda *args: self.meeting.call(self.number, function, args)
 
     def asked_to_stop(self) -> str | None:
@@ -177,8 +186,9 @@ class Meeting:
 
     def call(self, member: int, function: "_Function", args: Arguments) -> Any:
         """What the function returns of a member's arguments, once all members have called."""
+        call = _Call.of(function, args)  # before others wait for it: it may fail
         with self._condition:
-            call = self._waiting[member] = _Call(function, args)
+            self._waiting[member] = call
             self._compute_if_all_wait()
             self._condition.wait_for(lambda: call.done)
         if call.error is not None:
@@ -222,17 +232,20 @@ class Meeting:
 
 @dataclasses.dataclass(eq=False)
 class _Call:
+    """A member's call; those of one kind can be computed together."""
+
     function: "_Function"
     args: Arguments
+    kind: Any
     result: Any = None
     error: BaseException | None = None
     done: bool = False
 
-    @property
-    def kind(self) -> Any:
-        """Calls of one kind can be computed together."""
-        leaves, structure = jax.tree.flatten(self.args)
-        return self.function, structure, tuple((x.shape, x.dtype) for x in leaves)
+    @classmethod
+    def of(cls, function: "_Function", args: Arguments) -> "_Call":
+        leaves, structure = jax.tree.flatten(args)
+        kind = function, structure, tuple((x.shape, x.dtype) for x in leaves)
+        return cls(function, args, kind)
 
 
 class _Function:
@@ -255,6 +268,7 @@ class _Function:
         self._sharded = sharded
         self._donate = donate
         self._alone = parallel.wrap(step, sharded, donate=donate)
+        self.takes = tuple(sharded), tuple(donate)
         self._programs: dict[tuple[Form, int, tuple[bool, ...]], Callable[..., Any]] = {}
 
     @property
@@ -332,7 +346,7 @@ def _together(
         found = jax.vmap(step, in_axes=[None if once else 0 for once in shared])(*stacked)
         return tuple(jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(count))
 
-    return unrolled if form == "unrolled" else vmapped
+    return unrolled if form == "unrolled" or all(shared) else vmapped
 
 
 def _seconds_of_forms(function: _Function, members: Sequence[Arguments]) -> dict[Form, float]:

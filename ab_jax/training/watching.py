@@ -27,13 +27,16 @@ def shown_progress(
       steps: in all.
       enabled: whether it shows anything.
     """
+    if not enabled:  # nor would what others print be seen
+        yield lambda done, metrics, speed: None
+        return
     columns = (
         TextColumn("step {task.completed}/{task.total}"),
         BarColumn(),
         TextColumn("{task.fields[metrics]}"),
         TimeRemainingColumn(),
     )
-    console = Console(quiet=not enabled)
+    console = Console()
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=steps, completed=first, metrics="compiling")
         if not console.is_terminal:

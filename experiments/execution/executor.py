@@ -4,6 +4,7 @@ Where the processes run is an `Engine`'s business; what is done is skipped, what
 started again and resumes by itself.
 """
 
+import dataclasses
 import itertools
 import signal
 import time
@@ -47,6 +48,7 @@ class Outcome:
     task: Task
     status: str
     reason: str = ""
+    log: Path | None = None  # what its process said; None: the task's own
 
 
 def execute(
@@ -57,6 +59,7 @@ def execute(
     keep: Callable[[Task], None] = lambda task: None,
     *,
     together: int = 1,
+    jobs: int = 1,
     form: str = "auto",
 ) -> list[Outcome]:
     """Make all runs; ends those that run and returns early once `stop_signals` is not empty.
@@ -67,7 +70,8 @@ def execute(
       display: what is told of each start and end.
       stop_signals: signals received so far; somebody else appends.
       keep: called with each run that is complete.
-      together: how many of them one process makes, where they are alike.
+      together: how many of them one process makes at most, where they are alike.
+      jobs: how many processes there are at a time.
       form: how that computes their steps.
     """
     outcomes: list[Outcome] = []
@@ -82,7 +86,7 @@ def execute(
     for task in tasks:
         if task not in to_do:
             end(Outcome(task, "skipped", "done before"))
-    pending = in_lots(to_do, together)
+    pending = in_lots(to_do, together, jobs)
     running: list[tuple[list[Task], Any, float]] = []
     try:
         while (pending or running) and not stop_signals:
@@ -97,7 +101,8 @@ def execute(
                 if (code := engine.code(job)) is not None:
                     running.remove(one)
                     for task in lot:
-                        end(_judge(task, code, time.monotonic() - started))
+                        judged = _judge(task, code, time.monotonic() - started)
+                        end(dataclasses.replace(judged, log=_log_of(task, lot)))
             display.look()
     finally:
         engine.end([job for _, job, _ in running])
@@ -105,6 +110,11 @@ def execute(
             end(Outcome(task, "done" if task.state == "done" else "stopped"))
     left = itertools.chain.from_iterable(pending)
     return outcomes + [Outcome(task, "not started") for task in left]
+
+
+def _log_of(task: Task, lot: Sequence[Task]) -> Path:
+    """Where a run says how it ended; of a lot that ended as a whole, where its process did."""
+    return task.log if task.log.exists() else lot[0].log
 
 
 def _judge(task: Task, code: int, seconds: float) -> Outcome:
@@ -126,10 +136,10 @@ def show(console: Console, outcomes: Sequence[Outcome]) -> None:
     counts = Counter(outcome.status for outcome in outcomes)
     say(console, ", ".join(f"{n} {status}" for status, n in counts.items()))
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    rows = [(o.task.name, o.reason, str(o.task.log)) for o in failed]
+    rows = [(o.task.name, o.reason, str(o.log or o.task.log)) for o in failed]
     if rows:
         say_table(console, [("failed", "reason", "log"), *rows])
-    for line in dict.fromkeys(_last_line(outcome.task.log) for outcome in failed):
+    for line in dict.fromkeys(_last_line(outcome.log or outcome.task.log) for outcome in failed):
         say(console, f"  {line}")
 
 

@@ -4,6 +4,7 @@ An accelerator is idle under one narrow network; a CPU is not, and gets a proces
 """
 
 import dataclasses
+import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -20,7 +21,7 @@ Together = int | Literal["auto"]
 Form = Literal["auto", "vmap", "unrolled", "in_turn"]
 
 #: Flags in which runs may differ that train together: they are arrays or numbers to the compiled
-#: step, or none of its business.
+#: step, or none of its business. (A teacher may be another one, but all have one or none has.)
 OF_MEMBERS = frozenset(
     {
         *("name", "seed", "init_from", "teacher", "runs_dir", "allow_changed"),
@@ -46,20 +47,25 @@ def members_of_a_lot(together: Together) -> int:
     return together
 
 
-def in_lots(tasks: Sequence[Task], most: int) -> list[list[Task]]:
-    """The tasks in lots of at most so many, each in the order of its first."""
-    lots: list[list[Task]] = []
-    open_lots: dict[Any, list[Task]] = {}
+def in_lots(tasks: Sequence[Task], most: int, jobs: int = 1) -> list[list[Task]]:
+    """The tasks in lots, in the order of the first of each.
+
+    Args:
+      tasks: whose lots are to be made.
+      most: in a lot.
+      jobs: lots that are made at a time: alike tasks are enough for each of them, and lots of one
+        size share a compiled program.
+    """
+    alike: dict[Any, list[Task]] = {}
     for task in tasks:
-        kind = _kind(task.flags)
-        lot = None if kind is None else open_lots.get(kind)
-        if lot is None or len(lot) >= most:
-            lot = []
-            lots.append(lot)
-            if kind is not None:
-                open_lots[kind] = lot
-        lot.append(task)
-    return lots
+        alike.setdefault(_kind(task.flags) or task.name, []).append(task)
+    lots = []
+    for group in alike.values():
+        count = max(-(-len(group) // most), min(jobs, len(group)))
+        cuts = [len(group) * i // count for i in range(count + 1)]
+        lots += [group[a:b] for a, b in itertools.pairwise(cuts)]
+    places = {task.name: place for place, task in enumerate(tasks)}
+    return sorted(lots, key=lambda lot: places[lot[0].name])
 
 
 def task_of(lot: Sequence[Task], form: str = "auto") -> Task:
@@ -83,7 +89,9 @@ def _kind(flags: Mapping[str, Any]) -> Any:
     """Equal for runs that can train together; None: this one trains alone."""
     if "network" not in flags or flags.get("float_epochs") or flags.get("profile"):
         return None
-    return tuple(sorted((k, repr(v)) for k, v in flags.items() if k not in OF_MEMBERS))
+    same = {k: v for k, v in flags.items() if k not in OF_MEMBERS}
+    same["has_teacher"] = flags.get("teacher") is not None
+    return tuple(sorted((k, repr(v)) for k, v in same.items()))
 
 
 def _experiment(task: Task) -> str:

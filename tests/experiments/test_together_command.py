@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from ab_jax.training.stopping import StoppedError
 from experiments import sweep, together
 from experiments.execution.devices import environment_of, gpus, has_accelerator
 from experiments.execution.lots import in_lots, members_of_a_lot, task_of
@@ -61,11 +62,31 @@ def test_a_run_that_is_complete_does_not_end_the_others(
     assert together.tell([first], ends) == 0
     ends = together.run(together.Config(form="in_turn"), [first, second])
     capsys.readouterr()
-    assert together.tell([first, second], ends) == 1
+    assert together.tell([first, second], ends) == 0
     said = capsys.readouterr()
-    assert said.err.startswith(f"first: error: The run {tmp_path / 'first'} is complete")
+    assert said.out.startswith(f"{tmp_path / 'first'} is complete already")
     assert "validation accuracy" in said.out
     assert record_of(tmp_path / "second")["config"]["seed"] == 1
+    # With other flags it is another run, which is in the way.
+    other = dataclasses.replace(first, learning_rate=0.3)
+    assert together.tell([other], ends[:1]) == 1
+    assert capsys.readouterr().err.startswith(f"first: error: The run {tmp_path / 'first'}")
+
+
+def test_how_runs_ended_is_told_of_each(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = [dataclasses.replace(SMALL, name=n, runs_dir=str(tmp_path)) for n in "abcd"]
+    for name in "abd":  # c came to nothing
+        (tmp_path / name).mkdir()
+    (tmp_path / "a" / "log.txt").mkdir()  # cannot be written
+    stopped = StoppedError(tmp_path / "b", 3, "SIGTERM")
+    ends = [ValueError("mine"), stopped, OSError("no"), KeyError(1)]
+    assert together.tell(members, ends) == 1
+    told = capsys.readouterr().err
+    assert "a: error: mine" in told
+    assert "c: error: no" in told
+    assert "KeyError: 1" in (tmp_path / "d" / "log.txt").read_text()
+    assert "stopped at step 3" in (tmp_path / "b" / "log.txt").read_text()
+    assert together.tell(members[1:2], ends[1:2]) == 75
 
 
 @pytest.mark.parametrize(
@@ -75,13 +96,15 @@ def test_a_run_that_is_complete_does_not_end_the_others(
         ({"method": "ste"}, "--method is ab in a and ste in b"),
         ({"name": "a"}, "--name: two runs are "),
         ({"processes": 2, "process": 0, "coordinator": "h:1"}, "--coordinator is for one run"),
+        ({"process": 0}, "--process is for one run"),
+        ({"teacher": "t", "init_from": "s"}, "--teacher is None in a and t in b"),
     ],
 )
 def test_runs_that_are_other_programs_are_refused(changes: dict[str, Any], message: str) -> None:
     a = dataclasses.replace(SMALL, name="a")
     b = dataclasses.replace(SMALL, **{"name": "b", **changes})
     with pytest.raises(FlagError) as caught:
-        together.check([a, b] if "processes" not in changes else [b, a])
+        together.check([b, a] if "process" in changes else [a, b])
     assert message in str(caught.value)
     together.check([a, dataclasses.replace(a, name="b", seed=3, learning_rate=0.3, ramp_stop=0.5)])
 
@@ -111,9 +134,17 @@ def test_lots_hold_what_differs_in_numbers_alone() -> None:
         Task(name="decoder", directory=Path("d"), command=(), flags={"steps": 3}),
     ]
     names = [[one.name for one in lot] for lot in in_lots(tasks, 2)]
-    assert names == [["a0", "a1"], ["b0", "b1"], ["two_phases"], ["a2"], ["two_phases_too"],
-                     ["decoder"]]  # fmt: skip
+    assert names == [
+        *(["a0"], ["b0", "b1"], ["a1", "a2"], ["two_phases"], ["two_phases_too"], ["decoder"]),
+    ]
     assert [len(lot) for lot in in_lots(tasks, 1)] == [1] * len(tasks)
+    taught = task("a3", teacher="start", init_from="s")
+    assert [len(lot) for lot in in_lots([tasks[0], taught], 9)] == [1, 1]
+    # Enough for every job, and even: one program serves lots of one size.
+    many = [task(f"a{seed}", seed=seed) for seed in range(10)]
+    assert [len(lot) for lot in in_lots(many, 8)] == [5, 5]
+    assert sorted(len(lot) for lot in in_lots(many, 8, jobs=4)) == [2, 2, 3, 3]
+    assert [len(lot) for lot in in_lots(many[:2], 8, jobs=4)] == [1, 1]
     assert [len(lot) for lot in in_lots(tasks, 9)] == [3, 2, 1, 1, 1]
 
 

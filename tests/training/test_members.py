@@ -10,11 +10,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+import optax
 import pytest
 
 import ab_jax as ab
 from ab_jax.data import Dataset, Images
 from ab_jax.training import members as members_module
+from ab_jax.training.checkpoint import Checkpoints
+from ab_jax.training.compiled_step import optimizer_of_state
 from ab_jax.training.finite import NonFiniteLossError
 from ab_jax.training.loop import train
 from ab_jax.training.members import Form, Member, run_together
@@ -22,6 +25,7 @@ from ab_jax.training.optimizers import OptimizerSettings, warmup_cosine
 from ab_jax.training.parallel import Mode, Parallel
 from ab_jax.training.records import RunDirectory
 from ab_jax.training.run_settings import Training
+from ab_jax.training.state import create_state
 from ab_jax.training.stopping import StoppedError
 from ab_jax.training.train_step import Preprocessing
 from tests.training.test_loop import assert_same_bits, last_state, lines_of, run
@@ -312,3 +316,70 @@ def test_a_few_that_leave_compile_nothing(leave: int, compiled: int) -> None:
     found = run_together([job(number) for number in range(5)], parallel, form="vmap")
     assert found == [2 * n + 1 if n < leave else 8 * n + 7 for n in range(5)]
     assert len(traced) == compiled
+
+
+def test_members_whose_steps_take_other_arguments_are_refused() -> None:
+    def job(number: int) -> Callable[[Member], Any]:
+        def do(member: Member) -> float:
+            sharded = [False] * (1 + number)
+            step = member.wrap(lambda *xs: sum(xs), sharded)
+            given = member.replicate(tuple(np.float32(i) for i in range(1 + number)))
+            return float(member.unreplicate(step(*given)))
+
+        return do
+
+    found = run_together([job(0), job(1)], Parallel("pmap", (jax.devices()[0],)), form="vmap")
+    refused = [end for end in found if isinstance(end, ValueError)]
+    assert len(refused) == 1
+    assert "alike but for their numbers" in str(refused[0])
+
+
+def test_a_call_with_what_is_no_array_keeps_nobody_waiting() -> None:
+    def job(argument: Any) -> Callable[[Member], Any]:
+        def do(member: Member) -> float:
+            step = member.wrap(lambda x: x + 1, [False])
+            return float(member.unreplicate(step(member.replicate(np.float32(argument)))))
+
+        return do
+
+    def wrong(member: Member) -> Any:
+        return member.wrap(lambda x: x + 1, [False])(3.0)
+
+    parallel = Parallel("pmap", (jax.devices()[0],))
+    first, second, third = run_together([job(1), wrong, job(2)], parallel, form="vmap")
+    assert (first, third) == (2, 3)
+    assert isinstance(second, AttributeError)
+
+
+@pytest.mark.parametrize("method", ["ab", "ste", "lsq"])
+def test_a_step_of_quantized_members_is_that_of_single_runs(
+    members: list[Training], tmp_path: Path, method: str
+) -> None:
+    """Codes that flip magnify rounding from step to step: in one step none has flipped yet."""
+    int4 = ab.Rules([(r"(.*/)?kernel", ab.Uniform(bits=4, axis=-1)), (".*", None)])
+    changes: dict[str, Any] = {
+        "ab": {"estimator": ab.alpha_blend},
+        "ste": {"estimator": ab.straight_through},
+        "lsq": {"estimator": ab.learned_step_size, "rules": int4},
+    }[method]
+    changes |= {"steps": 1, "eval_every": 1, "learning_rate": optax.constant_schedule(0.01)}
+    two = [
+        dataclasses.replace(t, alpha=optax.constant_schedule(0.5), **changes) for t in members[1:3]
+    ]
+    train_together(two, tmp_path, form="vmap")
+    for i, training in enumerate(two):
+        run(training, tmp_path / f"alone{i}")
+        like = create_state(
+            training.model,
+            optimizer_of_state(training),
+            (4, 4, 1),
+            seed=0,
+            scale_rules=training.rules if method == "lsq" else None,
+        )
+        states = []
+        for name in (f"alone{i}", str(i)):
+            with Checkpoints(tmp_path / name / "checkpoints") as checkpoints:
+                states.append(checkpoints.restore(like))
+        assert int(states[0].step) == 1
+        assert_close(states[0].params, states[1].params, rtol=1e-4, atol=1e-5)
+        assert_close(states[0].scales, states[1].scales, rtol=1e-4, atol=1e-5)
