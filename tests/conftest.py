@@ -214,4 +214,4 @@ def strict_dtypes() -> Iterator[None]:
 
 
 # Runs as a command in place of training; nothing to be imported.
-collect_ignore = ["experiments/fake_training.py"]
+collect_ignore = ["experiments/fake_together.py", "experiments/fake_training.py"]
