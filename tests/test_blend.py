@@ -866,10 +866,11 @@ def test_describe_tells_what_is_lost_of_all_and_of_the_worst_slice(rng):
     assert found["head"].note == ""
     assert "worst" in str(ab.describe(params, rules))
 
-    # A scale for each layer as well, and nothing is lost of any.
+    # A scale for each layer as well, and little is lost of any: a few hundredths, of 400 draws at
+    # most 0.08, where it was 0.93 and more.
     by_layer = Rules([(".*kernel", ab.Uniform(bits=4, axis=(0, -1))), (".*", None)])
     row, *_ = (r for r in ab.describe(params, by_layer).rows if r.path == "layers/kernel")
-    assert row.worst[0] < 0.05
+    assert row.worst[0] < 0.2
     assert row.note == ""
 
 
